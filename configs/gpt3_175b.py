@@ -1,0 +1,26 @@
+"""GPT-3 175B: 96 layers of width 12288. Hardware: 512 x TPU v5p (8x8x8).
+
+    gptjax train configs/gpt3_175b.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+3.1M tokens a step: the paper's 3.2M to a power of two. The ramp starts at 256 sequences, 4 per
+FSDP group, where the paper starts at 16: a smaller micro-batch would leave most of 512 chips waiting.
+"""
+
+from dataclasses import replace
+
+from gpt3_125m import config as base_config
+
+from gptjax.config import Config, LayoutConfig
+
+
+def config() -> Config:
+    base = base_config()
+    return replace(
+        base,
+        name="gpt3_175b",
+        model=replace(base.model, num_layers=96, num_heads=96, embed_dim=12288, remat="full"),
+        data=replace(base.data, lanes=64),
+        optimizer=replace(base.optimizer, learning_rate=0.6e-4),
+        train=replace(base.train, batch_size=1536, micro_batch_size=256, ramp_start=256, ramp_tokens=12_000_000_000),
+        layout=LayoutConfig(fsdp=64, tensor=8, sequence_sharding=True),
+    )

@@ -1,0 +1,25 @@
+"""GPT-3 6.7B: 32 layers of width 4096. Hardware: 64 x TPU v5p.
+
+    gptjax train configs/gpt3_6_7b.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+The ramp starts at 64 sequences, one for each chip, where the paper starts at 16.
+"""
+
+from dataclasses import replace
+
+from gpt3_125m import config as base_config
+
+from gptjax.config import Config, LayoutConfig
+
+
+def config() -> Config:
+    base = base_config()
+    return replace(
+        base,
+        name="gpt3_6_7b",
+        model=replace(base.model, num_layers=32, num_heads=32, embed_dim=4096, remat="full"),
+        data=replace(base.data, lanes=64),
+        optimizer=replace(base.optimizer, learning_rate=1.2e-4),
+        train=replace(base.train, batch_size=1024, micro_batch_size=64, ramp_start=64, ramp_tokens=12_000_000_000),
+        layout=LayoutConfig(fsdp=64, tensor=1),
+    )

@@ -1,0 +1,33 @@
+"""The main job in small: learns Python from the standard library's own source. 2 CPU cores, under 3 minutes.
+
+gptjax train configs/quickstart.py
+"""
+
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> Config:
+    return Config(
+        name="quickstart",
+        model=ModelConfig(
+            num_layers=4,
+            num_heads=4,
+            embed_dim=128,
+            seq_len=128,
+            vocab_size=261,
+            attention_pattern=("dense", "banded"),
+            window=32,
+        ),
+        data=DataConfig(source="stdlib", tokenizer="bytes", max_chars=8192, lanes=8),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=200_000, decay_tokens=4_000_000),
+        train=TrainConfig(
+            batch_size=16,
+            total_tokens=2_048_000,
+            log_interval=50,
+            eval_interval=250,
+            eval_batches=20,
+            sample_interval=500,
+            sample_prompt="def ",
+            save_interval=250,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""gptjax: the recipe of the GPT papers as a small JAX and Flax trainer."""

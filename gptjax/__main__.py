@@ -1,0 +1,5 @@
+"""`python -m gptjax` is `gptjax`."""
+
+from gptjax.cli import main
+
+main()

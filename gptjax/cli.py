@@ -1,0 +1,177 @@
+"""`gptjax VERB ...`: one verb per user goal. Errors of the user's making are one line and exit status 1."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import Config, differences, load_config, override, type_name, validate, walk
+from gptjax.errors import UserError
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, dispatch, return the exit status."""
+    parser = argparse.ArgumentParser(prog="gptjax", description="Train GPT models from a laptop to a TPU pod.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _train_parser(verbs)
+    _sample_parser(verbs)
+    _report_parser(verbs)
+    _data_parser(verbs)
+    _tokenizer_parser(verbs)
+    _bench_parser(verbs)
+    known, rest = parser.parse_known_args(arguments)
+    if rest and not known.overrides:
+        raise UserError(f"{rest[0]}: gptjax {known.verb} has no such argument; see gptjax {known.verb} --help")
+    return int(known.run(known, rest) or 0)
+
+
+def _add(verbs: Any, name: str, run: Any, text: str, overrides: bool = False, epilog: str = "") -> Any:
+    parser = verbs.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, overrides=overrides)
+    return parser
+
+
+def _train_parser(verbs: Any) -> None:
+    text = "Train the model of a config, or go on with a run. Any field is set by its dotted name."
+    parser = _add(verbs, "train", _train, text, overrides=True, epilog=field_help() if "--help" in sys.argv else "")
+    parser.add_argument("config", nargs="?", help="a file of configs/")
+    parser.add_argument("--resume", metavar="RUN", help="a run folder to go on with, exactly where it stopped")
+
+
+def field_help() -> str:
+    """Every field: dotted name, type, default, docstring."""
+    import dataclasses
+
+    lines = ["fields:"]
+    for name, hint, default, text in walk(Config):
+        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
+        lines.append(f"  --{name} {type_name(hint)}  ({shown})\n      {text}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return (
+        ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else repr(value) if value == "" else f"{value}"
+    )
+
+
+def _train(known: argparse.Namespace, overrides: list[str]) -> int:
+    from gptjax.tasks.launch import train
+
+    if known.resume is None and known.config is None:
+        raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
+    return train(_resolve(known, overrides), Path(known.resume) if known.resume else None)
+
+
+def _resolve(known: argparse.Namespace, overrides: list[str]) -> Config:
+    """The config to train: from a file, or of a run with what may change of it."""
+    if known.resume is None:
+        return load_config(known.config, overrides)
+    from gptjax.train.run import open_run
+
+    _, saved = open_run(known.resume)
+    given = load_config(known.config, overrides) if known.config else validate(override(saved, overrides))
+    if lines := differences(saved, given):
+        raise UserError(f"--resume {known.resume}: this config contradicts the run: " + "; ".join(lines))
+    return given
+
+
+def _sample_parser(verbs: Any) -> None:
+    parser = _add(verbs, "sample", _sample, "Continue a prompt with a trained model.")
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--prompt", default="\n", help="text to continue")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="how many")
+    parser.add_argument("--tokens", type=int, default=200, help="length of each")
+
+
+def _sample(known: argparse.Namespace, _: list[str]) -> None:
+    from gptjax.infer.sampling import Sampling
+    from gptjax.tasks.launch import sample
+
+    for name in ("samples", "tokens"):
+        if getattr(known, name) < 1:
+            raise UserError(f"--{name} {getattr(known, name)}: must be positive; nearest 1")
+    how = Sampling(known.temperature, known.top_k, known.top_p)
+    texts = sample(known.folder, known.prompt, how, num_samples=known.samples, num_tokens=known.tokens, seed=known.seed)
+    print("\n---\n".join(known.prompt + text for text in texts))
+
+
+def _report_parser(verbs: Any) -> None:
+    parser = _add(verbs, "report", _report, "Draw a run's loss and throughput from its log: PNG and one HTML page.")
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+
+
+def _report(known: argparse.Namespace, _: list[str]) -> None:
+    from gptjax.train.report import report
+
+    print(report(known.folder))
+
+
+def _data_parser(verbs: Any) -> None:
+    text = "Build the dataset of a config, and show what it holds."
+    parser = _add(verbs, "data", _data, text, overrides=True)
+    parser.add_argument("config", help="a file of configs/")
+
+
+def _data(known: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.tasks.launch import describe_data
+
+    print(describe_data(load_config(known.config, overrides)))
+
+
+def _tokenizer_parser(verbs: Any) -> None:
+    text = "Train a SentencePiece tokenizer on the training split of a config."
+    parser = _add(verbs, "tokenizer", _tokenizer, text, overrides=True)
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("config", help="a file of configs/; its data section names the text")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="pieces, bytes and reserved tokens together")
+    parser.add_argument("--out", type=Path, required=True, help="the .model file to write")
+
+
+def _tokenizer(known: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.data.sources import open_source
+    from gptjax.data.tokenizers import train_sentencepiece
+
+    data = load_config(known.config, overrides).data
+    source = open_source(data, data.train_split)
+    train_sentencepiece((source[i].text for i in range(len(source))), known.vocab_size, known.out)
+    print(f"{known.out}: use it with --data.tokenizer {known.out} --model.vocab_size {known.vocab_size}")
+
+
+def _bench_parser(verbs: Any) -> None:
+    parser = _add(verbs, "bench", _bench, "Measure; every benchmark prints a table and writes JSON.")
+    parser.add_argument("what", choices=["step"], help="step: the train step against PyTorch's GPT-2 on this CPU")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="where the figures go")
+
+
+def _bench(known: argparse.Namespace, _: list[str]) -> None:
+    from gptjax.bench.step import bench_step
+
+    bench_step(known.out)

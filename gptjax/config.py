@@ -1,0 +1,444 @@
+"""What a run is: frozen dataclasses, loaded from `configs/*.py`, overridden by dotted name, validated.
+
+A config file defines `config() -> Config`. Every field carries its docstring, which `--help` prints.
+Nothing here imports JAX, so a wrong config fails before anything is compiled.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The GPT-3 paper's decoder (arXiv 2005.14165, section 2.1)."""
+
+    num_layers: int
+    """Number of blocks L."""
+    num_heads: int
+    """Attention heads H per layer; must divide embed_dim."""
+    embed_dim: int
+    """Width D of the residual stream; the MLP is 4 D wide."""
+    seq_len: int = 2048
+    """Context T in tokens."""
+    vocab_size: int = 50257
+    """Vocabulary V before padding; at least the tokenizer's size."""
+    attention_pattern: tuple[Literal["dense", "banded"], ...] = ("dense",)
+    """The unit that repeats over the layers, such as dense,banded; its length divides num_layers."""
+    window: int = 256
+    """Keys W that a query of a banded layer sees, itself included."""
+    dropout: float = 0.0
+    """Dropout rate on embeddings and residual branches; 0 for pretraining."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Weights are float32."""
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    """Attention backend; auto picks by device and prints its choice."""
+    scan_layers: bool = True
+    """Scan over the pattern units (compile time independent of depth) or unroll them."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matrix products, or whole units."""
+    loss_chunk: int = 256
+    """Positions per sequence whose logits are in memory at once."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return 4 * self.embed_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V rounded up to a multiple of 128, the lane width of TPUs and a tile of tensor cores."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The attention kind of each of the L layers."""
+        return self.attention_pattern * (self.num_layers // len(self.attention_pattern))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: str = "stdlib"
+    """stdlib (Python's own source), a file or glob of .txt .jsonl .parquet, or tfds:NAME."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    max_chars: int = 65536
+    """Longer documents are stored as consecutive records of this many characters."""
+    train_split: str = "train[:95%]"
+    """TFDS split to train on."""
+    eval_split: str = "train[95%:]"
+    """TFDS split to evaluate on."""
+    cache_dir: str = "~/.cache/gptjax"
+    """Where built datasets live."""
+    tokenizer: str = "bytes"
+    """bytes, gpt2:DIR (encoder.json and vocab.bpe), or a SentencePiece .model file."""
+    seed: int = 0
+    """Seed of the global shuffle."""
+    lanes: int = 1
+    """Independent packed streams that fill a batch side by side; divides the micro-batch. A
+    process reads only the lanes of its rows."""
+    threads: int = 2
+    """Reading and tokenising threads per process."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule in tokens (GPT-3 paper, appendix B)."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    final_ratio: float = 0.1
+    """Learning rate after the decay, as a share of the peak."""
+    warmup_tokens: int = 375_000_000
+    """Linear warm-up from 0 over these tokens."""
+    decay_tokens: int = 260_000_000_000
+    """The cosine ends at this token; constant afterwards."""
+    b1: float = 0.9
+    """Adam's first-moment decay."""
+    b2: float = 0.95
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; biases and LayerNorm parameters have none."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    skip_nonfinite: bool = True
+    """Leave the state as it is when the loss or the gradient is not finite; counted and shown."""
+    skip_spike_sigma: float = 0.0
+    """Skip a step whose loss lies this many standard deviations above its running mean; 0 is off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and what happens along the way."""
+
+    batch_size: int = 256
+    """Sequences per optimizer step after the ramp, over all devices."""
+    micro_batch_size: int = 0
+    """Sequences per gradient-accumulation step, over all devices; 0 means batch_size."""
+    total_tokens: int = 300_000_000_000
+    """Training ends at this many tokens."""
+    ramp_start: int = 0
+    """Sequences per step at the start of the linear batch ramp; 0 means batch_size (no ramp)."""
+    ramp_tokens: int = 0
+    """Tokens over which the batch ramps."""
+    seed: int = 0
+    """Seed of initialisation and dropout."""
+    log_interval: int = 10
+    """Steps between log records."""
+    eval_interval: int = 1000
+    """Steps between evaluations; 0 is off (the last step evaluates unless eval_batches is 0)."""
+    eval_batches: int = 50
+    """Micro-batches per evaluation; -1 is the whole split, 0 is off."""
+    sample_interval: int = 0
+    """Steps between printed samples; 0 is off."""
+    sample_prompt: str = "\n"
+    """Text that samples continue."""
+    save_interval: int = 1000
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 is off."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a profiler trace, such as 10,13; empty is off."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSON-lines log."""
+    compile_cache: str = "~/.cache/gptjax/xla"
+    """Persistent compilation cache; empty is off."""
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Degrees of the mesh axes; at most one is -1, which takes the devices that are left."""
+
+    data: int = 1
+    """Replicas of the parameters, each with its part of the batch."""
+    fsdp: int = -1
+    """Ways that parameters, gradients and optimizer state are sharded, with the batch."""
+    tensor: int = 1
+    """Ways that heads, MLP and vocabulary are split; must divide num_heads."""
+    sequence_sharding: bool = False
+    """Shard the residual stream between blocks over the tensor axis along the sequence."""
+
+
+LAYOUT_PRESETS = {
+    "dp": LayoutConfig(data=-1, fsdp=1),
+    "fsdp": LayoutConfig(),
+    "tp": LayoutConfig(fsdp=1, tensor=-1),
+    "tp_seq": LayoutConfig(fsdp=1, tensor=-1, sequence_sharding=True),
+}
+"""Whole layouts by name, for `--layout NAME`."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines one run."""
+
+    name: str
+    """Names the run folder, runs/NAME unless `run` is given."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    run: str = ""
+    """Run folder; empty means the first free of runs/NAME, runs/NAME-2, ..."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.micro_batch_size or self.train.batch_size
+
+    @property
+    def max_accumulation(self) -> int:
+        """Micro-batches per step after the ramp."""
+        return self.train.batch_size // self.micro_batch_size
+
+
+FREE_ON_RESUME = {"name", "run", "data.cache_dir", "data.threads", "train.log_interval", "train.eval_interval"}
+FREE_ON_RESUME |= {"train.eval_batches", "train.sample_interval", "train.sample_prompt", "train.save_interval"}
+FREE_ON_RESUME |= {"train.keep_last", "train.keep_every", "train.profile_steps", "train.tensorboard"}
+FREE_ON_RESUME |= {"train.compile_cache", "train.total_tokens"}
+"""Fields, with all of `layout`, that change where, when and how long a run computes or what it reports, never
+what it computes: a resumed run may differ in these and in no other."""
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read a config file, apply `--dotted.name value` overrides, validate.
+
+    Raises UserError for a missing or broken file, an unknown key, a wrong type or value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        nearest = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], 1)
+        raise UserError(f"config {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    sys.path.insert(0, str(file.parent.resolve()))  # a derived config imports its base by name
+    try:
+        make = runpy.run_path(str(file)).get("config")
+    except Exception as error:
+        raise UserError(f"config {path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(make) or not isinstance(config := make(), Config):
+        raise UserError(f"config {path}: must define config() that returns a gptjax.config.Config")
+    return validate(override(config, overrides))
+
+
+def override(config: Config, args: list[str]) -> Config:
+    """Apply `--a.b value` and `--a.b=value` pairs to nested frozen dataclasses."""
+    args = list(args)
+    while args:
+        flag, equals, value = args.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: expected --section.field value")
+        if not equals:
+            if not args:
+                raise UserError(f"{flag}: a value is missing")
+            value = args.pop(0)
+        config = _replace(config, flag[2:].replace("-", "_").split("."), value, flag)
+    return config
+
+
+def _replace(node: Any, path: list[str], value: str, flag: str) -> Any:
+    names = {f.name for f in dataclasses.fields(node)}
+    if path[0] not in names:
+        every = [name for name, _, _, _ in walk(Config)]
+        close = difflib.get_close_matches(flag[2:], every, 1, 0.0) or sorted(names)
+        raise UserError(f"{flag}: no such field; did you mean --{close[0]}?")
+    child = getattr(node, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(child):
+            raise UserError(f"{flag}: {path[0]} has no fields of its own; use --{path[0]} {value}")
+        new = _replace(child, path[1:], value, flag)
+    elif isinstance(child, LayoutConfig):
+        if value not in LAYOUT_PRESETS:
+            raise UserError(f"{flag} {value}: choose from {', '.join(LAYOUT_PRESETS)}, or set --layout.fsdp and so on")
+        new = LAYOUT_PRESETS[value]
+    elif dataclasses.is_dataclass(child):
+        raise UserError(f"{flag}: a section; set one of its fields, such as {flag}.{dataclasses.fields(child)[0].name}")
+    else:
+        new = _parse(typing.get_type_hints(type(node))[path[0]], value, flag)
+    return dataclasses.replace(node, **{path[0]: new})
+
+
+def _parse(hint: Any, text: str, flag: str) -> Any:
+    """One command-line value as the field's type."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if text in options:
+            return text
+        nearest = difflib.get_close_matches(text, options, 1, 0.0)[0]
+        raise UserError(f"{flag} {text}: choose from {', '.join(options)}; nearest {nearest}")
+    if origin is tuple:
+        return tuple(_parse(options[0], part, flag) for part in text.split(",") if part)
+    try:
+        if hint is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if hint is int:
+            number = float(text) if any(c in text for c in "eE.") else int(text)
+            if int(number) != number:
+                raise ValueError
+            return int(number)
+        return hint(text)
+    except (KeyError, ValueError, OverflowError):
+        example = {bool: "true or false", int: "a whole number, such as 1000 or 1e9", float: "a number, such as 3e-4"}
+        raise UserError(f"{flag} {text}: expected {example[hint]}") from None
+
+
+def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Every leaf field below a dataclass: dotted name, type, default, docstring."""
+    docs = _field_docs(cls)
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from walk(hint, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, hint, f.default, docs[f.name]
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field, read from the source since Python drops it."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
+    docs = {}
+    for statement, after in itertools.pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            literal = after.value if isinstance(after, ast.Expr) else None
+            text = literal.value if isinstance(literal, ast.Constant) else ""
+            docs[statement.target.id] = " ".join(str(text).split())
+    return docs | {f.name: docs.get(f.name, "") for f in dataclasses.fields(cls)}
+
+
+def type_name(hint: Any) -> str:
+    """A field's type as a user reads it in `--help`."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(options)
+    if origin is tuple:
+        return f"{type_name(options[0])},..."
+    return str(hint) if isinstance(hint, types.UnionType) else hint.__name__
+
+
+def get(config: Config, dotted: str) -> Any:
+    """The value of a leaf field by its dotted name."""
+    node: Any = config
+    for part in dotted.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; raises UserError where the fields are not this version's."""
+
+    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+        hints = typing.get_type_hints(cls)
+        if unknown := values.keys() - hints.keys():
+            raise UserError(f"saved config: unknown field {prefix}{sorted(unknown)[0]}; written by another version")
+        built = {
+            name: build(hints[name], value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+        return cls(**built)
+
+    return build(Config, json.loads(text), "")
+
+
+def differences(saved: Config, given: Config) -> list[str]:
+    """Lines 'field: run has A, given B' for the fields that a resumed run must not change."""
+    return [
+        f"{name}: the run has {get(saved, name)!r}, given {get(given, name)!r}"
+        for name, _, _, _ in walk(Config)
+        if get(saved, name) != get(given, name) and name not in FREE_ON_RESUME and not name.startswith("layout.")
+    ]
+
+
+def nearest_divisor(total: int, wanted: int) -> int:
+    """The divisor of `total` closest to `wanted`."""
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - wanted))
+
+
+def validate(config: Config) -> Config:
+    """Return the config, or raise UserError that names field, value and the nearest right one."""
+    model, train = config.model, config.train
+    positive = "model.num_layers model.num_heads model.embed_dim model.seq_len model.vocab_size model.loss_chunk"
+    positive += " data.lanes data.max_chars data.threads train.batch_size train.total_tokens train.log_interval"
+    positive += " train.keep_last optimizer.learning_rate optimizer.clip_norm"
+    for name in positive.split():
+        if get(config, name) <= 0:
+            raise UserError(f"{name} = {get(config, name)}: must be positive; nearest 1")
+    at_least_zero = "optimizer.warmup_tokens optimizer.decay_tokens optimizer.weight_decay train.micro_batch_size"
+    at_least_zero += " train.ramp_start train.ramp_tokens train.eval_interval train.save_interval train.keep_every"
+    at_least_zero += " train.sample_interval optimizer.skip_spike_sigma"
+    for name in at_least_zero.split():
+        if get(config, name) < 0:
+            raise UserError(f"{name} = {get(config, name)}: must not be negative; nearest 0")
+    if not 0 <= model.dropout < 1:
+        raise UserError(
+            f"model.dropout = {model.dropout}: must lie in [0, 1); nearest {max(0, min(model.dropout, 0.9))}"
+        )
+    if model.embed_dim % model.num_heads:
+        near = nearest_divisor(model.embed_dim, model.num_heads)
+        raise UserError(
+            f"model.num_heads = {model.num_heads}: does not divide model.embed_dim = {model.embed_dim}; nearest {near}"
+        )
+    if not model.attention_pattern:
+        raise UserError("model.attention_pattern is empty; nearest dense")
+    unit = len(model.attention_pattern)
+    if model.num_layers % unit:
+        near = max(unit, round(model.num_layers / unit) * unit)
+        pattern = ",".join(model.attention_pattern)
+        raise UserError(
+            f"model.num_layers = {model.num_layers}: not a multiple of the pattern {pattern} ({unit}); nearest {near}"
+        )
+    if not 1 <= model.window <= model.seq_len and "banded" in model.attention_pattern:
+        near = min(max(model.window, 1), model.seq_len)
+        raise UserError(
+            f"model.window = {model.window}: must lie in 1..model.seq_len = {model.seq_len}; nearest {near}"
+        )
+    micro = config.micro_batch_size
+    if train.batch_size % micro:
+        near = nearest_divisor(train.batch_size, micro)
+        raise UserError(
+            f"train.micro_batch_size = {micro}: does not divide train.batch_size = {train.batch_size}; nearest {near}"
+        )
+    if train.ramp_start and (train.ramp_start % micro or train.ramp_start > train.batch_size):
+        near = min(max(micro, round(train.ramp_start / micro) * micro), train.batch_size)
+        raise UserError(
+            f"train.ramp_start = {train.ramp_start}: must be a multiple of the micro-batch {micro}, at most "
+            f"train.batch_size = {train.batch_size}; nearest {near}"
+        )
+    if micro % config.data.lanes:
+        near = nearest_divisor(micro, config.data.lanes)
+        raise UserError(
+            f"data.lanes = {config.data.lanes}: does not divide the micro-batch of {micro} sequences; nearest {near}"
+        )
+    if len(train.profile_steps) not in (0, 2):
+        raise UserError(f"train.profile_steps = {train.profile_steps}: give first and last step, such as 10,13")
+    return config

@@ -1,0 +1,276 @@
+"""Rows of tokens as a function of position: Grain shuffles, reads ahead and tokenises.
+
+- The order of records is one shuffle per epoch, by seed; record k of lane l is number k * lanes + l.
+- A lane joins its records, with an end-of-text token after each document, and cuts rows of T+1
+  tokens at stride T: a row's last token is the next row's first, so each is a target exactly once.
+- Row r of a micro-batch of b rows belongs to lane r // (b / lanes), so a process that holds a share
+  of the rows runs only the lanes it touches, and the sequence is the same for any number of processes.
+- A lane's position is one integer, so a stream resumes anywhere, on any number of processes.
+"""
+
+import atexit
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from gptjax.data.sources import Record
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+
+X = TypeVar("X")
+
+READ_AHEAD = 2  # records a thread holds ready; a record is at most data.max_chars characters
+NOT_RUN = -1  # the position of a lane that another process runs
+PADDING = -1  # the id in evaluation rows that is neither input nor target
+
+
+class Source(Protocol):
+    """What a stream needs of `gptjax.data.sources.TextSource`: records by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+class TokenStream:
+    """The endless training rows of one process.
+
+    `share` is (index, count): of `count` equal ranges of every micro-batch's rows this process holds
+    range `index`. `seed` None keeps the records in order. `positions` resumes: a position for each
+    lane, such as `merge_positions` gives. Raises UserError where the source has fewer than T+1 tokens.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        lanes: int,
+        seed: int | None,
+        threads: int = 1,
+        share: tuple[int, int] = (0, 1),
+        positions: Sequence[int] | None = None,
+    ):
+        _require_one_row(source, tokenizer, seq_len)
+        self.seq_len, self.lanes, self.share = seq_len, lanes, share
+        index, count = share
+        first, end = index * lanes // count, -((index + 1) * lanes // -count)
+        start = [0] * lanes if positions is None else list(positions)
+        if len(start) != lanes or min(start) < 0:
+            raise ValueError(f"{lanes} lanes need {lanes} positions of 0 or more, got {start}")
+        records = _tokenized(source, tokenizer, seed)
+        per_lane = max(1, threads // (end - first))
+        self._run = {lane: _Lane(records[lane::lanes], start[lane], per_lane) for lane in range(first, end)}
+
+    def batch(self, num_micro: int, micro_batch: int) -> np.ndarray:
+        """The next micro-batches, int32 [num_micro, rows of this process, T+1].
+
+        `micro_batch` counts the rows of all processes; it and `num_micro` may change at each call.
+        Raises ValueError where lanes or processes do not divide `micro_batch`.
+        """
+        index, count = self.share
+        if micro_batch % self.lanes or micro_batch % count:
+            raise ValueError(f"{self.lanes} lanes and {count} processes must divide a micro-batch of {micro_batch}")
+        per_lane, held = micro_batch // self.lanes, micro_batch // count
+        rows = [lane.rows(num_micro * per_lane, self.seq_len) for lane in self._run.values()]
+        joined = np.concatenate([r.reshape(num_micro, per_lane, -1) for r in rows], axis=1)
+        skip = index * held - min(self._run) * per_lane  # rows of the first lane that another process holds
+        return joined[:, skip : skip + held]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where each lane stands after the last batch; NOT_RUN for the lanes of other processes."""
+        return [self._run[lane].position if lane in self._run else NOT_RUN for lane in range(self.lanes)]
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        for lane in self._run.values():
+            lane.records.close()
+
+
+class _Lane:
+    """One packed stream. Its position is `record << 32 | offset`: the first token of the next row."""
+
+    def __init__(self, dataset: Any, position: int, threads: int):
+        self.record, self.offset = position >> 32, position & 0xFFFFFFFF
+        self.records = _iterate(dataset, threads)
+        self.records.set_state({"next_index": self.record})  # Grain starts at a record, not a token
+        self.held: deque[np.ndarray] = deque()  # tokens of records `record`, `record + 1`, ...
+
+    @property
+    def position(self) -> int:
+        return self.record << 32 | self.offset
+
+    def rows(self, count: int, seq_len: int) -> np.ndarray:
+        """The next `count` rows, int32 [count, seq_len + 1]."""
+        needed = count * seq_len + 1
+        available = sum(map(len, self.held)) - self.offset
+        while available < needed:
+            self.held.append(next(self.records))
+            available += len(self.held[-1])
+        rows = cut_rows(np.concatenate(self.held)[self.offset : self.offset + needed], seq_len)
+        self.offset += needed - 1
+        while self.offset >= len(self.held[0]):
+            self.offset -= len(self.held.popleft())
+            self.record += 1
+        return rows
+
+
+def cut_rows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """Tokens [N * seq_len + 1] as rows [N, seq_len + 1] that overlap by one token."""
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+
+
+def merge_positions(every: Sequence[Sequence[int]]) -> list[int]:
+    """The positions of all lanes, from the `positions` of all processes at the same step.
+
+    Raises ValueError where no process runs a lane, or two that share one disagree.
+    """
+    merged = []
+    for lane, values in enumerate(zip(*every, strict=True)):
+        found = set(values) - {NOT_RUN}
+        if len(found) != 1:
+            raise ValueError(f"lane {lane}: the processes report positions {sorted(values)}")
+        merged.append(found.pop())
+    return merged
+
+
+def eval_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    *,
+    limit: int = -1,
+    threads: int = 1,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[np.ndarray]:
+    """One pass in order: int32 [rows of this process, T+1] for each batch of `batch_size` rows.
+
+    Every token but the split's first is a target exactly once; the rows of the last batch are filled
+    up with PADDING, which is no id: mask it as a target and replace it as an input. `limit` is the
+    number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens, and
+    ValueError where the processes do not divide `batch_size`.
+    """
+    _require_one_row(source, tokenizer, seq_len)
+    index, count = share
+    if batch_size % count:
+        raise ValueError(f"{count} processes must divide a batch of {batch_size}")
+    mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    stride = batch_size * seq_len
+    records = _iterate(_tokenized(source, tokenizer, None, repeat=False), threads)
+    held: list[np.ndarray] = []
+    size = made = 0
+    try:
+        for tokens in records:
+            held.append(tokens)
+            size += len(tokens)
+            if size > stride:
+                joined = np.concatenate(held)
+                while len(joined) > stride and made != limit:
+                    yield cut_rows(joined[: stride + 1], seq_len)[mine]
+                    joined, made = joined[stride:], made + 1
+                held, size = [joined], len(joined)
+            if made == limit:
+                return
+        if size > 1:  # a single token is left where full batches end the split: it was their last target
+            padded = np.pad(np.concatenate(held), (0, stride + 1 - size), constant_values=PADDING)
+            yield cut_rows(padded, seq_len)[mine]
+    finally:
+        records.close()
+
+
+class Prefetcher(Iterator[X], Generic[X]):
+    """Calls `make` in a background thread, at most `depth` items ahead, and hands the items out in order.
+
+    An exception of `make` reaches the consumer in the place of its item, and ends the thread;
+    StopIteration ends the items. Close it, or use it in a `with`; at exit it closes itself.
+    """
+
+    def __init__(self, make: Callable[[], X], depth: int):
+        self._make = make
+        self._slots = threading.Semaphore(depth)
+        self._items: queue.SimpleQueue[tuple[X | None, BaseException | None]] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+        # A daemon that still talks to a device while the interpreter goes down would crash it.
+        atexit.register(self.close)
+
+    def _work(self) -> None:
+        while self._slots.acquire() and not self._closed:
+            try:
+                self._items.put((self._make(), None))
+            except BaseException as error:
+                self._items.put((None, error))
+                return
+
+    def __next__(self) -> X:
+        if self._closed:
+            raise StopIteration
+        item, error = self._items.get()
+        if error is not None:
+            self._items.put((None, error))  # for whoever asks again
+            raise error
+        self._slots.release()
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Stop the thread and wait for the item it is making."""
+        self._closed = True
+        self._slots.release()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> "Prefetcher[X]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _encode(record: Record, tokenizer: Tokenizer) -> np.ndarray:
+    """One record's tokens, int32 [N], N > 0."""
+    tokens = tokenizer.encode(record.text)
+    if record.last:
+        tokens.append(tokenizer.eot)
+    if not tokens:
+        raise ValueError("a record without text that ends no document would stall the stream")
+    return np.array(tokens, np.int32)
+
+
+def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, repeat: bool = True) -> Any:
+    """A Grain data set of every record's tokens in stream order, endless with `repeat`."""
+    import grain
+
+    dataset = grain.MapDataset.source(source)
+    if seed is not None:
+        dataset = dataset.seed(seed).shuffle()  # an index permutation: no memory, and new in each epoch
+    if repeat:
+        dataset = dataset.repeat()
+    return dataset.map(lambda record: _encode(record, tokenizer))
+
+
+def _iterate(dataset: Any, threads: int) -> Any:
+    """A Grain iterator that reads and tokenises ahead in threads."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def _require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
+    """Read just enough records to see that one row of T+1 tokens can be cut."""
+    total = 0
+    for index in range(len(source)):
+        total += len(_encode(source[index], tokenizer))
+        if total > seq_len:
+            return
+    raise UserError(
+        f"model.seq_len = {seq_len}: the split has only {total} tokens, a row takes {seq_len + 1}; "
+        f"lower it to {max(total - 1, 1)} or give more text"
+    )

@@ -1,0 +1,20 @@
+"""Chip facts that more than one room needs."""
+
+# Dense bfloat16 peak in FLOP/s by a part of jax's `device_kind`: vendor datasheets, and "How to Scale Your
+# Model" for TPUs. The first match wins.
+PEAK_FLOPS = {
+    "H200": 9.89e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "TPU v6": 9.18e14,
+    "TPU v5 lite": 1.97e14,
+    "TPU v5e": 1.97e14,
+    "TPU v5": 4.59e14,
+    "TPU v4": 2.75e14,
+    "TPU v3": 1.4e14,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device, or None for a device that is not listed (its MFU is then not printed)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

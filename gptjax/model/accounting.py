@@ -1,0 +1,33 @@
+"""Exact parameter and FLOP counts, without the padding that the hardware likes."""
+
+from gptjax.config import ModelConfig
+
+
+def num_params(config: ModelConfig) -> int:
+    """N = 12 L D² + 13 L D + (V + T) D + 2 D: weights, biases and two LayerNorms per layer, the tied
+    embedding, the learned positions and the final LayerNorm. 174,604,259,328 for GPT-3 175B."""
+    layers, dim = config.num_layers, config.embed_dim
+    return layers * (12 * dim**2 + 13 * dim) + (config.vocab_size + config.seq_len) * dim + 2 * dim
+
+
+def mean_keys(kind: str, seq_len: int, window: int) -> float:
+    """Keys that a query sees, averaged over positions: (T+1)/2 dense, W - W(W-1)/(2T) banded."""
+    if kind == "dense" or window >= seq_len:
+        return (seq_len + 1) / 2
+    return window - window * (window - 1) / (2 * seq_len)
+
+
+def train_flops_per_token(config: ModelConfig) -> float:
+    """Model FLOPs of forward and backward per token, counting causality and the band exactly.
+
+    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count.
+    """
+    matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
+    keys = sum(mean_keys(kind, config.seq_len, config.window) for kind in config.layer_kinds)
+    return 6 * matrices + 12 * config.embed_dim * keys
+
+
+def train_flops_per_token_palm(config: ModelConfig) -> float:
+    """The PaLM and Megatron convention, for comparison with older papers: every layer attends to all T keys."""
+    matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
+    return 6 * matrices + 12 * config.embed_dim * config.num_layers * config.seq_len

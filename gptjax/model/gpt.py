@@ -1,0 +1,206 @@
+"""GPT-3's decoder as Flax Linen modules used functionally: `init` and `apply` on plain pytrees.
+
+Every parameter names its logical axes; `constrain` is the only trace of parallelism, a function that pins
+an activation's layout by those names and is the identity by default. The model knows no mesh.
+Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab, L layers, U pattern units.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.config import ModelConfig
+from gptjax.model.attention import BACKENDS, cached
+
+Axes = tuple[str | None, ...]
+Constrain = Callable[[Array, Axes], Array]
+Cache = Any
+"""Per pattern unit and block: (keys, values), each [U, B, S, H, K]."""
+
+RESIDUAL: Axes = ("batch", "residual_length", None)
+# What each remat policy keeps for the backward pass; `full` keeps only the inputs of a unit.
+SAVED_NAMES = {"dots": ("qkv", "attention", "projection", "mlp_up"), "full": ()}
+
+
+def unconstrained(x: Array, axes: Axes) -> Array:
+    return x
+
+
+def named(init: Any, axes: Axes) -> Any:
+    """An initialiser whose array carries its logical axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over D in at least float32, eps 1e-5 as in GPT-2."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dim = x.shape[-1]
+        scale = self.param("scale", named(nn.initializers.ones, ("embed",)), (dim,))
+        bias = self.param("bias", named(nn.initializers.zeros, ("embed",)), (dim,))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the leading `num_in` axes of W.
+
+    The product is one plain [tokens, in] x [in, out] matrix product whatever the shape of W: the head axes stay
+    visible to the sharding rules, and the CPU backend runs plain products several times faster than batched ones.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    num_in: int
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel_init = named(nn.initializers.normal(self.std), self.axes)
+        kernel = self.param("kernel", kernel_init, self.shape).astype(x.dtype)
+        out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
+        bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
+        contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        return jax.lax.dot_general(x, kernel, (contracted, ((), ()))) + bias.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x)) (pre-LayerNorm)."""
+
+    config: ModelConfig
+    kind: str
+    backend: str
+    constrain: Constrain
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache, start: Any) -> tuple[Array, Cache]:
+        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]."""
+        c = self.config
+        heads, head_dim = c.num_heads, c.head_dim
+        residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
+        window = c.window if self.kind == "banded" else None
+        qkv_shape, qkv_axes = (c.embed_dim, 3, heads, head_dim), ("embed", None, "heads", "head_dim")
+
+        h = self.constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
+        qkv = Linear(qkv_shape, qkv_axes, 1, 0.02, name="qkv")(h)  # [B, T, 3, H, K]
+        qkv = checkpoint_name(self.constrain(qkv, ("batch", "length", None, "heads", None)), "qkv")
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if cache is None:
+            h = BACKENDS[self.backend](q, k, v, window)
+        else:
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = keys, values
+            h = cached(q, keys, values, start, window)
+        h = checkpoint_name(self.constrain(h, ("batch", "length", "heads", None)), "attention")
+        out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
+        h = checkpoint_name(Linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
+        x = self.constrain(x + self._dropout(h), RESIDUAL)
+
+        h = self.constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
+        h = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
+        h = jax.nn.gelu(checkpoint_name(self.constrain(h, ("batch", "length", "mlp")), "mlp_up"))
+        h = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
+        return self.constrain(x + self._dropout(h), RESIDUAL), cache
+
+    def _dropout(self, x: Array) -> Array:
+        return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+
+
+class Unit(nn.Module):
+    """One repeat of the attention pattern: the body that the scan over layers repeats."""
+
+    config: ModelConfig
+    backend: str
+    constrain: Constrain
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache, start: Any) -> tuple[Array, Cache]:
+        new_cache = []
+        for i, kind in enumerate(self.config.attention_pattern):
+            block = Block(self.config, kind, self.backend, self.constrain, self.deterministic, name=f"block_{i}")
+            x, block_cache = block(x, None if cache is None else cache[i], start)
+            new_cache.append(block_cache)
+        return x, None if cache is None else tuple(new_cache)
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, U units, a final LayerNorm. The tied head lives in `loss.logits`."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    backend: str
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(
+        self, tokens: Array, *, cache: Cache = None, start: Array | None = None, deterministic: bool = True
+    ) -> tuple[Array, Array, Cache]:
+        """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache."""
+        c = self.config
+        table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
+        places = named(nn.initializers.normal(0.02), (None, "embed"))
+        embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim)).astype(self.dtype)
+        positions = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
+        # Gathered over fsdp once, here: a lookup in a table split along D would reshard every token instead.
+        embedding = self.constrain(embedding, ("vocab", None))
+        length = tokens.shape[1]
+        here = positions[:length] if start is None else jax.lax.dynamic_slice_in_dim(positions, start, length)
+        x = self.constrain(embedding[tokens] + here, RESIDUAL)
+        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+
+        unit = Unit
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
+            unit = nn.remat(Unit, policy=policy, prevent_cse=not c.scan_layers)
+        settings = (c, self.backend, self.constrain, deterministic)
+        units = c.num_layers // len(c.attention_pattern)
+        if c.scan_layers:
+            scanned = nn.scan(
+                unit,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=units,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, cache = scanned(*settings, name="units")(x, cache, start)
+        else:
+            new_cache = []
+            for i in range(units):
+                here_cache = None if cache is None else jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start)
+                new_cache.append(unit_cache)
+            cache = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_cache)
+        return LayerNorm(name="norm_final")(x), embedding, cache
+
+
+def forward(model: GPT, params: Any, tokens: Array, **kwargs: Any) -> tuple[Array, Array, Cache]:
+    """`model` as a pure function of plain parameters; see GPT.__call__."""
+    return model.apply({"params": params}, tokens, **kwargs)  # type: ignore[return-value]
+
+
+def empty_cache(config: ModelConfig, batch: int, dtype: jnp.dtype) -> Cache:
+    """A zeroed cache of seq_len slots per layer."""
+    units = config.num_layers // len(config.attention_pattern)
+    shape = (units, batch, config.seq_len, config.num_heads, config.head_dim)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.attention_pattern)
+
+
+def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, float32 on CPU."""
+    if config.dtype == "auto":
+        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype(config.dtype)

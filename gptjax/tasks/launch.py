@@ -1,0 +1,111 @@
+"""From a config or a run folder to a running stage: devices, mesh, tokenizer and task put together."""
+
+import json
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from gptjax.config import Config
+from gptjax.data.sources import open_source
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.infer.sampling import Sampling, generate
+from gptjax.model.attention import choose_backend
+from gptjax.model.gpt import compute_dtype
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
+from gptjax.train.checkpoint import restore_params
+from gptjax.train.loop import fit
+from gptjax.train.run import TOKENIZER, new_run, open_run
+
+SPEC = "spec.json"
+
+
+def train(config: Config, resume: Path | None) -> int:
+    """Run pretraining to its end; returns the exit status (128 + the signal that stopped it, or 0)."""
+    prepare(config)
+    layout = Layout(make_mesh(config), rule_table(config.layout))
+    tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
+    check_vocabulary(config, tokenizer)
+    for split in (config.data.train_split, config.data.eval_split):
+        open_source(config.data, split)  # whatever is wrong with the text shows before a run folder exists
+    run = resume or new_run(config)
+    if not resume and jax.process_index() == 0:
+        save_tokenizer(tokenizer, run)
+    platform = jax.default_backend()
+    task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
+    number = fit(config, task, layout, run, resume is not None, _facts(config, platform, tokenizer, run))
+    if jax.process_index() == 0:
+        print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
+    return 128 + number if number else 0
+
+
+def next_commands(run: Path, stopped: bool) -> str:
+    """What a user would type next, ready to paste."""
+    folder = shlex.quote(str(run))
+    more = "" if stopped else " --train.total_tokens N"
+    return (
+        f"  resume  gptjax train --resume {folder}{more}\n"
+        f"  sample  gptjax sample {folder} --prompt 'def '\n"
+        f"  plot    gptjax report {folder}"
+    )
+
+
+def prepare(config: Config) -> None:
+    """Process-wide settings of JAX, before the first computation."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at INFO and WARNING
+    if config.train.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def save_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
+    folder = run / TOKENIZER
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    (folder / SPEC).write_text(json.dumps(tokenizer.spec))
+
+
+def saved_tokenizer(run: Path) -> Tokenizer:
+    """The run's own copy, so that a run folder samples and resumes wherever it is moved."""
+    folder = run / TOKENIZER
+    return load_tokenizer(json.loads((folder / SPEC).read_text()).format(folder))
+
+
+def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
+    """Continuations of a prompt by the newest checkpoint of a run."""
+    run, config = open_run(folder)
+    prepare(config)
+    tokenizer = saved_tokenizer(run)
+    task = Pretrain(config, build_model(config, jax.default_backend()), tokenizer)
+    params = restore_params(run, nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    ids = tokenizer.encode(prompt)
+    made = generate(task.model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
+    return [tokenizer.decode(row.tolist()) for row in made]
+
+
+def describe_data(config: Config) -> str:
+    """Records and the first text of each split, after building what is not built yet."""
+    lines = []
+    for split in (config.data.train_split, config.data.eval_split):
+        source = open_source(config.data, split)
+        lines.append(f"{source.name} {split}: {len(source):,} records; the first begins {source[0].text[:60]!r}")
+    return "\n".join(lines)
+
+
+def _facts(config: Config, platform: str, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+    name, reason = choose_backend(config.model.attention, platform)
+    source = open_source(config.data, config.data.train_split)
+    return {
+        "attention": f"{name}: {reason}",
+        "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
+        "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
+        f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
+        f"(padded to {config.model.padded_vocab_size:,})",
+        "run": str(run),
+    }

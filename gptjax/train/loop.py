@@ -1,0 +1,335 @@
+"""The one train loop. A stage brings a `Task`; batches, steps, logs, checkpoints and signals are here."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from gptjax.config import Config
+from gptjax.data.stream import Prefetcher, TokenStream, merge_positions
+from gptjax.errors import UserError
+from gptjax.hardware import peak_flops
+from gptjax.model.accounting import num_params, train_flops_per_token
+from gptjax.sharding.mesh import MESH_AXES
+from gptjax.sharding.rules import Layout
+from gptjax.train.checkpoint import Checkpoints, Position
+from gptjax.train.metrics import Clock, Reporter
+from gptjax.train.run import LOG
+from gptjax.train.schedule import learning_rate, steps, total_steps
+from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step
+
+PREFETCH = 2  # batches ready on the devices ahead of the step
+
+
+class Task(Protocol):
+    """What a stage supplies."""
+
+    @property
+    def loss(self) -> LossFn: ...
+    def init(self, key: Array) -> Params: ...
+    def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream: ...
+    def evaluate(
+        self, params: Params, place: Callable[[np.ndarray], Array], share: tuple[int, int]
+    ) -> dict[str, float]: ...
+    def sample(self, params: Params) -> str: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input on the devices, and where the run stands once it is consumed."""
+
+    tokens: Array  # [M, b, T+1]
+    num_micro: int
+    start: Position
+    after: Position
+
+
+def fit(config: Config, task: Task, layout: Layout, run: Path, resume: bool, facts: dict[str, Any]) -> int:
+    """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
+
+    Raises UserError for anything the user can mend.
+    """
+    abstract = abstract_state(config, task.init)
+    shardings = layout.shardings(abstract)
+    checkpoints = Checkpoints(run, config)
+    if resume:
+        state, position = checkpoints.restore(_sharded(abstract, shardings), _warn)
+    else:
+        state, position = init_state(config, task.init, layout), Position()
+    first = jax.process_index() == 0
+    reporter = Reporter(
+        run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None
+    )
+    try:
+        _announce(config, layout, reporter, position, facts)
+        with _signals() as stop:
+            return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop)
+    finally:
+        reporter.close()
+        checkpoints.close()
+
+
+def _loop(
+    config: Config,
+    task: Task,
+    layout: Layout,
+    shardings: Any,
+    state: Any,
+    position: Position,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    run: Path,
+    stop: "StopFlag",
+) -> int:
+    """From `position` on; every periodic action is a function of the step."""
+    train = config.train
+    batch_sharding = layout.sharding((None, "batch", None))
+    share = process_share(batch_sharding, config.micro_batch_size)
+    rows_sharding = layout.sharding(("batch", None))
+
+    def place_rows(rows: np.ndarray) -> Array:
+        shape = (config.micro_batch_size, rows.shape[-1])
+        return jax.make_array_from_process_local_data(rows_sharding, rows, shape)
+
+    def evaluate(step: int) -> None:
+        with clock.pause():
+            figures = task.evaluate(state.params, place_rows, share)
+            reporter.record("eval", step, **figures)
+            reporter.say(f"step {step}  eval  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    clock = Clock()
+    meter = Meter(config, reporter, clock, position)
+    ended = position.tokens >= train.total_tokens
+    batches = _batches(config, task, batch_sharding, share, position)
+    with Prefetcher(lambda: next(batches), PREFETCH) as ahead:
+        step_fn = None
+        while not ended:
+            batch = next(ahead)
+            done = batch.after.step
+            _profile(train.profile_steps, batch.start.step, run, state)
+            lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
+            arguments = (state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
+            if step_fn is None:
+                with clock.pause():
+                    step_fn = _compile(config, task, shardings, layout, arguments, reporter)
+            state, metrics = step_fn(*arguments)
+            ended = batch.after.tokens >= train.total_tokens
+            meter.add(done, batch.after.tokens, float(lr), metrics)
+            stopping = stop.agreed(done)
+            if ended or stopping or (train.save_interval and done % train.save_interval == 0):
+                meter.flush()
+                with clock.pause():
+                    if checkpoints.save(state, batch.after):
+                        reporter.record("save", done)
+            if stopping:
+                break
+            if train.eval_batches and (ended or (train.eval_interval and done % train.eval_interval == 0)):
+                meter.flush()
+                evaluate(done)
+            if train.sample_interval and (ended or done % train.sample_interval == 0):
+                with clock.pause():
+                    text = task.sample(state.params)
+                    reporter.record("sample", done, text=text)
+                    reporter.say(f"step {done}  sample\n{text}")
+        meter.flush()
+        checkpoints.wait()
+    return stop.number
+
+
+def _compile(config: Config, task: Task, shardings: Any, layout: Layout, arguments: Any, reporter: Reporter) -> Any:
+    """The step, compiled ahead of its first run so that the time is known and not counted as training."""
+    started = time.perf_counter()
+    compiled = make_step(config, task.loss, shardings, layout).lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    reporter.say(f"step compiled in {seconds:.1f} s")
+    return compiled
+
+
+def _batches(
+    config: Config, task: Task, sharding: NamedSharding, share: tuple[int, int], position: Position
+) -> Iterator[Batch]:
+    """Every step's batch, on the devices; runs in the prefetch thread."""
+    stream = task.stream(position.data, share)
+    micro, most = config.micro_batch_size, config.max_accumulation
+    try:
+        for step, tokens, size in steps(config, position.step, position.tokens):
+            num_micro = size // micro
+            rows = stream.batch(num_micro, micro)
+            # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
+            rows = np.pad(rows, ((0, most - num_micro), (0, 0), (0, 0)))
+            shape = (most, micro, config.model.seq_len + 1)
+            placed = jax.make_array_from_process_local_data(sharding, rows, shape)
+            data = tuple(_all_positions(stream))
+            after = Position(step + 1, tokens + size * config.model.seq_len, data)
+            yield Batch(placed, num_micro, Position(step, tokens), after)
+    finally:
+        stream.close()
+
+
+def _all_positions(stream: TokenStream) -> list[int]:
+    if jax.process_count() == 1 or stream.lanes == 1:
+        return stream.positions
+    halves = np.array(stream.positions, np.int64).view(np.int32)  # JAX moves 32-bit words unless x64 is on
+    every = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.int64)
+    return merge_positions(every.tolist())
+
+
+def process_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """(index, count): of `count` equal ranges of a micro-batch's rows, this process holds range `index`."""
+    every: Any = sharding.addressable_devices_indices_map((1, rows, 1)).values()
+    held = {range(*index[1].indices(rows)) for index in every}
+    low, high = min(r.start for r in held), max(r.stop for r in held)
+    if sum(map(len, held)) != high - low or rows % (high - low) or low % (high - low):
+        raise UserError(
+            f"layout: the rows of process {jax.process_index()} are not one range of the batch; put data and fsdp "
+            "before tensor on the hosts (let layout.tensor divide the devices of a host)"
+        )
+    return low // (high - low), rows // (high - low)
+
+
+class Meter:
+    """Turns the steps' metrics into log records without making the step wait: a window is fetched only
+    once the step after it is queued."""
+
+    def __init__(self, config: Config, reporter: Reporter, clock: Clock, position: Position):
+        self._config, self._reporter, self._clock = config, reporter, clock
+        self._window: list[dict[str, Array]] = []
+        self._due: tuple[int, int, float, list[dict[str, Array]]] | None = None
+        self._tokens, self._seconds = position.tokens, 0.0
+        self._skipped: int | None = None
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+
+    def add(self, step: int, tokens: int, lr: float, metrics: dict[str, Array]) -> None:
+        if self._due is not None:
+            self._emit()
+        self._window.append(metrics)
+        if step % self._config.train.log_interval == 0:
+            self._due, self._window = (step, tokens, lr, self._window), []
+
+    def flush(self) -> None:
+        """Emit what is due, as before a pause."""
+        if self._due is not None:
+            self._emit()
+
+    def _emit(self) -> None:
+        assert self._due is not None
+        step, tokens, lr, window = self._due
+        self._due = None
+        fetched = jax.device_get(window)
+        losses = np.array([m["loss"] for m in fetched], np.float64)
+        finite = losses[np.isfinite(losses)]
+        skipped = int(fetched[-1]["skipped"])
+        if not finite.size:
+            raise UserError(
+                f"step {step}: the loss of every one of the last {len(losses)} steps was {losses[-1]}; resume from the "
+                "last checkpoint with a lower optimizer.learning_rate, in a new run"
+            )
+        seconds = self._clock.seconds()
+        rate = (tokens - self._tokens) / (seconds - self._seconds)
+        self._tokens, self._seconds = tokens, seconds
+        flops = train_flops_per_token(self._config.model) * rate
+        self._reporter.train(
+            step,
+            tokens,
+            max(0.0, self._config.train.total_tokens - tokens) / rate,
+            loss=float(finite.mean()),
+            grad_norm=float(fetched[-1]["grad_norm"]),
+            lr=lr,
+            tokens_per_s=rate,
+            mfu=flops / self._peak if self._peak else None,
+            skipped=skipped,
+            seconds=seconds,
+        )
+
+
+def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
+    """The plain facts before the first step."""
+    params, step_tokens = num_params(config.model), config.train.batch_size * config.model.seq_len
+    degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
+    device = jax.devices()[0]
+    pattern = ",".join(config.model.attention_pattern)
+    lines = {
+        "model": f"{params:,} parameters, {config.model.num_layers} layers of {pattern}, "
+        f"{train_flops_per_token(config.model):.3e} FLOPs per token (causality and band counted exactly)",
+        "devices": f"{jax.device_count()} x {device.device_kind}, layout {degrees or 'single device'}",
+        "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "
+        f"{config.max_accumulation} micro-batch(es)"
+        + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
+        "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "
+        f"{config.train.total_tokens / params:.1f} tokens per parameter",
+    }
+    if peak_flops(device.device_kind) is None:
+        lines["mfu"] = f"not shown: no peak is listed for {device.device_kind}"
+    for name, text in (lines | facts).items():
+        reporter.say(f"{name:<10}{text}")
+    reporter.record("start", position.step, **lines, **facts)
+    if position.step:
+        reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
+
+
+def _sharded(abstract: Any, shardings: Any) -> Any:
+    """Plain shapes that say where a restored array belongs."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(abstract),
+        shardings,
+    )
+
+
+def _profile(steps: tuple[int, ...], step: int, run: Path, state: Any) -> None:
+    """Trace the steps from the first to the last of the pair, into RUN/profile."""
+    if not steps:
+        return
+    if step == steps[0]:
+        jax.profiler.start_trace(str(run / "profile"))
+    if step == steps[1] + 1:
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once."""
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def agreed(self, step: int) -> bool:
+        """Whether all processes stop after this step: one that hears of it alone would leave the others waiting."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.number = signal.SIGTERM
+        return bool(self.number)
+
+
+@contextmanager
+def _signals() -> Iterator[StopFlag]:
+    """Several processes leave the signals to jax.distributed, which tells all of them of one process's SIGTERM."""
+    stop = StopFlag()
+    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _warn(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""Learning rate and batch size as pure functions of tokens seen (GPT-3, appendix B): no hidden state to resume."""
+
+import math
+from collections.abc import Iterator
+
+from gptjax.config import Config, OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, tokens: int) -> float:
+    """Linear warm-up from 0, cosine to final_ratio of the peak at decay_tokens, constant afterwards."""
+    peak, floor = config.learning_rate, config.learning_rate * config.final_ratio
+    if tokens < config.warmup_tokens:
+        return peak * tokens / config.warmup_tokens
+    if tokens >= config.decay_tokens:
+        return floor
+    progress = (tokens - config.warmup_tokens) / (config.decay_tokens - config.warmup_tokens)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batch_size(config: Config, tokens: int) -> int:
+    """Sequences of the step that starts at `tokens`: the linear ramp, rounded down to whole micro-batches.
+
+    The ramp changes the number of micro-batches, never a compiled shape.
+    """
+    full, start = config.train.batch_size, config.train.ramp_start
+    if not start or tokens >= config.train.ramp_tokens:
+        return full
+    exact = start + (full - start) * tokens / config.train.ramp_tokens
+    return int(exact // config.micro_batch_size) * config.micro_batch_size
+
+
+def steps(config: Config, step: int, tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(step, tokens before it, its batch size) from a position to the end of training."""
+    while tokens < config.train.total_tokens:
+        size = batch_size(config, tokens)
+        yield step, tokens, size
+        step, tokens = step + 1, tokens + size * config.model.seq_len
+
+
+def total_steps(config: Config) -> int:
+    """Steps of the whole run: the ramp is walked, the constant rest divided (GPT-3 175B: 109,148)."""
+    step = tokens = 0
+    while tokens < min(config.train.ramp_tokens, config.train.total_tokens) and config.train.ramp_start:
+        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.model.seq_len
+    left = max(0, config.train.total_tokens - tokens)
+    return step + -(-left // (config.train.batch_size * config.model.seq_len))

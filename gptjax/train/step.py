@@ -1,0 +1,146 @@
+"""The state of training and the one jitted step that every stage shares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from gptjax.config import Config, OptimizerConfig
+from gptjax.sharding.rules import Layout, leaf_name
+
+Params = Any
+Metrics = dict[str, Array]
+LossFn = Callable[[Params, Array, Array], tuple[Array, Array]]
+"""(params, tokens [b, T+1], dropout key) -> (summed loss in nats, number of targets)."""
+
+SPIKE_WARMUP = 100  # accepted steps before the running loss statistics may reject one
+SPIKE_DECAY = 0.99  # about the last 100 steps
+
+
+class TrainState(struct.PyTreeNode):
+    """What a checkpoint holds on the devices. The position (step, tokens, data) is kept by the host."""
+
+    params: Params
+    opt_state: Any
+    accepted: Array
+    """int32: steps that changed the parameters."""
+    skipped: Array
+    """int32: steps left out because of a spike or a non-finite value."""
+    loss_mean: Array
+    loss_square: Array
+    """Running moments of the loss, for the spike test."""
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
+    )
+
+
+def is_decayed(params: Params) -> Any:
+    """True for matrices and embeddings, False for biases and LayerNorm scales, whatever the stacking."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: leaf_name(path).split("/")[-1] not in ("bias", "scale"), params
+    )
+
+
+def abstract_state(config: Config, init: Callable[[Array], Params]) -> TrainState:
+    """Shapes of the whole state, each leaf boxed with its logical axes; nothing is allocated."""
+    return jax.eval_shape(lambda key: _initial(config, init(key)), jax.random.key(0))
+
+
+def _initial(config: Config, params: Params) -> TrainState:
+    return TrainState(
+        params=params,
+        opt_state=make_optimizer(config.optimizer).init(params),
+        accepted=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        loss_mean=jnp.zeros(()),
+        loss_square=jnp.zeros(()),
+    )
+
+
+def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) -> TrainState:
+    """The initial state, each array born with its sharding. Equal on every layout."""
+    shardings = layout.shardings(abstract_state(config, init))
+    make = jax.jit(lambda key: nn.unbox(_initial(config, init(key))), out_shardings=shardings)
+    return make(jax.random.key(config.train.seed))
+
+
+def make_step(config: Config, loss_fn: LossFn, shardings: Any, layout: Layout) -> Any:
+    """jit of (state, tokens [M, b, T+1], lr, num_micro, step) -> (state, metrics); the state is donated.
+
+    Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape.
+    """
+    optimizer = make_optimizer(config.optimizer)
+
+    def step(state: TrainState, tokens: Array, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), index)
+        loss, grads = _mean_gradient(loss_fn, state.params, tokens, num_micro, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        grad_norm = optax.global_norm(grads)
+        mean, square = _moments(state, loss)
+        new = state.replace(
+            params=params, opt_state=opt_state, accepted=state.accepted + 1, loss_mean=mean, loss_square=square
+        )
+        new = _guard(config.optimizer, state, new, loss, grad_norm)
+        return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped}
+
+    scalar = layout.sharding(())
+    batch = layout.sharding((None, "batch", None))
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch, scalar, scalar, scalar),
+        out_shardings=(shardings, scalar),
+        donate_argnums=0,
+    )
+
+
+def _mean_gradient(
+    loss_fn: LossFn, params: Params, tokens: Array, num_micro: Array, key: Array
+) -> tuple[Array, Params]:
+    """Mean loss and its gradient over the targets of the first num_micro micro-batches."""
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def add(i: Array | int, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, gradient(params, tokens[i], jax.random.fold_in(key, i)))
+
+    if tokens.shape[0] == 1:
+        (loss, count), grads = gradient(params, tokens[0], jax.random.fold_in(key, 0))
+    else:
+        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params)
+        (loss, count), grads = jax.lax.fori_loop(0, num_micro, add, zeros)
+    return loss / count, jax.tree.map(lambda g: g / count, grads)
+
+
+def _moments(state: TrainState, loss: Array) -> tuple[Array, Array]:
+    """Running mean of the loss and of its square; the first steps average plainly."""
+    decay = jnp.minimum(SPIKE_DECAY, state.accepted / (state.accepted + 1.0))
+    return (
+        decay * state.loss_mean + (1 - decay) * loss,
+        decay * state.loss_square + (1 - decay) * loss**2,
+    )
+
+
+def _guard(config: OptimizerConfig, old: TrainState, new: TrainState, loss: Array, grad_norm: Array) -> TrainState:
+    """The new state, or the old one with the skip counted."""
+    if not config.skip_nonfinite and not config.skip_spike_sigma:
+        return new
+    good = jnp.array(True)
+    if config.skip_nonfinite:
+        good &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if config.skip_spike_sigma:
+        deviation = jnp.sqrt(jnp.maximum(old.loss_square - old.loss_mean**2, 0))
+        spike = loss > old.loss_mean + config.skip_spike_sigma * deviation
+        good &= ~(spike & (old.accepted >= SPIKE_WARMUP))
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    return kept.replace(skipped=old.skipped + ~good)
