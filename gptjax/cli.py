@@ -1,6 +1,7 @@
 """`gptjax VERB ...`: one verb per user goal. Errors of the user's making are one line and exit status 1."""
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -35,10 +36,25 @@ def run(arguments: list[str]) -> int:
     _data_parser(verbs)
     _tokenizer_parser(verbs)
     _bench_parser(verbs)
+    fields, arguments = split_overrides(arguments)
     known, rest = parser.parse_known_args(arguments)
-    if rest and not known.overrides:
-        raise UserError(f"{rest[0]}: gptjax {known.verb} has no such argument; see gptjax {known.verb} --help")
-    return int(known.run(known, rest) or 0)
+    if (rest or fields) and not known.overrides:
+        raise UserError(f"{(rest or fields)[0]}: gptjax {known.verb} has no such argument; see its --help")
+    return int(known.run(known, rest + fields) or 0)
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(config fields with their values, the rest): argparse would take a field's value for a positional."""
+    sections = {f.name for f in dataclasses.fields(Config)}
+    fields, rest, left = [], [], list(arguments)
+    while left:
+        flag = left.pop(0)
+        name, equals, _ = flag.removeprefix("--").partition("=")
+        if flag.startswith("--") and (name in sections or "." in name):
+            fields += [flag] if equals or not left else [flag, left.pop(0)]
+        else:
+            rest.append(flag)
+    return fields, rest
 
 
 def _add(verbs: Any, name: str, run: Any, text: str, overrides: bool = False, epilog: str = "") -> Any:
@@ -59,12 +75,11 @@ def _train_parser(verbs: Any) -> None:
     parser = _add(verbs, "train", _train, text, overrides=True, epilog=field_help() if "--help" in sys.argv else "")
     parser.add_argument("config", nargs="?", help="a file of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder to go on with, exactly where it stopped")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes: join the others first")
 
 
 def field_help() -> str:
     """Every field: dotted name, type, default, docstring."""
-    import dataclasses
-
     lines = ["fields:"]
     for name, hint, default, text in walk(Config):
         shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
@@ -83,7 +98,8 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
 
     if known.resume is None and known.config is None:
         raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
-    return train(_resolve(known, overrides), Path(known.resume) if known.resume else None)
+    config = _resolve(known, overrides)
+    return train(config, Path(known.resume) if known.resume else None, distributed=known.distributed)
 
 
 def _resolve(known: argparse.Namespace, overrides: list[str]) -> Config:

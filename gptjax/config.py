@@ -399,6 +399,9 @@ def validate(config: Config) -> Config:
     for name in at_least_zero.split():
         if get(config, name) < 0:
             raise UserError(f"{name} = {get(config, name)}: must not be negative; nearest 0")
+    for name in ("data.seed", "train.seed"):
+        if not 0 <= get(config, name) < 2**32:
+            raise UserError(f"{name} = {get(config, name)}: must lie in 0..4294967295; nearest 0")
     if not 0 <= model.dropout < 1:
         raise UserError(
             f"model.dropout = {model.dropout}: must lie in [0, 1); nearest {max(0, min(model.dropout, 0.9))}"

@@ -12,12 +12,14 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
@@ -25,7 +27,8 @@ from gptjax.errors import UserError
 FORMAT_VERSION = "1.0.0"  # part of the digest: raise it when the records of the same files change
 BLOCK_BYTES = 1 << 20
 BATCH_RECORDS = 256  # records between two rewrites of the data set's metadata
-NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+# Not library code, or tables rather than text that reads as Python.
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def _tfds_builder(config: DataConfig) -> Any:
     if config.text_field not in builder.info.features:  # better before the download than after
         raise _no_field(config, config.source, builder.info.features)
     try:
+        if not builder.is_prepared():
+            for host in {urlsplit(url).hostname for url in builder.url_infos}:
+                socket.getaddrinfo(host, None)  # without network TFDS would retry for minutes before it says so
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # whatever a download, an archive or a data set's own code can raise
         raise UserError(
@@ -171,7 +177,8 @@ def _find(config: DataConfig) -> tuple[str, list[Path]]:
         names: list[str] = []
         for folder, inner, leaves in os.walk(root):
             inner[:] = set(inner) - NOT_STDLIB  # os.walk goes no deeper than these
-            names += [(Path(folder) / leaf).relative_to(root).as_posix() for leaf in leaves if leaf.endswith(".py")]
+            sources = (leaf for leaf in leaves if leaf.endswith(".py") and not leaf.startswith("_sysconfigdata"))
+            names += [(Path(folder) / leaf).relative_to(root).as_posix() for leaf in sources]
         # In the order of a hash every slice is a fair sample of the whole.
         return "stdlib", [root / name for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())]
     path = Path(config.source).expanduser()

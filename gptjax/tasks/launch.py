@@ -1,6 +1,5 @@
 """From a config or a run folder to a running stage: devices, mesh, tokenizer and task put together."""
 
-import json
 import logging
 import os
 import shlex
@@ -21,22 +20,24 @@ from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
 from gptjax.train.checkpoint import restore_params
 from gptjax.train.loop import fit
-from gptjax.train.run import TOKENIZER, new_run, open_run
-
-SPEC = "spec.json"
+from gptjax.train.run import new_run, open_run, saved_tokenizer
 
 
-def train(config: Config, resume: Path | None) -> int:
-    """Run pretraining to its end; returns the exit status (128 + the signal that stopped it, or 0)."""
+def train(config: Config, resume: Path | None, *, distributed: bool = False) -> int:
+    """Run pretraining to its end; returns the exit status (128 + the signal that stopped it, or 0).
+
+    `distributed` joins the other processes first: jax.distributed finds them on TPU pods and under SLURM, and
+    elsewhere through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
     prepare(config)
+    if distributed:
+        jax.distributed.initialize()
     layout = Layout(make_mesh(config), rule_table(config.layout))
     tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     for split in (config.data.train_split, config.data.eval_split):
         open_source(config.data, split)  # whatever is wrong with the text shows before a run folder exists
-    run = resume or new_run(config)
-    if not resume and jax.process_index() == 0:
-        save_tokenizer(tokenizer, run)
+    run = resume or new_run(config, tokenizer)
     platform = jax.default_backend()
     task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
     number = fit(config, task, layout, run, resume is not None, _facts(config, platform, tokenizer, run))
@@ -62,19 +63,6 @@ def prepare(config: Config) -> None:
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def save_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
-    folder = run / TOKENIZER
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(folder)
-    (folder / SPEC).write_text(json.dumps(tokenizer.spec))
-
-
-def saved_tokenizer(run: Path) -> Tokenizer:
-    """The run's own copy, so that a run folder samples and resumes wherever it is moved."""
-    folder = run / TOKENIZER
-    return load_tokenizer(json.loads((folder / SPEC).read_text()).format(folder))
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax's manager, a position that the host keeps, and a fingerprint against silent damage."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -75,21 +76,22 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not _is_storage(error):
+            if (reason := _storage_reason(error)) is None:
                 raise
             safe = [step for step in self._manager.all_steps() if (self._folder / str(step)).is_dir()]
             last = f"the last complete one is step {max(safe)}" if safe else "none is complete yet"
             raise UserError(
-                f"checkpoint in {self._folder}: cannot write ({_storage_reason(error)}); {last}; free space and resume"
+                f"checkpoint in {self._folder}: cannot write ({reason}); {last}; free space and resume"
             ) from error
 
-    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position]:
-        """The newest intact checkpoint, laid out as the shardings of `abstract` say.
+    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position] | None:
+        """The newest intact checkpoint, laid out as the shardings of `abstract` say; None before the first save.
 
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used.
-        Raises UserError when none is left.
+        Raises UserError when damage left none.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        saved = sorted(self._manager.all_steps(), reverse=True)
+        for step in saved:
             try:
                 return self._restore(step, abstract)
             except UserError:
@@ -98,7 +100,9 @@ class Checkpoints:
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 warn(f"checkpoint {self._folder / str(step)} is damaged ({reason}); using the one before it")
                 self._set_aside(step)
-        raise UserError(f"{self._folder}: no intact checkpoint; start a new run")
+        if saved or list(self._folder.glob("*.damaged")):
+            raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
+        return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, Position]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -150,24 +154,10 @@ def fingerprint(state: Any) -> list[int]:
     return [int(x) for x in np.asarray(sums(jax.tree.leaves(state)))]
 
 
-def _is_storage(error: BaseException) -> bool:
-    return any(
-        word in _chain(error) for word in ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED")
-    )
-
-
-def _storage_reason(error: BaseException) -> str:
-    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        if (text := errno.errorcode[code]) and _STRERROR[code] in _chain(error):
-            return f"{text}: {_STRERROR[code]}"
-    return "storage exhausted"
-
-
-_STRERROR = {
-    errno.ENOSPC: "No space left on device",
-    errno.EFBIG: "File too large",
-    errno.EDQUOT: "Disk quota exceeded",
-}
+def _storage_reason(error: BaseException) -> str | None:
+    """Why the storage refused a write, None if the error is of another kind."""
+    reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
+    return next((reason for reason in reasons if reason in _chain(error)), None)
 
 
 def _chain(error: BaseException | None) -> str:

@@ -64,10 +64,8 @@ def fit(config: Config, task: Task, layout: Layout, run: Path, resume: bool, fac
     abstract = abstract_state(config, task.init)
     shardings = layout.shardings(abstract)
     checkpoints = Checkpoints(run, config)
-    if resume:
-        state, position = checkpoints.restore(_sharded(abstract, shardings), _warn)
-    else:
-        state, position = init_state(config, task.init, layout), Position()
+    restored = checkpoints.restore(_sharded(abstract, shardings), _warn) if resume else None
+    state, position = restored or (init_state(config, task.init, layout), Position())
     first = jax.process_index() == 0
     reporter = Reporter(
         run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None

@@ -1,0 +1,77 @@
+"""Eight virtual CPU devices for every test; set before JAX starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+settings.register_profile("compiling", deadline=None)  # a first example may compile for seconds
+settings.load_profile("compiling")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real text, where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no {SHARED.parent.name}/{SHARED.name} folder beside the clone")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 short documents of made-up words: text with enough structure to be learned."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioubcdfglmnrst", k=rng.randint(2, 7))) for _ in range(60)]
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        (folder / f"{i:02d}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(40, 200))) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The smallest run that has everything: both attention kinds, accumulation, a ramp, two lanes."""
+    tokens = 8 * 16
+    return Config(
+        name="tiny",
+        model=ModelConfig(
+            num_layers=4,
+            num_heads=8,
+            embed_dim=32,
+            seq_len=16,
+            vocab_size=261,
+            attention_pattern=("dense", "banded"),
+            window=4,
+        ),
+        data=DataConfig(
+            source=str(corpus / "*.txt"),
+            cache_dir=str(tmp_path_factory.mktemp("cache")),
+            train_split="train[:90%]",
+            eval_split="train[90%:]",
+            lanes=2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=4 * tokens, decay_tokens=40 * tokens),
+        train=TrainConfig(
+            batch_size=16,
+            micro_batch_size=8,
+            ramp_start=8,
+            ramp_tokens=10 * tokens,
+            total_tokens=60 * tokens,
+            log_interval=5,
+            eval_interval=0,
+            eval_batches=2,
+            save_interval=10,
+            tensorboard=False,
+            compile_cache=str(tmp_path_factory.mktemp("xla")),
+        ),
+    )

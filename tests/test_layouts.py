@@ -1,0 +1,169 @@
+"""One run on many layouts: the rule table decides where arrays live, never what they hold."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from gptjax.config import Config, LayoutConfig, load_config
+from gptjax.errors import UserError
+from gptjax.model.accounting import num_params
+from gptjax.sharding.mesh import abstract_mesh, make_mesh
+from gptjax.sharding.rules import Layout, partition_spec, rule_table
+from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.train.step import abstract_state, init_state, make_step
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+STEPS = 20
+LAYOUTS = {
+    "dp8": LayoutConfig(data=8, fsdp=1),
+    "fsdp8": LayoutConfig(fsdp=8),
+    "tp8": LayoutConfig(fsdp=1, tensor=8),
+    "fsdp2_tp4": LayoutConfig(fsdp=2, tensor=4),
+    "dp2_fsdp2_tp2": LayoutConfig(data=2, fsdp=2, tensor=2),
+    "fsdp2_tp4_sequence": LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True),
+}
+
+
+def build(config: Config, num_devices: int) -> tuple[Pretrain, Layout]:
+    layout = Layout(make_mesh(config, jax.devices()[:num_devices]), rule_table(config.layout))
+    return Pretrain(config, build_model(config, "cpu", layout.constrain)), layout
+
+
+def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
+    """Losses of 20 steps on fixed learnable tokens, and the parameters after."""
+    task, layout = build(config, num_devices)
+    state = init_state(config, task.init, layout)
+    step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+    length = config.model.seq_len + 1
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, 50, (STEPS, 2, 8, 1))
+    tokens = ((starts + np.arange(length) * 3) % 50).astype(np.int32)
+    losses = []
+    for i in range(STEPS):
+        state, metrics = step(state, tokens[i], np.float32(1e-3), np.int32(2), np.int32(i))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def steady(tiny: Config) -> Config:
+    """An epsilon that keeps Adam from blowing the rounding of a vanishing gradient up to a whole step."""
+    return replace(tiny, optimizer=replace(tiny.optimizer, eps=1e-5))
+
+
+@pytest.fixture(scope="module")
+def single(steady: Config) -> tuple[np.ndarray, dict]:
+    return run(steady, 1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np.ndarray, dict]) -> None:
+    losses, params = run(replace(steady, layout=LAYOUTS[name]), 8)
+    assert single[0][-1] < single[0][0] - 0.5
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, single[1])
+
+
+@pytest.mark.parametrize("name", ["fsdp8", "dp2_fsdp2_tp2"])
+def test_state_really_is_sharded(name: str, tiny: Config) -> None:
+    """Each device holds its part and no more: what the arrays occupy equals what the table says."""
+    config = replace(tiny, layout=LAYOUTS[name])
+    task, layout = build(config, 8)
+    state = init_state(config, task.init, layout)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held == sum(row[3] for row in layout.table(abstract_state(config, task.init)))
+    ways = config.layout.fsdp * config.layout.tensor
+    assert held < 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / ways
+
+
+def test_sequence_sharding_replaces_all_reduce_by_reduce_scatter(tiny: Config) -> None:
+    """The saved residual of a block is cut over tensor: its constraint says so."""
+    plain = rule_table(LayoutConfig(fsdp=2, tensor=4))
+    cut = rule_table(LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True))
+    axes = ("batch", "residual_length", None)
+    assert partition_spec(plain, axes, "x")[1] == "context"
+    assert partition_spec(cut, axes, "x")[1] == ("context", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("change", "axes", "message"),
+    [
+        ({}, ("batch", "colour"), "w: no rule for the logical axis colour"),
+        ({"embed": ("rows",)}, ("embed",), "w: rule embed -> rows: mesh axes are replica"),
+        ({"embed": ("tensor",)}, ("embed", "mlp"), "w: mesh axis tensor is claimed by both embed and mlp"),
+    ],
+)
+def test_illegal_tables_are_refused(change: dict, axes: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        partition_spec(rule_table(LayoutConfig()) | change, axes, "w")
+
+
+def test_a_forgotten_matrix_is_named(tiny: Config) -> None:
+    config = replace(tiny, layout=LAYOUTS["fsdp2_tp4"])
+    task, layout = build(config, 8)
+    params = abstract_state(config, task.init).params
+    broken = Layout(layout.mesh, layout.rules | {"mlp": (), "embed": ()})
+    assert not any("mlp_up/kernel" in name for name in layout.replicated(params))
+    assert any("mlp_up/kernel" in name for name in broken.replicated(params))
+
+
+def test_indivisible_parameter_is_named(tiny: Config) -> None:
+    _, layout = build(replace(tiny, layout=LAYOUTS["fsdp8"]), 8)
+    boxed = {"odd": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((30,), np.float32), names=("embed",))}
+    with pytest.raises(UserError, match=r"odd: embed = 30 is not divisible by fsdp = 8; change layout.fsdp"):
+        layout.shardings(boxed)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config(path: Path) -> None:
+    """The whole state by eval_shape: exact count, sharded over its intended mesh, nothing large replicated."""
+    config = load_config(str(path), [])
+    wanted = config.layout.data * config.layout.fsdp * config.layout.tensor
+    layout = Layout(abstract_mesh(config, wanted if wanted > 0 else 1), rule_table(config.layout))
+    task = Pretrain(config, build_model(config, "tpu", layout.constrain))
+    state = abstract_state(config, task.init)
+    model = config.model
+    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(model) + padding
+    assert layout.replicated(state) == []
+    kernel = layout.shardings(state).params
+    for leaf in jax.tree.leaves(kernel):
+        assert leaf.mesh.size == max(wanted, 1)
+    if wanted > 0:
+        specs = {str(sharding.spec) for sharding in jax.tree.leaves(kernel)}
+        assert any("fsdp" in spec for spec in specs)
+    assert path.read_text().count("\n") <= 40
+
+
+def test_gpt3_sizes_are_the_papers() -> None:
+    """Table 2.1, the batch to a power of two, and appendix B's schedule; the two repairs are in the headers."""
+    table = {  # L, H, D, batch in tokens, learning rate
+        "125m": (12, 12, 768, 2**19, 6.0e-4),
+        "350m": (24, 16, 1024, 2**19, 3.0e-4),
+        "760m": (24, 16, 1536, 2**19, 2.5e-4),
+        "1_3b": (24, 16, 2048, 2**20, 2.0e-4),
+        "2_7b": (32, 32, 2560, 2**20, 1.6e-4),
+        "6_7b": (32, 32, 4096, 2**21, 1.2e-4),
+        "13b": (40, 40, 5120, 2**21, 1.0e-4),
+        "175b": (96, 96, 12288, 3 * 2**20, 0.6e-4),
+    }
+    for name, row in table.items():
+        c = load_config(str(CONFIGS[0].with_name(f"gpt3_{name}.py")), [])
+        m, o = c.model, c.optimizer
+        assert (m.num_layers, m.num_heads, m.embed_dim, c.train.batch_size * 2048, o.learning_rate) == row
+        assert (m.seq_len, m.vocab_size, m.attention_pattern) == (2048, 50257, ("dense", "banded"))
+        assert (o.warmup_tokens, o.decay_tokens, c.train.total_tokens) == (375e6, 260e9, 300e9)
+        assert (o.b1, o.b2, o.eps, o.clip_norm, o.weight_decay, o.final_ratio) == (0.9, 0.95, 1e-8, 1.0, 0.1, 0.1)
+
+
+def test_spec_of_a_stacked_kernel(tiny: Config) -> None:
+    layout = Layout(abstract_mesh(replace(tiny, layout=LAYOUTS["fsdp2_tp4"]), 8), rule_table(LAYOUTS["fsdp2_tp4"]))
+    task = Pretrain(tiny, build_model(tiny, "cpu"))
+    params = layout.shardings(abstract_state(tiny, task.init).params)
+    assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", None, "tensor", None)
+    assert params["embedding"].spec == PartitionSpec("tensor", "fsdp")

@@ -1,0 +1,265 @@
+"""The model against independent truth: float64 references, closed forms, PyTorch's GPT-2."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import ModelConfig
+from gptjax.model import accounting, attention
+from gptjax.model.gpt import GPT, empty_cache, forward
+from gptjax.model.loss import IGNORED, cross_entropy, logits
+
+CONFIG = ModelConfig(
+    4, 4, 32, seq_len=24, vocab_size=200, attention_pattern=("dense", "banded"), window=5, loss_chunk=7
+)
+
+
+def oracle_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
+    """Row by row in float64, keys picked by index: shares nothing with the masks under test."""
+    out = np.zeros_like(q)
+    for i in range(q.shape[1]):
+        first = 0 if window is None else max(0, i - window + 1)
+        scores = np.einsum("bhk,bshk->bhs", q[:, i], k[:, first : i + 1]) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, i] = np.einsum("bhs,bshk->bhk", weights / weights.sum(-1, keepdims=True), v[:, first : i + 1])
+    return out
+
+
+def random_qkv(length: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(2, length, 2, 8)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@settings(max_examples=12)
+@given(length=st.sampled_from([1, 2, 63, 64, 130, 300]), window=st.sampled_from([None, 1, 2, 63, 64, 129, 1000]))
+def test_attention_equals_oracle_in_float64(backend: str, length: int, window: int | None) -> None:
+    qkv = random_qkv(length)
+    with jax.enable_x64(True):
+        got = attention.BACKENDS[backend](*map(jnp.asarray, qkv), window)
+    np.testing.assert_allclose(got, oracle_attention(*qkv, window), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("length", "window"), [(300, None), (300, 64), (300, 130), (77, 1), (64, 16)])
+def test_blockwise_gradients_equal_reference_in_float64(length: int, window: int | None) -> None:
+    """float32 blockwise against the plain float64 reference, all three gradients."""
+    qkv, cotangent = random_qkv(length), np.random.default_rng(9).normal(size=(2, length, 2, 8))
+
+    def gradients(backend: str, dtype: str) -> list[jax.Array]:
+        def weighted(*args: jax.Array) -> jax.Array:
+            return jnp.sum(attention.BACKENDS[backend](*args, window) * cotangent.astype(dtype))
+
+        return jax.jit(jax.grad(weighted, (0, 1, 2)))(*(jnp.asarray(x, dtype) for x in qkv))
+
+    with jax.enable_x64(True):
+        truth = gradients("reference", "float64")
+    for got, want in zip(gradients("blockwise", "float32"), truth, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+def test_band_edge_is_exact() -> None:
+    """Position 200 of W = 64 sees key 137 and no key before it; no position sees the future."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in random_qkv(300))
+
+    def out(keys: jax.Array, values: jax.Array) -> jax.Array:
+        return attention.blockwise(q, keys, values, 64)
+
+    base = out(k, v)
+    outside = out(k.at[:, :137].add(9.0).at[:, 201:].add(9.0), v.at[:, :137].add(9.0).at[:, 201:].add(9.0))
+    assert jnp.array_equal(base[:, 200], outside[:, 200])
+    assert not jnp.array_equal(base[:, 200], out(k, v.at[:, 137].add(1.0))[:, 200])
+    grad = jax.grad(lambda keys: out(keys, v)[:, 200].sum())(k)
+    assert not grad[:, :137].any()
+    assert not grad[:, 201:].any()
+    assert grad[:, 137:201].any()
+
+
+@settings(max_examples=15)
+@given(length=st.integers(1, 20), chunk=st.integers(1, 25), ignored=st.integers(0, 5))
+def test_cross_entropy_and_gradient_equal_float64(length: int, chunk: int, ignored: int) -> None:
+    rng = np.random.default_rng(length)
+    hidden, embedding = rng.normal(size=(2, length, 8)), rng.normal(size=(128, 8))
+    targets = rng.integers(0, 100, (2, length))
+    targets[0, :ignored] = IGNORED
+
+    def plain(hidden: jax.Array, embedding: jax.Array) -> jax.Array:  # the whole logits, vocabulary cut to 100
+        scores = jax.nn.log_softmax(hidden @ embedding[:100].T)
+        picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        return -3 * jnp.sum(picked * (targets != IGNORED))  # 3: a cotangent that is not 1
+
+    def chunked(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        return 3 * cross_entropy(hidden, embedding, jnp.asarray(targets), 100, chunk)
+
+    with jax.enable_x64(True):
+        value, grads = jax.value_and_grad(plain, (0, 1))(hidden, embedding)
+    arguments = jnp.asarray(hidden, jnp.float32), jnp.asarray(embedding, jnp.float32)
+    got, got_grads = jax.value_and_grad(chunked, (0, 1))(*arguments)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    np.testing.assert_allclose(chunked(*arguments), value, rtol=1e-5)  # the path without a gradient
+    for a, b in zip(got_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_full_logits_in_memory() -> None:
+    """Forward and backward of 8 x 1024 positions over 8,192 words keep far less than their 268 MB of logits."""
+    hidden = jax.ShapeDtypeStruct((8, 1024, 16), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
+    targets = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+    loss = jax.jit(jax.grad(cross_entropy, (0, 1)), static_argnums=(3, 4))
+    memory = loss.lower(hidden, embedding, targets, 8192, 32).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 1024 * 8192 * 4 / 4
+
+
+def build(config: ModelConfig, seed: int = 0) -> tuple[GPT, dict]:
+    model = GPT(config, jnp.dtype("float32"), "blockwise")
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"])
+    rng = np.random.default_rng(seed)  # biases and norms away from 0 and 1
+    return model, jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
+
+
+def tokens_of(config: ModelConfig) -> jax.Array:
+    return jax.random.randint(jax.random.key(5), (2, config.seq_len), 0, config.vocab_size)
+
+
+def unstack(params: dict, config: ModelConfig) -> dict:
+    """Scanned parameters as the unrolled model names them."""
+    rest = {name: value for name, value in params.items() if name != "units"}
+    units = config.num_layers // len(config.attention_pattern)
+    return rest | {f"unit_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["units"]) for i in range(units)}
+
+
+def test_scan_unroll_and_remat_are_one_function() -> None:
+    model, params = build(CONFIG)
+    tokens = tokens_of(CONFIG)
+
+    def run(config: ModelConfig, params: dict) -> tuple[jax.Array, dict]:
+        def loss(params: dict) -> jax.Array:
+            return jnp.sum(forward(model.clone(config=config), params, tokens)[0] ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    value, grads = run(CONFIG, params)
+    for remat in ("dots", "full"):
+        again, same = run(replace(CONFIG, remat=remat), params)
+        np.testing.assert_allclose(again, value, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), same, grads)
+    unrolled, unrolled_grads = run(replace(CONFIG, scan_layers=False), unstack(params, CONFIG))
+    np.testing.assert_allclose(unrolled, value, rtol=1e-6)
+    grads = unstack(grads, CONFIG)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), unrolled_grads, grads)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_cache_equals_full_forward(scan: bool) -> None:
+    config = replace(CONFIG, scan_layers=scan)
+    model, params = build(config)
+    tokens = tokens_of(config)
+    whole, _, _ = forward(model, params, tokens)
+    cache = empty_cache(config, 2, model.dtype)
+    run = jax.jit(lambda part, cache, start: forward(model, params, part, cache=cache, start=start)[::2])
+    first, cache = run(tokens[:, :9], cache, jnp.int32(0))
+    parts = [first]
+    for i in range(9, config.seq_len):
+        one, cache = run(tokens[:, i : i + 1], cache, jnp.int32(i))
+        parts.append(one)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_keyed_and_off_by_default() -> None:
+    config = replace(CONFIG, dropout=0.5)
+    model, params = build(config)
+    tokens = tokens_of(config)
+
+    def hidden(key: int | None) -> jax.Array:
+        rngs = {} if key is None else {"dropout": jax.random.key(key)}
+        return jax.jit(lambda p: forward(model, p, tokens, deterministic=key is None, rngs=rngs)[0])(params)
+
+    assert jnp.array_equal(hidden(1), hidden(1))
+    assert not jnp.array_equal(hidden(1), hidden(2))
+    plain = jax.jit(lambda p: forward(model.clone(config=CONFIG), p, tokens)[0])(params)
+    assert jnp.array_equal(hidden(None), plain)
+
+
+def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    transformers = pytest.importorskip("transformers", reason="needs the peers extra")
+    config = ModelConfig(3, 4, 48, seq_len=20, vocab_size=131)
+    model, params = build(config)
+    tokens = np.array(tokens_of(config))
+    peer = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=131, n_positions=20, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ).eval()
+
+    def tensor(x: jax.Array, *shape: int) -> "torch.Tensor":
+        return torch.nn.Parameter(torch.tensor(np.array(x)).reshape(shape or x.shape))
+
+    peer.transformer.wte.weight = peer.lm_head.weight = tensor(params["embedding"][:131])
+    peer.transformer.wpe.weight = tensor(params["positions"])
+    for name, norm in [("norm_final", peer.transformer.ln_f)]:
+        norm.weight, norm.bias = tensor(params[name]["scale"]), tensor(params[name]["bias"])
+    for i, theirs in enumerate(peer.transformer.h):
+        ours = jax.tree.map(lambda leaf, i=i: leaf[i], params["units"]["block_0"])
+        for name, norm in [("norm_attention", theirs.ln_1), ("norm_mlp", theirs.ln_2)]:
+            norm.weight, norm.bias = tensor(ours[name]["scale"]), tensor(ours[name]["bias"])
+        linears = {"qkv": theirs.attn.c_attn, "projection": theirs.attn.c_proj}
+        linears |= {"mlp_up": theirs.mlp.c_fc, "mlp_down": theirs.mlp.c_proj}
+        for name, linear in linears.items():
+            linear.weight = tensor(ours[name]["kernel"], *linear.weight.shape)
+            linear.bias = tensor(ours[name]["bias"], *linear.bias.shape)
+    ids = torch.tensor(tokens, dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(peer(ids).logits[:, :-1].reshape(-1, 131), ids[:, 1:].reshape(-1))
+    loss.backward()
+
+    def ours_loss(params: dict) -> jax.Array:
+        hidden, embedding, _ = forward(model, params, tokens[:, :-1])
+        return cross_entropy(hidden, embedding, tokens[:, 1:], 131, 256) / (2 * 19)
+
+    got = jax.jit(lambda p: logits(*forward(model, p, jnp.asarray(tokens))[:2], 131))(params)[..., :131]
+    np.testing.assert_allclose(got, peer(ids).logits.detach().numpy(), atol=1e-4)
+    value, grads = jax.jit(jax.value_and_grad(ours_loss))(params)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(grads["embedding"][:131], peer.transformer.wte.weight.grad, atol=1e-5)
+    qkv = grads["units"]["block_0"]["qkv"]["kernel"][1].reshape(48, 144)
+    np.testing.assert_allclose(qkv, peer.transformer.h[1].attn.c_attn.weight.grad, atol=1e-5)
+
+
+def test_parameter_and_flop_counts() -> None:
+    gpt3 = ModelConfig(96, 96, 12288, attention_pattern=("dense", "banded"))
+    assert accounting.num_params(gpt3) == 174_604_259_328
+    small = replace(gpt3, num_layers=12, num_heads=12, embed_dim=768)
+    assert accounting.num_params(small) == 125_226_240
+    assert accounting.train_flops_per_token(small) == pytest.approx(8.111e8, rel=1e-3)
+    assert accounting.train_flops_per_token(gpt3) == pytest.approx(1.056e12, rel=1e-3)
+    assert accounting.train_flops_per_token_palm(small) == pytest.approx(9.677e8, rel=1e-3)
+
+
+@given(st.integers(1, 200), st.integers(1, 250))
+def test_mean_keys_counts_keys(length: int, window: int) -> None:
+    positions = np.arange(length)
+    counted = np.minimum(positions + 1, window).mean()
+    assert accounting.mean_keys("banded", length, window) == pytest.approx(counted)
+
+
+def test_flops_equal_the_compilers_count() -> None:
+    """Unrolled, dense, no remat, and reference attention that computes all T keys: the PaLM count within 10%."""
+    config = ModelConfig(2, 2, 128, seq_len=64, vocab_size=128, scan_layers=False)
+    model = GPT(config, jnp.dtype("float32"), "reference")
+    params = jax.eval_shape(
+        lambda key: nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]), jax.random.key(0)
+    )
+
+    def loss(params: dict, tokens: jax.Array) -> jax.Array:
+        hidden, embedding, _ = forward(model, params, tokens)
+        return cross_entropy(hidden, embedding, tokens, 128, 64)
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((4, 64), jnp.int32)).compile()
+    counted = compiled.cost_analysis()["flops"] / (4 * 64)
+    assert counted == pytest.approx(accounting.train_flops_per_token_palm(config), rel=0.1)

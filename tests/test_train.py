@@ -1,0 +1,459 @@
+"""Schedules, the step's guards, and runs that are killed, damaged and moved between layouts."""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from gptjax.config import Config, OptimizerConfig, load_config, to_json
+from gptjax.errors import UserError
+from gptjax.infer.sampling import Sampling, draw
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, fingerprint
+from gptjax.train.metrics import read_log
+from gptjax.train.schedule import batch_size, learning_rate, steps, total_steps
+from gptjax.train.step import abstract_state, init_state, is_decayed, make_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+# Schedules
+
+
+def test_learning_rate_at_the_papers_points() -> None:
+    c = OptimizerConfig(learning_rate=6e-4)
+    assert learning_rate(c, 0) == 0
+    assert learning_rate(c, 187_500_000) == pytest.approx(3e-4)
+    assert learning_rate(c, 375_000_000) == pytest.approx(6e-4)
+    assert learning_rate(c, (375_000_000 + 260_000_000_000) // 2) == pytest.approx(3.3e-4)
+    assert learning_rate(c, 260_000_000_000) == learning_rate(c, 300_000_000_000) == pytest.approx(6e-5)
+
+
+@pytest.mark.parametrize(("name", "without_ramp"), [("gpt3_125m", 572_205), ("gpt3_175b", 95_367)])
+def test_batch_ramp(name: str, without_ramp: int) -> None:
+    c = load_config(str(CONFIGS / f"{name}.py"), [])
+    assert batch_size(c, 0) == c.train.ramp_start
+    assert batch_size(c, c.train.ramp_tokens) == c.train.batch_size
+    sizes = [batch_size(c, t) for t in range(0, c.train.ramp_tokens, c.train.ramp_tokens // 997)]
+    assert sizes == sorted(sizes)
+    assert all(size % c.micro_batch_size == 0 for size in sizes)
+    assert total_steps(replace(c, train=replace(c.train, ramp_start=0))) == math.ceil(without_ramp)
+    assert total_steps(c) > without_ramp
+
+
+def test_tokens_are_the_sum_of_batches_from_any_position(tiny: Config) -> None:
+    walk = list(steps(tiny, 0, 0))
+    assert len(walk) == total_steps(tiny)
+    tokens = 0
+    for step, before, size in walk:
+        assert before == tokens
+        assert next(iter(steps(tiny, step, before))) == (step, before, size)
+        tokens += size * tiny.model.seq_len
+    assert tokens >= tiny.train.total_tokens
+
+
+# The step
+
+
+def single_device(config: Config) -> tuple[Pretrain, Layout]:
+    layout = Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
+    return Pretrain(config, build_model(config, "cpu", layout.constrain)), layout
+
+
+def make(config: Config) -> tuple:
+    task, layout = single_device(config)
+    state = init_state(config, task.init, layout)
+    return task, state, make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+
+
+def random_tokens(config: Config, seed: int = 0) -> np.ndarray:
+    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.int32)
+
+
+def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
+    """Two accumulated micro-batches, clip, AdamW with masked decay: against optax.adamw on the whole batch."""
+    task, state, step = make(tiny)
+    params, tokens, o = jax.device_get(state.params), random_tokens(tiny), tiny.optimizer
+    new, metrics = step(state, tokens, np.float32(1e-3), np.int32(2), np.int32(0))
+
+    def mean_loss(p: dict) -> jax.Array:
+        nats, count = task.loss(p, tokens.reshape(16, -1), None)
+        return nats / count
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
+    adamw = optax.adamw(1e-3, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_decayed)
+    peer = optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
+    updates, _ = peer.update(grads, peer.init(params), params)
+    want = optax.apply_updates(params, updates)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(grads)), rel=1e-5)
+    # Adam's first step is lr * sign(g): where |g| is rounding itself the sign is too, hence the share.
+    close = jax.tree.map(lambda a, b: np.mean(np.isclose(a, b, rtol=1e-4, atol=1e-6)), new.params, want)
+    assert min(jax.tree.leaves(close)) > 0.98
+
+
+def test_ramp_ignores_the_unused_micro_batches(tiny: Config) -> None:
+    _, state, step = make(tiny)
+    tokens = random_tokens(tiny)
+    other = tokens.copy()
+    other[1] = 7
+    again = jax.tree.map(jnp.copy, state)
+    a, _ = step(state, tokens, np.float32(1e-3), np.int32(1), np.int32(0))
+    b, _ = step(again, other, np.float32(1e-3), np.int32(1), np.int32(0))
+    assert fingerprint(a) == fingerprint(b)
+
+
+def test_decay_leaves_biases_and_norms_out(tiny: Config) -> None:
+    task, _ = single_device(tiny)
+    mask = is_decayed(jax.eval_shape(lambda k: task.init(k), jax.random.key(0)))
+    flat = {"/".join(str(k.key) for k in path if hasattr(k, "key")): v for path, v in jax.tree.leaves_with_path(mask)}
+    assert {name.split("/")[-1] for name, decayed in flat.items() if decayed} == {"kernel", "embedding", "positions"}
+    assert {name.split("/")[-1] for name, decayed in flat.items() if not decayed} == {"bias", "scale"}
+
+
+def test_nonfinite_step_is_skipped_and_counted(tiny: Config) -> None:
+    _, state, step = make(tiny)
+    state = state.replace(params=state.params | {"positions": state.params["positions"].at[0, 0].set(jnp.nan)})
+    before = fingerprint(state)
+    state, metrics = step(state, random_tokens(tiny), np.float32(1e-3), np.int32(2), np.int32(0))
+    assert int(metrics["skipped"]) == 1
+    changed = [a != b for a, b in zip(before, fingerprint(state), strict=True)]
+    assert sum(changed) == 1  # the counter alone
+
+
+def test_spike_is_skipped_only_when_asked(tiny: Config) -> None:
+    for sigma, skipped in ((6.0, 1), (0.0, 0)):
+        config = replace(tiny, optimizer=replace(tiny.optimizer, skip_spike_sigma=sigma))
+        _, state, step = make(config)
+        state = state.replace(
+            accepted=jnp.int32(500), loss_mean=jnp.float32(2.0), loss_square=jnp.float32(4.0 + 0.1**2)
+        )  # a loss of log(261) = 5.6 lies 36 deviations above
+        _, metrics = step(state, random_tokens(config), np.float32(1e-3), np.int32(2), np.int32(0))
+        assert int(metrics["skipped"]) == skipped
+
+
+# Runs, as a user starts them
+
+
+def gptjax(*args: str, devices: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), env=environment(devices), capture_output=True, text=True, **options)
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "gptjax", *args]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny config as a file."""
+    file = tmp_path_factory.mktemp("config") / "tiny.py"
+    file.write_text(f"from gptjax.config import from_json\n\ndef config():\n    return from_json({to_json(tiny)!r})\n")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def finished(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = gptjax("train", config_file, "--run", str(run))
+    assert done.returncode == 0, done.stderr
+    for line in (f"gptjax train --resume {run}", f"gptjax sample {run}", f"gptjax report {run}"):
+        assert line in done.stdout
+    return run
+
+
+def newest(run: Path) -> int:
+    return max(int(p.name) for p in (run / FOLDER).iterdir() if p.name.isdigit())
+
+
+def saved(run: Path, step: int | None = None) -> dict:
+    """A checkpoint's metadata and its arrays, read without gptjax."""
+    folder = (run / FOLDER / str(newest(run) if step is None else step)).absolute()
+    with ocp.StandardCheckpointer() as reader:
+        arrays = jax.tree.map(np.asarray, reader.restore(folder / "state"))
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    return {"meta": meta, "arrays": arrays}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit."""
+    one, two = saved(a), saved(b)
+    assert one["meta"]["position"] == two["meta"]["position"]
+    jax.tree.map(np.testing.assert_array_equal, one["arrays"], two["arrays"])
+
+
+def test_log_and_checkpoint_of_a_run(finished: Path, tiny: Config) -> None:
+    records = read_log(finished / "log.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(5, total_steps(tiny) + 1, 5))
+    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    assert [r["kind"] for r in records][-1] == "eval"
+    assert {"loss", "bits_per_byte"} <= records[-1].keys()
+    meta = saved(finished)["meta"]
+    assert meta["position"]["step"] == total_steps(tiny)
+    assert len(meta["position"]["data"]) == tiny.data.lanes
+    assert json.loads(meta["config"])["name"] == "tiny"
+    assert len([p for p in (finished / FOLDER).iterdir() if p.name.isdigit()]) == tiny.train.keep_last
+
+
+@pytest.mark.slow
+def test_killed_five_times_is_bit_identical(config_file: str, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, saving after every step so that many fall into a save."""
+    run = tmp_path / "killed"
+    rng = random.Random(int.from_bytes(os.urandom(4), "little"))
+    every = ("--train.save_interval", "1")
+    start = command("train", config_file, "--run", str(run), *every)
+    for kill in range(5):
+        process = subprocess.Popen(start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        reached = newest_or_zero(run)
+        deadline = time.monotonic() + 120
+        while newest_or_zero(run) <= reached and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), f"kill {kill}: {errors.decode()}"
+        start = command("train", "--resume", str(run), *every)
+    done = subprocess.run(start, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, finished)
+
+
+def newest_or_zero(run: Path) -> int:
+    return newest(run) if (run / FOLDER).is_dir() and any(p.name.isdigit() for p in (run / FOLDER).iterdir()) else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_go_on(number: int, config_file: str, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    start = command("train", config_file, "--run", str(run), "--train.save_interval", "0")
+    with subprocess.Popen(
+        start, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 5 "):
+                process.send_signal(number)
+                break
+        output, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert f"gptjax train --resume {run}" in output
+    assert 5 <= newest(run) < newest(finished)
+    done = gptjax("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, finished)
+    steps_logged = [r["step"] for r in read_log(run / "log.jsonl") if r["kind"] == "train"]
+    assert steps_logged == sorted(set(steps_logged))
+
+
+def copy_at(run: Path, step: int, to: Path) -> Path:
+    """The run as it was when `step` had just been saved."""
+    shutil.copytree(run, to)
+    for folder in (to / FOLDER).iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    return to
+
+
+def earlier(run: Path) -> int:
+    return sorted(int(p.name) for p in (run / FOLDER).iterdir() if p.name.isdigit())[-2]
+
+
+def test_resume_on_another_layout(finished: Path, tmp_path: Path) -> None:
+    """Saved on one device, continued on 2 x 2 x 2: the same parameters within rounding."""
+    run = copy_at(finished, earlier(finished), tmp_path / "moved")
+    layout = ("--layout.data", "2", "--layout.fsdp", "2", "--layout.tensor", "2")
+    done = gptjax("train", "--resume", str(run), *layout, devices=8)
+    assert done.returncode == 0, done.stderr
+    a, b = saved(finished), saved(run)
+    assert a["meta"]["position"] == b["meta"]["position"]
+    params = a["arrays"]["params"], b["arrays"]["params"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), *params)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(damage: str, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(finished, run)
+    last = newest(run)
+    files = [p for p in (run / FOLDER / str(last) / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 0x10
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        victim.unlink()
+    done = gptjax("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "is damaged" in line]
+    assert len(warnings) == 1
+    assert str(run / FOLDER / str(last)) in warnings[0]
+    assert (run / FOLDER / f"{last}.damaged").is_dir()
+    assert f"resumed at step {earlier(finished)}" in done.stdout
+    assert_same_run(run, finished)
+
+
+def test_contradicting_config_is_refused(finished: Path, config_file: str) -> None:
+    done = gptjax("train", config_file, "--resume", str(finished), "--model.num_layers", "6")
+    assert done.returncode == 1
+    assert "model.num_layers: the run has 4, given 6" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_full_disk_during_save_is_one_line_and_loses_nothing(tiny: Config, tmp_path: Path) -> None:
+    """A file-size limit stands in for the full disk: the write fails in the background thread, as it would there."""
+    task, layout = single_device(tiny)
+    state = init_state(tiny, task.init, layout)
+    checkpoints = Checkpoints(tmp_path, tiny)
+    checkpoints.save(state, Position(1, 16, (0, 0)))
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot write \(File too large\); the last complete one is step 1"
+        ) as error:
+            checkpoints.save(state, Position(2, 32, (0, 0)))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(error.value)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    restored, position = Checkpoints(tmp_path, tiny).restore(abstract, pytest.fail) or pytest.fail("nothing is left")
+    assert position == Position(1, 16, (0, 0))
+    assert fingerprint(restored) == fingerprint(state)
+
+
+def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
+    task, layout = single_device(tiny)
+    state = init_state(tiny, task.init, layout)
+    checkpoints = Checkpoints(tmp_path, replace(tiny, train=replace(tiny.train, keep_last=1, keep_every=10)))
+    for step in (5, 10, 15, 20, 25):
+        checkpoints.save(state, Position(step, step, None))
+    checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / FOLDER).iterdir() if p.name.isdigit()) == [10, 20, 25]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train",), "name a config"),
+        (("train", "configs/none.py"), "no such file"),
+        (("train", "CONFIG", "--data.source", "nowhere/*.txt"), "data.source = nowhere/*.txt: no such file"),
+        (("train", "CONFIG", "--data.source", "tfds:no_such_set"), "data.source = tfds:no_such_set"),
+        (("train", "CONFIG", "--data.tokenizer", "no.model"), "data.tokenizer = no.model"),
+        (("train", "CONFIG", "--model.vocab_size", "100"), "model.vocab_size = 100: the tokenizer bytes needs 257"),
+        (("train", "CONFIG", "--layout.fsdp", "3"), "layout.fsdp = 3"),
+        (("train", "CONFIG", "--model.seq_len", "100000"), "model.seq_len = 100000"),
+        (("train", "CONFIG", "--run", "RUN"), "exists and is not empty; gptjax train --resume"),
+        (("train", "--resume", "configs"), "not a run folder"),
+        (("sample", "nowhere"), "not a run folder"),
+        (("sample", "RUN", "--top-p", "0"), "--top-p 0.0: must lie in (0, 1]"),
+        (("sample", "RUN", "--prompt", ""), "--prompt: empty"),
+        (("report", "nowhere"), "not a run folder"),
+        (("report", "RUN", "--loud"), "--loud: gptjax report has no such argument"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: tuple, message: str, config_file: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from gptjax import cli
+
+    monkeypatch.chdir(tmp_path)
+    filled = [{"CONFIG": config_file, "RUN": str(finished)}.get(arg, arg) for arg in args]
+    monkeypatch.setattr(sys, "argv", ["gptjax", *filled])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING:absl")]
+    assert stop.value.code == 1
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+# Sampling and the report
+
+
+def test_sample_is_a_function_of_the_seed(finished: Path) -> None:
+    def text(*args: str) -> str:
+        done = gptjax("sample", str(finished), "--prompt", "la ", "--tokens", "40", *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
+    assert text("--samples", "3").count("\n---\n") == 2
+
+
+def test_greedy_sampling_equals_the_uncached_model(tiny: Config) -> None:
+    """40 tokens through a context of 16: the window restarts from its later half."""
+    from gptjax.infer.sampling import generate
+    from gptjax.model.gpt import forward
+    from gptjax.model.loss import logits
+
+    task, state, _ = make(tiny)
+    made = generate(task.model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[0]
+    score = jax.jit(lambda p, ids: logits(*forward(task.model, p, ids)[:2], 261))
+    context = [5, 6, 7]
+    for token in made:
+        padded = np.array(context + [0] * (16 - len(context)))[None]
+        assert token == int(score(state.params, padded)[0, len(context) - 1].argmax())
+        context.append(int(token))
+        if len(context) == 16:
+            context = context[-8:]
+
+
+def test_draw_keeps_what_top_k_and_top_p_say() -> None:
+    scores = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+    drawn: Callable[[Sampling], set[int]] = lambda how: {  # noqa: E731
+        int(draw(scores, jax.random.key(i), how)[0]) for i in range(200)
+    }
+    assert drawn(Sampling()) == {0, 1, 2, 3}
+    assert drawn(Sampling(top_k=2)) == {0, 1}
+    assert drawn(Sampling(top_p=0.5)) == {0}
+    assert drawn(Sampling(top_p=0.51)) == {0, 1}
+    assert drawn(Sampling(temperature=0)) == {0}
+    with pytest.raises(UserError, match=r"--temperature -1"):
+        Sampling(temperature=-1)
+
+
+def test_report_draws_from_the_log_alone(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(FOLDER, "tokenizer"))
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"kind": "train", "st')  # what a kill leaves
+    assert gptjax("report", str(run)).returncode == 0
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "bits per byte" in page
+    assert not re.search(r'(src|href)="http', page)
