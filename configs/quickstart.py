@@ -17,6 +17,7 @@ def config() -> Config:
             vocab_size=261,
             attention_pattern=("dense", "banded"),
             window=32,
+            scan_layers=False,
         ),
         data=DataConfig(source="stdlib", tokenizer="bytes", max_chars=8192, lanes=8),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=200_000, decay_tokens=4_000_000),

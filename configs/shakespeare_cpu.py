@@ -13,7 +13,7 @@ STEPS, BATCH, CONTEXT = 2000, 12, 64
 def config() -> Config:
     return Config(
         name="shakespeare_cpu",
-        model=ModelConfig(num_layers=4, num_heads=4, embed_dim=128, seq_len=CONTEXT, vocab_size=257),
+        model=ModelConfig(num_layers=4, num_heads=4, embed_dim=128, seq_len=CONTEXT, vocab_size=257, scan_layers=False),
         data=DataConfig(
             source="tinyshakespeare.txt",
             max_chars=1024,  # one file is one document: short records make the shuffle a shuffle

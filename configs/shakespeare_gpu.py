@@ -18,9 +18,7 @@ def config() -> Config:
     return replace(
         base,
         name="shakespeare_gpu",
-        model=replace(
-            base.model, num_layers=6, num_heads=6, embed_dim=384, seq_len=CONTEXT, dropout=0.2, scan_layers=False
-        ),
+        model=replace(base.model, num_layers=6, num_heads=6, embed_dim=384, seq_len=CONTEXT, dropout=0.2),
         data=replace(base.data, lanes=BATCH),
         optimizer=replace(
             base.optimizer,

@@ -35,7 +35,6 @@ def run(arguments: list[str]) -> int:
     _report_parser(verbs)
     _data_parser(verbs)
     _tokenizer_parser(verbs)
-    _bench_parser(verbs)
     fields, arguments = split_overrides(arguments)
     known, rest = parser.parse_known_args(arguments)
     if (rest or fields) and not known.overrides:
@@ -179,15 +178,3 @@ def _tokenizer(known: argparse.Namespace, overrides: list[str]) -> None:
     source = open_source(data, data.train_split)
     train_sentencepiece((source[i].text for i in range(len(source))), known.vocab_size, known.out)
     print(f"{known.out}: use it with --data.tokenizer {known.out} --model.vocab_size {known.vocab_size}")
-
-
-def _bench_parser(verbs: Any) -> None:
-    parser = _add(verbs, "bench", _bench, "Measure; every benchmark prints a table and writes JSON.")
-    parser.add_argument("what", choices=["step"], help="step: the train step against PyTorch's GPT-2 on this CPU")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="where the figures go")
-
-
-def _bench(known: argparse.Namespace, _: list[str]) -> None:
-    from gptjax.bench.step import bench_step
-
-    bench_step(known.out)

@@ -1,7 +1,6 @@
 """Schedules, the step's guards, and runs that are killed, damaged and moved between layouts."""
 
 import json
-import math
 import os
 import random
 import re
@@ -21,12 +20,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 
 from gptjax.config import Config, OptimizerConfig, load_config, to_json
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
 from gptjax.sharding.mesh import make_mesh
-from gptjax.sharding.rules import Layout, rule_table
+from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.pretrain import Pretrain, build_model
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, fingerprint
 from gptjax.train.metrics import read_log
@@ -48,7 +48,7 @@ def test_learning_rate_at_the_papers_points() -> None:
     assert learning_rate(c, 260_000_000_000) == learning_rate(c, 300_000_000_000) == pytest.approx(6e-5)
 
 
-@pytest.mark.parametrize(("name", "without_ramp"), [("gpt3_125m", 572_205), ("gpt3_175b", 95_367)])
+@pytest.mark.parametrize(("name", "without_ramp"), [("gpt3_125m", 572_205), ("gpt3_175b", 95_368)])
 def test_batch_ramp(name: str, without_ramp: int) -> None:
     c = load_config(str(CONFIGS / f"{name}.py"), [])
     assert batch_size(c, 0) == c.train.ramp_start
@@ -56,7 +56,7 @@ def test_batch_ramp(name: str, without_ramp: int) -> None:
     sizes = [batch_size(c, t) for t in range(0, c.train.ramp_tokens, c.train.ramp_tokens // 997)]
     assert sizes == sorted(sizes)
     assert all(size % c.micro_batch_size == 0 for size in sizes)
-    assert total_steps(replace(c, train=replace(c.train, ramp_start=0))) == math.ceil(without_ramp)
+    assert total_steps(replace(c, train=replace(c.train, ramp_start=0))) == without_ramp
     assert total_steps(c) > without_ramp
 
 
@@ -106,7 +106,7 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
     updates, _ = peer.update(grads, peer.init(params), params)
     want = optax.apply_updates(params, updates)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
-    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(grads)), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
     # Adam's first step is lr * sign(g): where |g| is rounding itself the sign is too, hence the share.
     close = jax.tree.map(lambda a, b: np.mean(np.isclose(a, b, rtol=1e-4, atol=1e-6)), new.params, want)
     assert min(jax.tree.leaves(close)) > 0.98
@@ -125,8 +125,8 @@ def test_ramp_ignores_the_unused_micro_batches(tiny: Config) -> None:
 
 def test_decay_leaves_biases_and_norms_out(tiny: Config) -> None:
     task, _ = single_device(tiny)
-    mask = is_decayed(jax.eval_shape(lambda k: task.init(k), jax.random.key(0)))
-    flat = {"/".join(str(k.key) for k in path if hasattr(k, "key")): v for path, v in jax.tree.leaves_with_path(mask)}
+    mask = is_decayed(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    flat = {leaf_name(path): decayed for path, decayed in jax.tree.leaves_with_path(mask)}
     assert {name.split("/")[-1] for name, decayed in flat.items() if decayed} == {"kernel", "embedding", "positions"}
     assert {name.split("/")[-1] for name, decayed in flat.items() if not decayed} == {"bias", "scale"}
 

@@ -55,7 +55,7 @@ class TokenStream:
         share: tuple[int, int] = (0, 1),
         positions: Sequence[int] | None = None,
     ):
-        _require_one_row(source, tokenizer, seq_len)
+        require_one_row(source, tokenizer, seq_len)
         self.seq_len, self.lanes, self.share = seq_len, lanes, share
         index, count = share
         first, end = index * lanes // count, -((index + 1) * lanes // -count)
@@ -156,7 +156,7 @@ def eval_batches(
     number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens, and
     ValueError where the processes do not divide `batch_size`.
     """
-    _require_one_row(source, tokenizer, seq_len)
+    require_one_row(source, tokenizer, seq_len)
     index, count = share
     if batch_size % count:
         raise ValueError(f"{count} processes must divide a batch of {batch_size}")
@@ -263,8 +263,8 @@ def _iterate(dataset: Any, threads: int) -> Any:
     return iter(dataset.to_iter_dataset(options))
 
 
-def _require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
-    """Read just enough records to see that one row of T+1 tokens can be cut."""
+def require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
+    """Read just enough records to see that one row of T+1 tokens can be cut; raises UserError if none can."""
     total = 0
     for index in range(len(source)):
         total += len(_encode(source[index], tokenizer))

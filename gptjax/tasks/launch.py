@@ -11,7 +11,9 @@ from flax import linen as nn
 
 from gptjax.config import Config
 from gptjax.data.sources import open_source
+from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.hardware import compiler_options
 from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.attention import choose_backend
 from gptjax.model.gpt import compute_dtype
@@ -36,7 +38,8 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     for split in (config.data.train_split, config.data.eval_split):
-        open_source(config.data, split)  # whatever is wrong with the text shows before a run folder exists
+        # Whatever is wrong with the text shows here, before there is a run folder.
+        require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
     run = resume or new_run(config, tokenizer)
     platform = jax.default_backend()
     task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
@@ -91,6 +94,7 @@ def _facts(config: Config, platform: str, tokenizer: Tokenizer, run: Path) -> di
     source = open_source(config.data, config.data.train_split)
     return {
         "attention": f"{name}: {reason}",
+        "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
         f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "

@@ -144,7 +144,7 @@ def restore_params(run: Path, abstract: Any) -> Any:
 
 
 def fingerprint(state: Any) -> list[int]:
-    """One checksum per array: its 32-bit words summed modulo 2³², the same on every layout. A flipped bit changes it."""
+    """One checksum per array: its 32-bit words summed modulo 2³², equal on every layout, changed by any flipped bit."""
 
     @jax.jit
     def sums(leaves: list[jax.Array]) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 
 from gptjax.config import Config, OptimizerConfig
+from gptjax.hardware import compiler_options
 from gptjax.sharding.rules import Layout, leaf_name
 
 Params = Any
@@ -48,7 +49,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def is_decayed(params: Params) -> Any:
     """True for matrices and embeddings, False for biases and LayerNorm scales, whatever the stacking."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaf_name(path).split("/")[-1] not in ("bias", "scale"), params
+        lambda path, _: {"bias", "scale"}.isdisjoint(leaf_name(path).split("/")), params
     )
 
 
@@ -87,7 +88,7 @@ def make_step(config: Config, loss_fn: LossFn, shardings: Any, layout: Layout) -
         loss, grads = _mean_gradient(loss_fn, state.params, tokens, num_micro, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         mean, square = _moments(state, loss)
         new = state.replace(
             params=params, opt_state=opt_state, accepted=state.accepted + 1, loss_mean=mean, loss_square=square
@@ -102,6 +103,7 @@ def make_step(config: Config, loss_fn: LossFn, shardings: Any, layout: Layout) -
         in_shardings=(shardings, batch, scalar, scalar, scalar),
         out_shardings=(shardings, scalar),
         donate_argnums=0,
+        compiler_options=compiler_options(layout.mesh.devices.flat[0].platform),
     )
 
 

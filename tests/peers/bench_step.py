@@ -1,0 +1,155 @@
+"""The train step against PyTorch's GPT-2 on this CPU, in one run, and where our time goes.
+
+    .venv-test/bin/pip install -c constraints.txt -e '.[peers]'
+    .venv-test/bin/python tests/peers/bench_step.py
+
+Same sizes, same batch, float32, forward + backward + clip + AdamW. Each side is a process of its own that
+waits while the other one steps, so neither's threads disturb the other; the medians of many short turns are
+compared. Writes step.json beside this file.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+SIZES = {  # layers, heads, width, context, batch, vocabulary: those of nanoGPT's CPU run, and a wider one
+    "width 128, context 64": (4, 4, 128, 64, 12, 65),
+    "width 256, context 256": (4, 4, 256, 256, 12, 65),
+}
+TURNS, STEPS = 12, 6
+
+
+def main() -> None:
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("jax", "torch", "transformers")},
+        "sizes": {},
+    }
+    print(f"{'size':26}{'gptjax':>12}{'PyTorch':>12}{'ratio':>8}   share of the gptjax step")
+    for name, size in SIZES.items():
+        row = compare(size)
+        result["sizes"][name] = row
+        parts = "  ".join(f"{part} {share:.0%}" for part, share in row["parts"].items())
+        print(
+            f"{name:26}{row['gptjax_ms']:>9.1f} ms{row['torch_ms']:>9.1f} ms{row['ratio']:>8.2f}   {parts}", flush=True
+        )
+    Path(__file__).with_name("step.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def compare(size: tuple[int, ...]) -> dict:
+    """Median milliseconds of both sides, the median of the turn-by-turn ratio, and our parts."""
+    ours, theirs = (Worker(side, size) for side in ("gptjax", "torch"))
+    turns = [(ours.turn("step"), theirs.turn("step")) for _ in range(TURNS)]
+    parts = {part: median(ours.turn(part) for _ in range(5)) for part in ("forward", "gradient", "step")}
+    ours.close(), theirs.close()
+    forward, gradient, step = (parts[name] for name in ("forward", "gradient", "step"))
+    return {
+        "gptjax_ms": median(a for a, _ in turns),
+        "torch_ms": median(b for _, b in turns),
+        "ratio": median(a / b for a, b in turns),
+        "parts": {
+            "forward": forward / step,
+            "backward": (gradient - forward) / step,
+            "clip and AdamW": (step - gradient) / step,
+        },
+    }
+
+
+class Worker:
+    """One side in its own process: a line in names what to time, a line out is milliseconds per step."""
+
+    def __init__(self, side: str, size: tuple[int, ...]):
+        command = [sys.executable, __file__, side, *map(str, size)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.turn("step")  # compiles, warms up
+
+    def turn(self, what: str) -> float:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(functions: dict[str, Callable[[], None]]) -> None:
+    """The worker's loop."""
+    for line in sys.stdin:
+        run = functions[line.strip()]
+        run()  # caches are the other side's
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run()
+        print((time.perf_counter() - start) / STEPS * 1e3, flush=True)
+
+
+def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, vocab: int) -> dict[str, Callable]:
+    import jax
+    import numpy as np
+
+    from gptjax.config import Config, ModelConfig, TrainConfig
+    from gptjax.sharding.mesh import make_mesh
+    from gptjax.sharding.rules import Layout, rule_table
+    from gptjax.tasks.pretrain import Pretrain, build_model
+    from gptjax.train.step import abstract_state, init_state, make_step
+
+    model = ModelConfig(layers, heads, width, seq_len=context, vocab_size=vocab, scan_layers=False)
+    config = Config("bench", model, train=TrainConfig(batch_size=batch))
+    layout = Layout(make_mesh(config), rule_table(config.layout))
+    task = Pretrain(config, build_model(config, "cpu", layout.constrain))
+    step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+    forward = jax.jit(lambda p, t: task.loss(p, t, None)[0])
+    gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, t, None)[0]))
+    tokens = np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32)
+    held = {"state": init_state(config, task.init, layout)}
+
+    def one_step() -> None:
+        held["state"], metrics = step(held["state"], tokens, np.float32(1e-3), np.int32(1), np.int32(0))
+        jax.block_until_ready(metrics)
+
+    return {
+        "step": one_step,
+        "forward": lambda: jax.block_until_ready(forward(held["state"].params, tokens[0])),
+        "gradient": lambda: jax.block_until_ready(gradient(held["state"].params, tokens[0])),
+    }
+
+
+def torch_side(layers: int, heads: int, width: int, context: int, batch: int, vocab: int) -> dict[str, Callable]:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "n_positions": context, "vocab_size": vocab}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    ids = torch.randint(0, vocab, (batch, context + 1), generator=torch.Generator().manual_seed(0))
+
+    def one_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        scores = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(scores.reshape(-1, vocab), ids[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return {"step": one_step}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        sides = {"gptjax": gptjax_side, "torch": torch_side}
+        serve(sides[sys.argv[1]](*map(int, sys.argv[2:])))
