@@ -5,10 +5,12 @@
 
 Same sizes, same batch, float32, forward + backward + clip + AdamW. Each side is a process of its own that
 waits while the other one steps, so neither's threads disturb the other; the medians of many short turns are
-compared. Writes step.json beside this file.
+compared. gptjax runs with the malloc settings that its command line sets for itself, PyTorch as its users run
+it, and once more with the same settings. Writes step.json beside this file.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from gptjax.cli import MALLOC
+
 SIZES = {  # layers, heads, width, context, batch, vocabulary: those of nanoGPT's CPU run, and a wider one
     "width 128, context 64": (4, 4, 128, 64, 12, 65),
     "width 256, context 256": (4, 4, 256, 256, 12, 65),
 }
-TURNS, STEPS = 12, 6
+TURNS, STEPS = 10, 5
 
 
 def main() -> None:
@@ -33,28 +37,34 @@ def main() -> None:
         "versions": {name: version(name) for name in ("jax", "torch", "transformers")},
         "sizes": {},
     }
-    print(f"{'size':26}{'gptjax':>12}{'PyTorch':>12}{'ratio':>8}   share of the gptjax step")
+    print(f"{'size':24}{'gptjax':>11}{'PyTorch':>11}{'ratio':>7}{'same malloc':>13}{'ratio':>7}   share of our step")
     for name, size in SIZES.items():
         row = compare(size)
         result["sizes"][name] = row
-        parts = "  ".join(f"{part} {share:.0%}" for part, share in row["parts"].items())
-        print(
-            f"{name:26}{row['gptjax_ms']:>9.1f} ms{row['torch_ms']:>9.1f} ms{row['ratio']:>8.2f}   {parts}", flush=True
-        )
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in row["parts"].items())
+        figures = f"{row['gptjax_ms']:>8.1f} ms{row['torch_ms']:>8.1f} ms{row['ratio']:>7.2f}"
+        figures += f"{row['torch_same_malloc_ms']:>10.1f} ms{row['ratio_same_malloc']:>7.2f}"
+        print(f"{name:24}{figures}   {parts}", flush=True)
     Path(__file__).with_name("step.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def compare(size: tuple[int, ...]) -> dict:
-    """Median milliseconds of both sides, the median of the turn-by-turn ratio, and our parts."""
-    ours, theirs = (Worker(side, size) for side in ("gptjax", "torch"))
-    turns = [(ours.turn("step"), theirs.turn("step")) for _ in range(TURNS)]
-    parts = {part: median(ours.turn(part) for _ in range(5)) for part in ("forward", "gradient", "step")}
-    ours.close(), theirs.close()
+    """Median milliseconds of all sides, the medians of the turn-by-turn ratios, and our parts."""
+    default = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    tuned = default | {"GLIBC_TUNABLES": MALLOC, "JAX_PLATFORMS": "cpu"}
+    workers = Worker("gptjax", size, tuned), Worker("torch", size, default), Worker("torch", size, tuned)
+    turns = [[worker.turn("step") for worker in workers] for _ in range(TURNS)]
+    parts = {part: median(workers[0].turn(part) for _ in range(5)) for part in ("forward", "gradient", "step")}
+    for worker in workers:
+        worker.close()
     forward, gradient, step = (parts[name] for name in ("forward", "gradient", "step"))
+    ours, theirs, same = (median(column) for column in zip(*turns, strict=True))
     return {
-        "gptjax_ms": median(a for a, _ in turns),
-        "torch_ms": median(b for _, b in turns),
-        "ratio": median(a / b for a, b in turns),
+        "gptjax_ms": ours,
+        "torch_ms": theirs,
+        "torch_same_malloc_ms": same,
+        "ratio": median(a / b for a, b, _ in turns),
+        "ratio_same_malloc": median(a / c for a, _, c in turns),
         "parts": {
             "forward": forward / step,
             "backward": (gradient - forward) / step,
@@ -66,9 +76,10 @@ def compare(size: tuple[int, ...]) -> dict:
 class Worker:
     """One side in its own process: a line in names what to time, a line out is milliseconds per step."""
 
-    def __init__(self, side: str, size: tuple[int, ...]):
+    def __init__(self, side: str, size: tuple[int, ...], environment: dict[str, str]):
         command = [sys.executable, __file__, side, *map(str, size)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
         self.turn("step")  # compiles, warms up
 
     def turn(self, what: str) -> float:
@@ -97,6 +108,7 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     import numpy as np
 
     from gptjax.config import Config, ModelConfig, TrainConfig
+    from gptjax.hardware import compiler_options
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
     from gptjax.tasks.pretrain import Pretrain, build_model
@@ -107,8 +119,9 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     layout = Layout(make_mesh(config), rule_table(config.layout))
     task = Pretrain(config, build_model(config, "cpu", layout.constrain))
     step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
-    forward = jax.jit(lambda p, t: task.loss(p, t, None)[0])
-    gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, t, None)[0]))
+    options = compiler_options("cpu")
+    forward = jax.jit(lambda p, t: task.loss(p, t, None)[0], compiler_options=options)
+    gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, t, None)[0]), compiler_options=options)
     tokens = np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32)
     held = {"state": init_state(config, task.init, layout)}
 
