@@ -19,14 +19,7 @@ def config() -> Config:
             window=32,
             scan_layers=False,
         ),
-        data=DataConfig(
-            source="stdlib",
-            tokenizer="bytes",
-            max_chars=8192,
-            lanes=8,
-            train_split="train[:99%]",
-            eval_split="train[99%:]",
-        ),
+        data=DataConfig(source="stdlib", max_chars=8192, lanes=8, train_split="train[:99%]", eval_split="train[99%:]"),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=100_000, final_ratio=0.03, decay_tokens=1_331_200),
         train=TrainConfig(
             batch_size=8,

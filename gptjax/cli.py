@@ -13,7 +13,6 @@ from typing import Any
 from gptjax.config import Config, differences, load_config, override, type_name, validate, walk
 from gptjax.errors import UserError
 
-
 # XLA's CPU backend takes its scratch memory from malloc and gives it back at every step: without these glibc
 # faults it in page by page each time, a third of a step of width 128. Huge pages, and freed memory is kept.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824"
