@@ -1,5 +1,8 @@
 """One run on many layouts: the rule table decides where arrays live, never what they hold."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from gptjax.config import Config, LayoutConfig, load_config
+from gptjax.config import Config, LayoutConfig, load_config, to_json
 from gptjax.errors import UserError
 from gptjax.model.accounting import num_params
 from gptjax.sharding.mesh import abstract_mesh, make_mesh
@@ -167,3 +170,44 @@ def test_spec_of_a_stacked_kernel(tiny: Config) -> None:
     params = layout.shardings(abstract_state(tiny, task.init).params)
     assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", None, "tensor", None)
     assert params["embedding"].spec == PartitionSpec("tensor", "fsdp")
+
+
+FOR_TPU = """
+import sys
+import jax, numpy as np
+from dataclasses import replace
+from flax import linen as nn
+from jax.experimental import topologies
+from gptjax.config import LayoutConfig, from_json
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.train.step import abstract_state, make_step
+
+config = replace(from_json(sys.stdin.read()), layout=LayoutConfig(fsdp=2, tensor=2, sequence_sharding=True))
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+layout = Layout(make_mesh(config, devices), rule_table(config.layout))
+task = Pretrain(config, build_model(config, "tpu", layout.constrain))
+boxed = abstract_state(config, task.init)
+shardings = layout.shardings(boxed)
+shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+state = jax.tree.map(shaped, nn.unbox(boxed), shardings)
+tokens = jax.ShapeDtypeStruct((2, 8, 17), np.int32, sharding=layout.sharding((None, "batch", None)))
+scalars = np.float32(0), np.int32(1), np.int32(0)
+compiled = make_step(config, task.loss, shardings, layout).lower(state, tokens, *scalars).compile()
+memory = compiled.memory_analysis()
+print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)))
+"""
+
+
+@pytest.mark.slow
+def test_step_compiles_for_a_tpu(tiny: Config) -> None:
+    """The real TPU compiler, no TPU: bfloat16, and the whole sharded state is donated."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-c", FOR_TPU]
+    done = subprocess.run(command, input=to_json(tiny), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    dtype, donated, state = done.stdout.split()
+    assert dtype == "bfloat16"
+    assert int(donated) >= int(state)

@@ -37,15 +37,8 @@ def _plot(title: str, train: list[dict[str, Any]], evals: list[dict[str, Any]], 
     loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     loss.plot(tokens, [r["loss"] for r in train], color="0.6", lw=1.2, label="training loss")
     if evals:
-        xs = [at[r["step"]] for r in evals]
-        loss.plot(xs, [r["loss"] for r in evals], "o-", color="C0", label="evaluation loss")
-        loss.annotate(
-            f"{evals[-1]['loss']:.3f} nats, {evals[-1]['bits_per_byte']:.3f} bits per byte",
-            (xs[-1], evals[-1]["loss"]),
-            xytext=(-8, 14),
-            textcoords="offset points",
-            ha="right",
-        )
+        last = f"{evals[-1]['loss']:.3f} nats, {evals[-1]['bits_per_byte']:.3f} bits per byte at the end"
+        loss.plot([at[r["step"]] for r in evals], [r["loss"] for r in evals], "o-", label=f"evaluation loss: {last}")
     loss.set(ylabel="loss (nats per token)", title=title)
     loss.legend(frameon=False)
     speed.plot(tokens, [r["tokens_per_s"] for r in train], color="C2", lw=1.2)
