@@ -327,30 +327,24 @@ def test_contradicting_config_is_refused(finished: Path, config_file: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-def test_full_disk_during_save_is_one_line_and_loses_nothing(tiny: Config, tmp_path: Path) -> None:
-    """A file-size limit stands in for the full disk: the write fails in the background thread, as it would there."""
-    task, layout = single_device(tiny)
-    state = init_state(tiny, task.init, layout)
-    checkpoints = Checkpoints(tmp_path, tiny)
-    checkpoints.save(state, Position(1, 16, (0, 0)))
-    checkpoints.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"cannot write \(File too large\); the last complete one is step 1"
-        ) as error:
-            checkpoints.save(state, Position(2, 32, (0, 0)))
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert "\n" not in str(error.value)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    restored, position = Checkpoints(tmp_path, tiny).restore(abstract, pytest.fail) or pytest.fail("nothing is left")
-    assert position == Position(1, 16, (0, 0))
-    assert fingerprint(restored) == fingerprint(state)
+def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, finished: Path, tmp_path: Path) -> None:
+    """A file-size limit stands in for the full disk: the second save fails in the background, as it would there."""
+    run = copy_at(finished, earlier(finished), tmp_path / "full")
+    kept = newest(run)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    failed = gptjax("train", "--resume", str(run), preexec_fn=limit)
+    assert failed.returncode == 1
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, failed.stderr
+    assert f"cannot write (File too large); the last complete one is step {kept}; free space and resume" in errors[0]
+    assert "Traceback" not in failed.stderr
+    assert newest(run) == kept
+    done = gptjax("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, finished)
 
 
 def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:

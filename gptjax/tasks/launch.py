@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,18 @@ def next_commands(run: Path, stopped: bool) -> str:
 
 def prepare(config: Config) -> None:
     """Process-wide settings of JAX, before the first computation."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at INFO and WARNING
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and a failure that it also raises
+    sys.unraisablehook = _without_late_writes
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """After a failed save TensorStore's other writes still report to Orbax's closed event loop: the one line that
+    names the failure is enough. Everything else is shown as ever."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
