@@ -4,6 +4,7 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else the command line starts its process once more
 
 import random
 from pathlib import Path

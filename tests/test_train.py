@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
+from gptjax.cli import malloc_matters
 from gptjax.config import Config, OptimizerConfig, load_config, to_json
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
@@ -340,7 +341,7 @@ def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, f
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, failed.stderr
     assert f"cannot write (File too large); the last complete one is step {kept}; free space and resume" in errors[0]
-    assert "Traceback" not in failed.stderr
+    assert "Traceback" not in failed.stderr, failed.stderr
     assert newest(run) == kept
     done = gptjax("train", "--resume", str(run))
     assert done.returncode == 0, done.stderr
@@ -394,6 +395,15 @@ def test_bad_input_is_one_line(
     assert errors[0].startswith("error: ")
     assert message in errors[0]
     assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_command_line_sets_malloc_once_and_keeps_its_arguments() -> None:
+    plain = {name: value for name, value in environment().items() if name != "GLIBC_TUNABLES"}
+    assert malloc_matters(plain) == (sys.platform == "linux")
+    assert not malloc_matters(plain | {"GLIBC_TUNABLES": "x"})
+    started = subprocess.run(command("train", "no such.py"), env=plain, capture_output=True, text=True)
+    assert (started.returncode, started.stderr.count("\n")) == (1, 1)
+    assert "config no such.py: no such file" in started.stderr
 
 
 # Sampling and the report

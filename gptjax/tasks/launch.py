@@ -63,7 +63,8 @@ def next_commands(run: Path, stopped: bool) -> str:
 
 def prepare(config: Config) -> None:
     """Process-wide settings of JAX, before the first computation."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and a failure that it also raises
+    for name in ("absl", "asyncio"):  # Orbax logs every save, and failures that it also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_writes
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
