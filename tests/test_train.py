@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -156,8 +155,8 @@ def test_spike_is_skipped_only_when_asked(tiny: Config) -> None:
 # Runs, as a user starts them
 
 
-def gptjax(*args: str, devices: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), env=environment(devices), capture_output=True, text=True, **options)
+def gptjax(*args: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), env=environment(devices), capture_output=True, text=True)
 
 
 def command(*args: str) -> list[str]:
@@ -333,10 +332,8 @@ def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, f
     run = copy_at(finished, earlier(finished), tmp_path / "full")
     kept = newest(run)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    failed = gptjax("train", "--resume", str(run), preexec_fn=limit)
+    limited = ["bash", "-c", 'ulimit -f 98; exec "$@"', "bash", *command("train", "--resume", str(run))]
+    failed = subprocess.run(limited, env=environment(), capture_output=True, text=True)
     assert failed.returncode == 1
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, failed.stderr
