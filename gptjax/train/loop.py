@@ -128,6 +128,7 @@ def _loop(
             stopping = stop.agreed(done)
             if ended or stopping or (train.save_interval and done % train.save_interval == 0):
                 meter.flush()
+                jax.block_until_ready(state)  # the queued steps are training time, not pause
                 with clock.pause():
                     if checkpoints.save(state, batch.after):
                         reporter.record("save", done)
@@ -135,6 +136,7 @@ def _loop(
                 break
             if train.eval_batches and (ended or (train.eval_interval and done % train.eval_interval == 0)):
                 meter.flush()
+                jax.block_until_ready(state)
                 evaluate(done)
             if train.sample_interval and (ended or done % train.sample_interval == 0):
                 with clock.pause():
