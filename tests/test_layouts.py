@@ -84,8 +84,7 @@ def test_state_really_is_sharded(name: str, tiny: Config) -> None:
     assert held < 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / ways
 
 
-def test_sequence_sharding_replaces_all_reduce_by_reduce_scatter(tiny: Config) -> None:
-    """The saved residual of a block is cut over tensor: its constraint says so."""
+def test_sequence_sharding_cuts_the_residual_over_tensor() -> None:
     plain = rule_table(LayoutConfig(fsdp=2, tensor=4))
     cut = rule_table(LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True))
     axes = ("batch", "residual_length", None)

@@ -1,7 +1,6 @@
 """What a run says while it runs: a JSON-lines log always, TensorBoard files, a progress bar or plain lines."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,10 +81,6 @@ class Reporter:
     def say(self, text: str) -> None:
         if self._active:
             self._console.print(text, markup=False)
-
-    def warn(self, text: str) -> None:
-        if self._active:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if not self._active:
