@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import Config, differences, load_config, override, type_name, validate, walk
+from gptjax.config import Config, validate
 from gptjax.errors import UserError
+from gptjax.loading import differences, load_config, override, type_name, walk
 
 # XLA's CPU backend takes its scratch memory from malloc and gives it back at every step: without these glibc
 # faults it in page by page each time, a third of a step of width 128. Huge pages, and freed memory is kept.

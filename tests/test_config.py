@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import config as c
+from gptjax import loading
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import check, degrees
 
@@ -45,7 +46,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 )
 def test_bad_override_is_one_line(args: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        c.validate(c.override(BASE, args))
+        c.validate(loading.override(BASE, args))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -62,7 +63,7 @@ def test_overrides_reach_every_depth() -> None:
         "--run",
         "r",
     ]
-    got = c.override(BASE, args)
+    got = loading.override(BASE, args)
     assert (got.model.seq_len, got.train.profile_steps, got.run) == (100, (3, 5), "r")
     assert got.layout == c.LayoutConfig(data=2, fsdp=1, tensor=-1, sequence_sharding=True)
 
@@ -70,7 +71,7 @@ def test_overrides_reach_every_depth() -> None:
 def test_every_field_has_a_docstring_and_help_shows_it() -> None:
     command = [sys.executable, "-m", "gptjax", "train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = list(c.walk(c.Config))
+    rows = list(loading.walk(c.Config))
     assert len(rows) > 50
     for name, _, _, doc in rows:
         assert doc, name
@@ -86,9 +87,9 @@ def test_json_round_trip() -> None:
 
 def test_differences_name_only_what_a_run_may_not_change() -> None:
     free = replace(BASE, layout=c.LayoutConfig(tensor=2), train=replace(BASE.train, save_interval=7), run="elsewhere")
-    assert c.differences(BASE, free) == []
-    other = c.override(free, ["--model.num_layers", "6", "--optimizer.b2", "0.9"])
-    lines = c.differences(BASE, other)
+    assert loading.differences(BASE, free) == []
+    other = loading.override(free, ["--model.num_layers", "6", "--optimizer.b2", "0.9"])
+    lines = loading.differences(BASE, other)
     assert lines == ["model.num_layers: the run has 4, given 6", "optimizer.b2: the run has 0.95, given 0.9"]
 
 
@@ -106,7 +107,7 @@ def test_bad_config_file(text: str | None, message: str, tmp_path: Path) -> None
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
-        c.load_config(str(file), [])
+        loading.load_config(str(file), [])
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.sampled_from(["data", "fsdp", "tensor"]))

@@ -12,8 +12,9 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from gptjax.config import Config, LayoutConfig, load_config, to_json
+from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.errors import UserError
+from gptjax.loading import load_config
 from gptjax.model.accounting import num_params
 from gptjax.sharding.mesh import abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table

@@ -22,9 +22,10 @@ import pytest
 from flax import linen as nn
 
 from gptjax.cli import malloc_matters
-from gptjax.config import Config, OptimizerConfig, load_config, to_json
+from gptjax.config import Config, OptimizerConfig, to_json
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
+from gptjax.loading import load_config
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.pretrain import Pretrain, build_model

@@ -5,9 +5,11 @@ from gptjax.config import ModelConfig
 
 def num_params(config: ModelConfig) -> int:
     """N = 12 L D² + 13 L D + (V + T) D + 2 D: weights, biases and two LayerNorms per layer, the tied
-    embedding, the learned positions and the final LayerNorm. 174,604,259,328 for GPT-3 175B."""
+    embedding, the learned positions and the final LayerNorm. 174,604,259,328 for GPT-3 175B. Without biases on
+    q, k and v 10 L D instead of 13."""
     layers, dim = config.num_layers, config.embed_dim
-    return layers * (12 * dim**2 + 13 * dim) + (config.vocab_size + config.seq_len) * dim + 2 * dim
+    vectors = 13 if config.qkv_bias else 10
+    return layers * (12 * dim**2 + vectors * dim) + (config.vocab_size + config.seq_len) * dim + 2 * dim
 
 
 def mean_keys(kind: str, seq_len: int, window: int) -> float:

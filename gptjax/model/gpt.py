@@ -113,14 +113,18 @@ class Linear(nn.Module):
     axes: Axes
     num_in: int
     std: float
+    has_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel_init = named(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", kernel_init, self.shape).astype(x.dtype)
+        out = multiply(x, kernel, self.num_in)
+        if not self.has_bias:
+            return out
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
         bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
-        return multiply(x, kernel, self.num_in) + bias.astype(x.dtype)
+        return out + bias.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -142,7 +146,7 @@ class Block(nn.Module):
         qkv_shape, qkv_axes = (c.embed_dim, 3, heads, head_dim), ("embed", None, "heads", "head_dim")
 
         h = self.constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        qkv = Linear(qkv_shape, qkv_axes, 1, 0.02, name="qkv")(h)  # [B, T, 3, H, K]
+        qkv = Linear(qkv_shape, qkv_axes, 1, 0.02, c.qkv_bias, name="qkv")(h)  # [B, T, 3, H, K]
         qkv = checkpoint_name(self.constrain(qkv, ("batch", "length", None, "heads", None)), "qkv")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cache is None:
