@@ -49,6 +49,7 @@ def run(arguments: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _train_parser(verbs)
     _sample_parser(verbs)
+    _convert_parser(verbs)
     _report_parser(verbs)
     _data_parser(verbs)
     _tokenizer_parser(verbs)
@@ -89,7 +90,8 @@ def _add(verbs: Any, name: str, run: Any, text: str, overrides: bool = False, ep
 def _train_parser(verbs: Any) -> None:
     text = "Train the model of a config, or go on with a run. Any field is set by its dotted name."
     parser = _add(verbs, "train", _train, text, overrides=True, epilog=field_help() if "--help" in sys.argv else "")
-    parser.add_argument("config", nargs="?", help="a file of configs/")
+    text = "a file of configs/, or a Hugging Face directory (GPT-2, GPT-Neo) to fine-tune"
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=text)
     parser.add_argument("--resume", metavar="RUN", help="a run folder to go on with, exactly where it stopped")
     parser.add_argument("--distributed", action="store_true", help="one of several processes: join the others first")
 
@@ -121,19 +123,33 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
 def _resolve(known: argparse.Namespace, overrides: list[str]) -> Config:
     """The config to train: from a file, or of a run with what may change of it."""
     if known.resume is None:
-        return load_config(known.config, overrides)
+        return _config(known.config, overrides)
     from gptjax.train.run import open_run
 
     _, saved = open_run(known.resume)
-    given = load_config(known.config, overrides) if known.config else validate(override(saved, overrides))
+    given = _config(known.config, overrides) if known.config else validate(override(saved, overrides))
     if lines := differences(saved, given):
         raise UserError(f"--resume {known.resume}: this config contradicts the run: " + "; ".join(lines))
     return given
 
 
+def _config(path: str, overrides: list[str]) -> Config:
+    """The config of a file, or one that fine-tunes a Hugging Face directory."""
+    if not Path(path).is_dir():
+        return load_config(path, overrides)
+    from gptjax.convert.huggingface import finetune_config, is_huggingface
+
+    if not is_huggingface(Path(path)):
+        raise UserError(
+            f"train {path}: a folder, but without the config.json of a Hugging Face model; to go on with a run: "
+            f"gptjax train --resume {path}"
+        )
+    return validate(override(finetune_config(Path(path)), overrides))
+
+
 def _sample_parser(verbs: Any) -> None:
     parser = _add(verbs, "sample", _sample, "Continue a prompt with a trained model.")
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("folder", metavar="PATH", help="a run folder or a Hugging Face directory")
     parser.add_argument("--prompt", default="\n", help="text to continue")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
@@ -153,6 +169,22 @@ def _sample(known: argparse.Namespace, _: list[str]) -> None:
     how = Sampling(known.temperature, known.top_k, known.top_p)
     texts = sample(known.folder, known.prompt, how, num_samples=known.samples, num_tokens=known.tokens, seed=known.seed)
     print("\n---\n".join(known.prompt + text for text in texts))
+
+
+def _convert_parser(verbs: Any) -> None:
+    text = (
+        "Turn a run folder into a directory that transformers loads (GPT-2, GPT-Neo), or such a directory into a run."
+    )
+    parser = _add(verbs, "convert", _convert, text)
+    parser.add_argument("source", metavar="SRC", help="a run folder, or a directory with config.json and safetensors")
+    parser.add_argument("target", metavar="DST", help="the folder to write; new or empty")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+
+
+def _convert(known: argparse.Namespace, _: list[str]) -> None:
+    from gptjax.tasks.convert import convert
+
+    print(convert(known.source, known.target, known.dtype))
 
 
 def _report_parser(verbs: Any) -> None:

@@ -83,7 +83,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: str = "bytes"
-    """bytes, gpt2:DIR (encoder.json and vocab.bpe), or a SentencePiece .model file."""
+    """bytes, gpt2:DIR (vocab.json and merges.txt, or GPT-2's encoder.json and vocab.bpe), or a SentencePiece .model."""
     seed: int = 0
     """Seed of the global shuffle."""
     lanes: int = 1

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from gptjax.errors import UserError
 
 SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Reserved tokens: end of text, the three chat roles, end of turn."""
+
+BYTE_LEVEL_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",))
+"""Names under which byte-level BPE is found: Hugging Face's two, GPT-2's own, and Hugging Face's one."""
 
 TRAINING_CHUNK = 4000  # characters; SentencePiece's BPE trainer counts symbols of a sentence in 16 bits
 
@@ -72,7 +76,7 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer named by `data.tokenizer`: bytes, gpt2:DIR, or a SentencePiece .model file.
+    """The tokenizer named by `data.tokenizer`: bytes, gpt2:DIR (byte-level BPE), or a SentencePiece .model file.
 
     Raises UserError where files are missing or are not what they should be.
     """
@@ -97,28 +101,63 @@ def _reserve(pieces: list[bytes], special: dict[str, int]) -> tuple[list[bytes],
     return pieces, special
 
 
+def byte_names() -> list[str]:
+    """The visible character that byte-level BPE files write for each byte: itself, or the next one from U+0100 on."""
+    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in visible]
+    names = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    return [names[b] for b in range(256)]
+
+
+def byte_pairs(files: dict[str, bytes]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token and merges in order, of one of BYTE_LEVEL_FILES.
+
+    Raises ValueError, KeyError, TypeError or AttributeError where that is not what the files hold.
+    """
+    if "tokenizer.json" in files:
+        return _fast_byte_pairs(json.loads(files["tokenizer.json"]))
+    vocab, merges = files.values()
+    lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
+    return json.loads(vocab), [(left, right) for left, right in (line.split(" ") for line in lines)]
+
+
+def _fast_byte_pairs(values: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """`byte_pairs` of a tokenizer.json, the one file that transformers 5 saves."""
+    model, split = values["model"], values["pre_tokenizer"]
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if model["type"] != "BPE" or values.get("normalizer") or {name: split.get(name, True) for name in plain} != plain:
+        raise ValueError("not GPT-2's kind: byte-level pairs, no normalizer, no space put first")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+    return model["vocab"] | added, [(left, right) for left, right in merges]
+
+
 def _load_gpt2(spec: str) -> Tokenizer:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
     folder = Path(spec.removeprefix("gpt2:")).expanduser()
-    files = {name: _read(spec, folder / name) for name in ("encoder.json", "vocab.bpe")}
-    # The files write each byte as one visible character: itself, or the next one from U+0100 on.
-    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in visible]
-    to_byte = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    found = [names for names in BYTE_LEVEL_FILES if all((folder / name).is_file() for name in names)]
+    files = {name: _read(spec, folder / name) for name in (found or BYTE_LEVEL_FILES)[0]}
+    names = byte_names()
+    to_byte = {name: byte for byte, name in enumerate(names)}
     try:
-        ids = json.loads(files["encoder.json"])
-        merges = files["vocab.bpe"].decode().split("\n")[1:]
+        vocab, merges = byte_pairs(files)
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("the ids have gaps")
+        merged = [vocab[left + right] for left, right in merges]
         # tiktoken merges in the order of ids, so the ids must be the order of the merges.
-        if [ids[line.replace(" ", "")] for line in merges if line] != list(range(256, 50256)):
-            raise ValueError("encoder.json and vocab.bpe disagree")
-        ranks = {bytes(to_byte[c] for c in token): i for token, i in ids.items() if i < 50256}
-        if sorted(ranks.values()) != list(range(50256)):
-            raise ValueError("encoder.json does not number 50256 tokens")
+        if merged != sorted(set(merged)):
+            raise ValueError("the order of the ids is not that of the merges")
+        tokens = [*names, *(left + right for left, right in merges)]
+        ranks = {bytes(to_byte[c] for c in token): vocab[token] for token in tokens}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"data.tokenizer = {spec}: not GPT-2's encoder.json and vocab.bpe: {error}") from None
-    pieces, special = _reserve(sorted(ranks, key=ranks.__getitem__), {})
+        raise UserError(f"data.tokenizer = {spec}: not GPT-2's {' and '.join(files)}: {error}") from None
+    pieces = [b""] * len(vocab)
+    for piece, i in ranks.items():
+        pieces[i] = piece
+    made = set(tokens)  # text can yield these, so they are not reserved whatever they spell
+    pieces, special = _reserve(pieces, {name: vocab[name] for name in SPECIALS if name in vocab and name not in made})
     encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(text: str) -> list[int]:
@@ -230,7 +269,7 @@ def _read(spec: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        remedy = "use bytes, gpt2:DIR with encoder.json and vocab.bpe, or a SentencePiece .model file"
+        remedy = "use bytes, gpt2:DIR with vocab.json and merges.txt, or a SentencePiece .model file"
         raise UserError(f"data.tokenizer = {spec}: {path}: {error.strerror}; {remedy}") from None
 
 

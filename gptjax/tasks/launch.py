@@ -4,11 +4,11 @@ import logging
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from gptjax.config import Config
 from gptjax.data.sources import open_source
@@ -21,13 +21,15 @@ from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
-from gptjax.train.checkpoint import restore_params
+from gptjax.tasks.weights import on_device, open_weights
+from gptjax.train.checkpoint import has_checkpoint
 from gptjax.train.loop import fit
-from gptjax.train.run import new_run, open_run, saved_tokenizer
+from gptjax.train.run import new_run, saved_tokenizer
 
 
 def train(config: Config, resume: Path | None, *, distributed: bool = False) -> int:
-    """Run pretraining to its end; returns the exit status (128 + the signal that stopped it, or 0).
+    """Run pretraining, from random weights or those of `init_from`, to its end; returns the exit status (128 + the
+    signal that stopped it, or 0).
 
     `distributed` joins the other processes first: jax.distributed finds them on TPU pods and under SLURM, and
     elsewhere through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -41,10 +43,15 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     for split in (config.data.train_split, config.data.eval_split):
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
+    weights = open_weights(config.init_from) if _starts_from_weights(config, resume) else None
+    if weights:
+        weights.require(config.model)
     run = resume or new_run(config, tokenizer)
     platform = jax.default_backend()
     task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
-    number = fit(config, task, layout, run, resume is not None, _facts(config, platform, tokenizer, run))
+    facts = _facts(config, platform, tokenizer, run) | ({"weights": config.init_from} if weights else {})
+    load = partial(weights.load, config.model) if weights else None
+    number = fit(config, task, layout, run, resume is not None, facts, load)
     if jax.process_index() == 0:
         print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
     return 128 + number if number else 0
@@ -78,13 +85,18 @@ def _without_late_writes(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _starts_from_weights(config: Config, resume: Path | None) -> bool:
+    """A run that has a checkpoint needs init_from no more; one that was stopped before its first does."""
+    return config.init_from != "" and not (resume and has_checkpoint(resume))
+
+
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
-    """Continuations of a prompt by the newest checkpoint of a run."""
-    run, config = open_run(folder)
-    prepare(config)
-    tokenizer = saved_tokenizer(run)
-    task = Pretrain(config, build_model(config, jax.default_backend()), tokenizer)
-    params = restore_params(run, nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    """Continuations of a prompt by the newest checkpoint of a run, or by a Hugging Face directory."""
+    weights = open_weights(folder)
+    prepare(weights.config)
+    tokenizer = weights.tokenizer()
+    params = weights.load(weights.config.model, on_device(weights.config, jax.local_devices()[0]))
+    task = Pretrain(weights.config, build_model(weights.config, jax.default_backend()), tokenizer)
     ids = tokenizer.encode(prompt)
     made = generate(task.model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
     return [tokenizer.decode(row.tolist()) for row in made]

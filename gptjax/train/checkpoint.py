@@ -18,6 +18,7 @@ from gptjax.errors import UserError
 
 FOLDER = "checkpoints"
 FORMAT = 1
+CHANGED = "its arrays do not match the fingerprint taken when they were saved"
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever a broken file makes Orbax, TensorStore or JSON raise
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                warn(f"checkpoint {self._folder / str(step)} is damaged ({reason}); using the one before it")
+                damaged = f"checkpoint {self._folder / str(step)} is damaged ({_first_line(error)})"
+                warn(f"{damaged}; using the one before it")
                 self._set_aside(step)
         if saved or list(self._folder.glob("*.damaged")):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
@@ -111,7 +112,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._manager.restore(step, args=arguments)["state"]
         if fingerprint(state) != meta["fingerprint"]:
-            raise ValueError("its arrays do not match the fingerprint taken when they were saved")
+            raise ValueError(CHANGED)
         data = meta["position"].pop("data")
         return state, Position(**meta["position"], data=None if data is None else tuple(data))
 
@@ -127,10 +128,15 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(run: Path, abstract: Any) -> Any:
-    """The parameters alone of the newest checkpoint of a run, on the default device; for sampling.
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has anything to resume from, damaged or not."""
+    return any(entry.name.split(".")[0].isdigit() for entry in (run / FOLDER).glob("*"))
 
-    Raises UserError where the run has none.
+
+def restore_params(run: Path, abstract: Any) -> Any:
+    """The parameters alone of the newest checkpoint of a run, laid out as the shardings of `abstract` say.
+
+    Raises UserError where the run has none, or a damaged one.
     """
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager((run / FOLDER).absolute(), options=options) as manager:
@@ -140,7 +146,16 @@ def restore_params(run: Path, abstract: Any) -> Any:
         item = {"params": abstract}
         restore = ocp.checkpoint_utils.construct_restore_args(item)
         arguments = ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        both = ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore())
+        try:
+            restored = manager.restore(step, args=both)
+            params, written = restored["state"]["params"], restored["meta"]["fingerprint"]
+            if fingerprint(params) != written[: len(jax.tree.leaves(params))]:  # they are the state's first leaves
+                raise ValueError(CHANGED)
+        except Exception as error:  # whatever a broken file makes Orbax, TensorStore or JSON raise
+            damaged = f"checkpoint {run / FOLDER / str(step)} is damaged ({_first_line(error)})"
+            raise UserError(f"{damaged}; gptjax train --resume {run} goes back to the one before it") from error
+        return params
 
 
 def fingerprint(state: Any) -> list[int]:
@@ -152,6 +167,11 @@ def fingerprint(state: Any) -> list[int]:
         return jnp.stack([jnp.sum(w, dtype=jnp.uint32) for w in words])
 
     return [int(x) for x in np.asarray(sums(jax.tree.leaves(state)))]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _storage_reason(error: BaseException) -> str | None:

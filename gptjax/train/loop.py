@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -28,7 +27,7 @@ from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.metrics import Clock, Reporter
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
-from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step
+from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step, placed, start_state
 
 PREFETCH = 2  # batches ready on the devices ahead of the step
 
@@ -56,16 +55,31 @@ class Batch:
     after: Position
 
 
-def fit(config: Config, task: Task, layout: Layout, run: Path, resume: bool, facts: dict[str, Any]) -> int:
+def fit(
+    config: Config,
+    task: Task,
+    layout: Layout,
+    run: Path,
+    resume: bool,
+    facts: dict[str, Any],
+    load: Callable[[Params], Params] | None = None,
+) -> int:
     """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
 
+    Without a checkpoint to resume, `load` gives the first parameters, laid out as the shapes it gets say; without
+    `load` they are random.
     Raises UserError for anything the user can mend.
     """
     abstract = abstract_state(config, task.init)
     shardings = layout.shardings(abstract)
     checkpoints = Checkpoints(run, config)
-    restored = checkpoints.restore(_sharded(abstract, shardings), _warn) if resume else None
-    state, position = restored or (init_state(config, task.init, layout), Position())
+    places = placed(abstract, shardings)
+    state, position = (checkpoints.restore(places, _warn) if resume else None) or (None, Position())
+    if state is None:
+        if load is None:
+            state = init_state(config, task.init, layout)
+        else:
+            state = start_state(config, load(places.params), shardings)
     first = jax.process_index() == 0
     reporter = Reporter(
         run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None
@@ -278,15 +292,6 @@ def _announce(config: Config, layout: Layout, reporter: Reporter, position: Posi
     reporter.record("start", position.step, **lines, **facts)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
-
-
-def _sharded(abstract: Any, shardings: Any) -> Any:
-    """Plain shapes that say where a restored array belongs."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(abstract),
-        shardings,
-    )
 
 
 def _profile(steps: tuple[int, ...], step: int, run: Path, state: Any) -> None:

@@ -33,11 +33,16 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Path:
         raise UserError(f"run = {base}: exists and is not empty; gptjax train --resume {base}, or name another")
     folder = _numbered(base, number)
     if jax.process_index() == 0:
-        (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / TOKENIZER)
-        (folder / META).write_text(json.dumps(_provenance() | {"tokenizer": tokenizer.spec}, indent=2))
-        (folder / CONFIG).write_text(to_json(config))
+        fill_run(folder, config, tokenizer)
     return folder
+
+
+def fill_run(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Write what a run folder holds before its first step; the config last."""
+    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / TOKENIZER)
+    (folder / META).write_text(json.dumps(_provenance() | {"tokenizer": tokenizer.spec}, indent=2))
+    (folder / CONFIG).write_text(to_json(config))
 
 
 def _first_free(base: Path) -> int:
@@ -53,7 +58,10 @@ def open_run(path: str) -> tuple[Path, Config]:
     """An existing run folder and its resolved config; raises UserError where it is none."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"run {path}: no {CONFIG} in it, so it is not a run folder; name one below runs/")
+        raise UserError(
+            f"run {path}: no {CONFIG} in it, so it is not a run folder (nor a Hugging Face directory); name one below "
+            "runs/"
+        )
     return folder, from_json((folder / CONFIG).read_text())
 
 

@@ -69,6 +69,20 @@ def _initial(config: Config, params: Params) -> TrainState:
     )
 
 
+def start_state(config: Config, params: Params, shardings: Any) -> TrainState:
+    """The initial state around parameters that are there already; they are donated."""
+    return jax.jit(lambda p: _initial(config, p), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Plain shapes that say where each array belongs."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(abstract),
+        shardings,
+    )
+
+
 def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) -> TrainState:
     """The initial state, each array born with its sharding. Equal on every layout."""
     shardings = layout.shardings(abstract_state(config, init))

@@ -1,0 +1,130 @@
+"""What a Hugging Face architecture is to us: a config in other words, and a table that says which part of our
+parameters each of its tensors is. The table reads and writes, whole or any slice, without knowing the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A tensor, and the block of one leaf of our parameters that it fills: transposed if it says so, then reshaped
+    to `extent`. What the boxes of a leaf leave free is zero."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    leaf: str
+    """Path of the leaf, such as units/block_0/qkv/kernel."""
+    extent: tuple[int, ...]
+    """Size of the block."""
+    offset: tuple[int, ...] = ()
+    """Where the block starts in the leaf; () is the leaf's start."""
+    transposed: bool = False
+    scale: float = 1.0
+    """What the block is multiplied by when it is written."""
+
+    def block(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as our block, a view."""
+        return (tensor.T if self.transposed else tensor).reshape(self.extent)
+
+    def tensor_of(self, leaf: np.ndarray) -> np.ndarray:
+        """The inverse: the tensor cut out of the leaf, a view unless it is scaled."""
+        block = leaf[tuple(slice(o, o + e) for o, e in zip(self.offset, self.extent, strict=True))]
+        matrix = block.reshape(self.shape[::-1]).T if self.transposed else block.reshape(self.shape)
+        return matrix if self.scale == 1 else matrix * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of the architectures that convert."""
+
+    model_type: str
+    classes: tuple[str, ...]
+    """What `architectures` may say; the first is written."""
+    read: Callable[[dict[str, Any], str], ModelConfig]
+    """(values of config.json, its name for messages) -> our config. Raises UserError for what our model has not."""
+    write: Callable[[ModelConfig], dict[str, Any]]
+    block: Callable[[ModelConfig], list[Box]]
+    """The tensors of one layer, names and leaves relative to it."""
+
+
+def boxes(architecture: Architecture, config: ModelConfig) -> list[Box]:
+    """Every tensor of a model, named without the `transformer.` that some files put first."""
+    vocab, dim = config.vocab_size, config.embed_dim
+    every = [
+        Box("wte.weight", (vocab, dim), "embedding", (vocab, dim)),
+        Box("wpe.weight", (config.seq_len, dim), "positions", (config.seq_len, dim)),
+        *norm("ln_f", "norm_final", dim),
+    ]
+    block = architecture.block(config)
+    for layer in range(config.num_layers):
+        every += [_in_layer(box, layer, config) for box in block]
+    return [box if box.offset else replace(box, offset=(0,) * len(box.extent)) for box in every]
+
+
+def _in_layer(box: Box, layer: int, config: ModelConfig) -> Box:
+    unit, position = divmod(layer, len(config.attention_pattern))
+    tensor, leaf = f"h.{layer}.{box.tensor}", f"block_{position}/{box.leaf}"
+    if not config.scan_layers:
+        return replace(box, tensor=tensor, leaf=f"unit_{unit}/{leaf}")
+    offset = box.offset or (0,) * len(box.extent)
+    return replace(
+        box, tensor=tensor, leaf=f"units/{leaf}", offset=(unit, *offset), extent=(1, *box.extent)
+    )  # stacked over the units
+
+
+def norm(tensor: str, leaf: str, dim: int) -> list[Box]:
+    """A LayerNorm's two vectors."""
+    return [
+        Box(f"{tensor}.weight", (dim,), f"{leaf}/scale", (dim,)),
+        Box(f"{tensor}.bias", (dim,), f"{leaf}/bias", (dim,)),
+    ]
+
+
+def assemble(index: Index, shape: tuple[int, ...], parts: list[tuple[Box, Callable[[], np.ndarray]]]) -> np.ndarray:
+    """`leaf[index]` in float32 for a leaf of `shape`, reading only what lies in it of the tensors (opened by the
+    functions beside the boxes)."""
+    low = np.array([s.indices(n)[0] for s, n in zip(index, shape, strict=True)])
+    high = np.array([s.indices(n)[1] for s, n in zip(index, shape, strict=True)])
+    out = np.zeros(high - low, np.float32)
+    for box, open_tensor in parts:
+        offset = np.array(box.offset)
+        start, stop = np.maximum(low, offset), np.minimum(high, offset + box.extent)
+        if (start < stop).all():
+            out[_slices(start - low, stop - low)] = box.block(open_tensor())[_slices(start - offset, stop - offset)]
+    return out
+
+
+def _slices(start: np.ndarray, stop: np.ndarray) -> Index:
+    return tuple(map(slice, start.tolist(), stop.tolist()))
+
+
+def whole(values: dict[str, Any], name: str, where: str) -> int:
+    """A size of config.json. Raises UserError where it is missing or no positive whole number."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: {name} = {value!r}: expected a positive whole number")
+    return value
+
+
+def rate(values: dict[str, Any], name: str, where: str) -> float:
+    """A dropout rate of config.json, 0 where it is missing."""
+    value = values.get(name, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"{where}: {name} = {value!r}: expected a rate in [0, 1)")
+    return float(value)
+
+
+def expect(values: dict[str, Any], where: str, **allowed: tuple[Any, ...]) -> None:
+    """Raises UserError for a setting that our model has not; a missing one is the first of those allowed."""
+    for name, options in allowed.items():
+        if (value := values.get(name, options[0])) not in options:
+            choices = " or ".join(map(repr, options))
+            raise UserError(f"{where}: {name} = {value!r}: gptjax has only {choices}; it cannot convert this model")

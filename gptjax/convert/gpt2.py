@@ -1,0 +1,70 @@
+"""GPT-2 in `transformers`: kernels are [in, out], and one matrix holds queries, keys and values."""
+
+from typing import Any
+
+from gptjax.config import ModelConfig
+from gptjax.convert.architecture import Architecture, Box, expect, norm, rate, whole
+
+GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the tanh approximation
+
+
+def _read(values: dict[str, Any], where: str) -> ModelConfig:
+    width, context = whole(values, "n_embd", where), whole(values, "n_positions", where)
+    expect(
+        values,
+        where,
+        activation_function=GELU,
+        n_inner=(None, 4 * width),
+        n_ctx=(context,),
+        layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True, False),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+        tie_word_embeddings=(True,),
+    )
+    return ModelConfig(
+        num_layers=whole(values, "n_layer", where),
+        num_heads=whole(values, "n_head", where),
+        embed_dim=width,
+        seq_len=context,
+        vocab_size=whole(values, "vocab_size", where),
+        dropout=rate(values, "resid_pdrop", where),
+        scale_scores=bool(values.get("scale_attn_weights", True)),
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_embd": config.embed_dim,
+        "n_positions": config.seq_len,
+        "n_ctx": config.seq_len,
+        "n_inner": None,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": 0.0,
+        "activation_function": GELU[0],
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": config.scale_scores,
+        "tie_word_embeddings": True,
+    }
+
+
+def _block(config: ModelConfig) -> list[Box]:
+    dim, mlp, heads = config.embed_dim, config.mlp_dim, (config.num_heads, config.head_dim)
+    return [
+        *norm("ln_1", "norm_attention", dim),
+        Box("attn.c_attn.weight", (dim, 3 * dim), "qkv/kernel", (dim, 3, *heads)),
+        Box("attn.c_attn.bias", (3 * dim,), "qkv/bias", (3, *heads)),
+        Box("attn.c_proj.weight", (dim, dim), "projection/kernel", (*heads, dim)),
+        Box("attn.c_proj.bias", (dim,), "projection/bias", (dim,)),
+        *norm("ln_2", "norm_mlp", dim),
+        Box("mlp.c_fc.weight", (dim, mlp), "mlp_up/kernel", (dim, mlp)),
+        Box("mlp.c_fc.bias", (mlp,), "mlp_up/bias", (mlp,)),
+        Box("mlp.c_proj.weight", (mlp, dim), "mlp_down/kernel", (mlp, dim)),
+        Box("mlp.c_proj.bias", (dim,), "mlp_down/bias", (dim,)),
+    ]
+
+
+GPT2 = Architecture("gpt2", ("GPT2LMHeadModel", "GPT2Model"), _read, _write, _block)

@@ -1,0 +1,104 @@
+"""`gptjax convert`: a run folder to a Hugging Face directory, or a directory to a run folder."""
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from gptjax.config import Config, LayoutConfig
+from gptjax.convert.huggingface import counterpart, finetune_config, is_huggingface, open_directory, write_directory
+from gptjax.convert.tokenizer import write_tokenizer
+from gptjax.data.tokenizers import load_tokenizer
+from gptjax.errors import UserError
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
+from gptjax.tasks.weights import on_device
+from gptjax.train.checkpoint import Checkpoints, Position, restore_params
+from gptjax.train.run import fill_run, open_run, saved_tokenizer
+from gptjax.train.step import abstract_state, placed, start_state
+
+
+def convert(source: str, target: str, dtype: str) -> str:
+    """Write `target`, whole or not at all; returns what a user wants to know of it.
+
+    Raises UserError where either path or the model cannot be converted.
+    """
+    make = _to_run if is_huggingface(Path(source)) else _to_huggingface
+    return make(source, Path(target), dtype)
+
+
+def _to_huggingface(source: str, target: Path, dtype: str) -> str:
+    run, config = open_run(source)
+    architecture, tokenizer = counterpart(config.model), saved_tokenizer(run)
+    with appearing(target) as folder:
+        params = restore_params(run, on_device(config, _cpu()))
+        size = write_directory(folder, config.model, params, tokenizer.eot, dtype)
+        note = write_tokenizer(tokenizer, folder, config.model.vocab_size, config.model.seq_len)
+    where = shlex.quote(str(target))
+    lines = [
+        f"{target}: {architecture.classes[0]}, {size / 1e6:,.1f} MB of {dtype}",
+        *([f"warning: {note}"] if note else []),
+        *(["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"] * _folds(config)),
+        f"  sample  gptjax sample {where} --prompt 'def '",
+        f"  python  transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
+    ]
+    return "\n".join(lines)
+
+
+def _folds(config: Config) -> bool:
+    return config.model.scale_scores and not config.model.qkv_bias
+
+
+def _to_run(source: str, target: Path, dtype: str) -> str:
+    if dtype != "float32":
+        raise UserError(f"--dtype {dtype}: a run folder holds float32 weights; leave it out")
+    directory = open_directory(Path(source))
+    config = replace(finetune_config(Path(source)), run=str(target))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(config, tokenizer)
+    task = Pretrain(config, build_model(config, "cpu"), tokenizer)
+    one = LayoutConfig(fsdp=1)
+    abstract = abstract_state(config, task.init)
+    shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)
+    with appearing(target) as folder:
+        params = directory.load(config.model, placed(abstract, shardings).params)
+        fill_run(folder, config, tokenizer)
+        checkpoints = Checkpoints(folder, config)
+        checkpoints.save(start_state(config, params, shardings), Position())
+        checkpoints.close()
+    where = shlex.quote(str(target))
+    return (
+        f"{target}: a run at step 0 with these weights\n"
+        f"  sample  gptjax sample {where} --prompt 'def '\n"
+        f"  train   gptjax train --resume {where}"
+    )
+
+
+def _cpu() -> jax.Device:
+    """Converting computes nothing, and a host has more memory than an accelerator."""
+    return jax.local_devices(backend="cpu")[0]
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when it is whole; after any failure there is none.
+
+    Raises UserError where the target is taken or cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; name another")
+    part = target.absolute().with_name(f".{target.absolute().name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
