@@ -16,6 +16,7 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.launch import prepare
 from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
 from gptjax.tasks.weights import on_device
 from gptjax.train.checkpoint import Checkpoints, Position, restore_params
@@ -34,6 +35,7 @@ def convert(source: str, target: str, dtype: str) -> str:
 
 def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     run, config = open_run(source)
+    prepare(config)
     architecture, tokenizer = counterpart(config.model), saved_tokenizer(run)
     with appearing(target) as folder:
         params = restore_params(run, on_device(config, _cpu()))
@@ -59,6 +61,7 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
         raise UserError(f"--dtype {dtype}: a run folder holds float32 weights; leave it out")
     directory = open_directory(Path(source))
     config = replace(finetune_config(Path(source)), run=str(target))
+    prepare(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     task = Pretrain(config, build_model(config, "cpu"), tokenizer)

@@ -1,0 +1,613 @@
+"""Checkpoints in and out against `transformers`, and what is refused. Run: pytest tests/test_convert.py"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import linen as nn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax import cli
+from gptjax.config import Config, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.convert.architecture import Box, assemble, boxes
+from gptjax.convert.huggingface import counterpart, open_directory, write_directory
+from gptjax.convert.tensors import Outgoing, read_tensors, write_tensors
+from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
+from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
+from gptjax.errors import UserError
+from gptjax.model.gpt import forward
+from gptjax.model.loss import cross_entropy, logits
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, leaf_name, rule_table
+from gptjax.tasks.launch import train
+from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.tasks.weights import on_device, open_weights
+from gptjax.train.step import placed
+
+TEXT = "def f(x, y=12):\n    return {'a': [x]}  # naïve Größe, 東京 😀!\r\n\t\tpass\n\n"
+SMALL = ModelConfig(3, 4, 32, seq_len=12, vocab_size=261)
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="needs the peers extra")
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    return pytest.importorskip("transformers", reason="needs the peers extra")
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> Any:
+    """Parameters without a zero or a one in them, so that no mistake of place hides."""
+    rng = np.random.default_rng(seed)
+    abstract = on_device(Config("", model), jax.devices()[0])
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract)
+    params["embedding"][model.vocab_size :] = 0
+    return params
+
+
+def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
+    """An export of random weights with the bytes tokenizer."""
+    folder.mkdir(parents=True)
+    write_directory(folder, model, random_params(model), 256, **how)
+    write_tokenizer(load_tokenizer("bytes"), folder, model.vocab_size, model.seq_len)
+    return folder
+
+
+def load(path: Path) -> tuple[Config, Any]:
+    weights = open_weights(str(path))
+    return weights.config, weights.load(weights.config.model, on_device(weights.config, jax.devices()[0]))
+
+
+def bytes_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(tensor.open()) for name, tensor in read_tensors(folder).items()}
+
+
+def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
+
+
+def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, Any]:
+    """Over all positions but the last, whose targets are the next tokens."""
+    model, vocab = build_model(config, "cpu"), config.model.vocab_size
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        hidden, embedding, _ = forward(model, params, tokens)
+        nats = cross_entropy(hidden[:, :-1], embedding, tokens[:, 1:], vocab, 256)
+        return nats / tokens[:, 1:].size, logits(hidden, embedding, vocab)[..., :vocab]
+
+    (value, scores), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return np.asarray(scores), float(value), grads
+
+
+@st.composite
+def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
+    """Random `transformers` configs of odd sizes; a local window is shorter than the sequence."""
+    heads, head_dim, layers = draw(st.integers(1, 4)), draw(st.integers(3, 11)), draw(st.integers(3, 6))
+    vocab, length = draw(st.integers(70, 300)), draw(st.integers(9, 40))
+    common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
+    if draw(st.booleans()):
+        return transformers.GPT2Config(
+            n_positions=length, n_embd=heads * head_dim, n_layer=layers, n_head=heads, **common
+        )
+    kinds = draw(st.lists(st.sampled_from(["global", "local"]), min_size=layers, max_size=layers))
+    return transformers.GPTNeoConfig(
+        max_position_embeddings=length,
+        hidden_size=heads * head_dim,
+        num_layers=layers,
+        num_heads=heads,
+        attention_types=[[[kind], 1] for kind in kinds],
+        window_size=draw(st.integers(2, length - 1)),
+        **common,
+    )
+
+
+@settings(max_examples=6, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
+    torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("peer")
+    torch.manual_seed(0)
+    peer = transformers.AutoModelForCausalLM.from_config(data.draw(peer_configs(transformers))).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    peer.save_pretrained(folder)
+    config, params = load(folder)
+    model = config.model
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len))
+    scores, value, grads = logits_and_gradient(config, params, tokens)
+
+    ids = torch.tensor(tokens)
+    out = peer(ids, labels=ids)
+    out.loss.backward()
+    np.testing.assert_allclose(scores, out.logits.detach().numpy(), atol=1e-4)
+    assert (scores.argmax(-1) == out.logits.detach().numpy().argmax(-1)).all()
+    assert value == pytest.approx(out.loss.item(), rel=1e-5)
+    theirs = dict(peer.named_parameters())
+    leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+    for box in boxes(counterpart(model), model):
+        expected = theirs[f"transformer.{box.tensor}"].grad.numpy()
+        np.testing.assert_allclose(box.tensor_of(leaves[box.leaf]), expected, atol=1e-5, err_msg=box.tensor)
+
+    (folder / "back").mkdir()
+    write_directory(folder / "back", model, params, 0)
+    assert same_bytes(bytes_of(folder / "back"), bytes_of(folder))
+    again, _ = load(folder / "back")
+    assert again.model == model
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    heads, unit = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    biased = draw(st.booleans())
+    kinds = st.sampled_from(["dense"] if biased else ["dense", "banded"])
+    return ModelConfig(
+        num_layers=unit * draw(st.integers(1, 3)),
+        num_heads=heads,
+        embed_dim=heads * draw(st.integers(1, 4)),
+        seq_len=draw(st.integers(2, 9)),
+        vocab_size=draw(st.integers(1, 300)),
+        window=2,
+        attention_pattern=tuple(draw(st.lists(kinds, min_size=unit, max_size=unit))),
+        qkv_bias=biased,
+        scale_scores=biased,
+        scan_layers=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=20)
+@given(models(), st.data())
+def test_boxes_tile_every_leaf_and_any_slice_of_it_reads_alone(model: ModelConfig, data: st.DataObject) -> None:
+    params = random_params(model)
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    table = boxes(counterpart(model), model)
+    assert {box.leaf for box in table} == leaves.keys()
+    name = data.draw(st.sampled_from(sorted(leaves)))
+    leaf = leaves[name]
+
+    def opened(box: Box) -> tuple[Box, Callable[[], np.ndarray]]:
+        tensor = box.tensor_of(leaf)
+        assert tensor.shape == box.shape
+        return box, lambda: tensor
+
+    bounds = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in leaf.shape]
+    index = tuple(slice(*bound) for bound in bounds)
+    parts = [opened(box) for box in table if box.leaf == name]
+    np.testing.assert_array_equal(assemble(index, leaf.shape, parts), leaf[index])
+    assert sum(np.prod(box.extent) for box, _ in parts) == np.count_nonzero(leaf)
+
+
+MODELS = {
+    "gpt2": {"attention_pattern": ("dense",)},
+    "neo": {"qkv_bias": False, "scale_scores": False},
+    "neo_folded": {"qkv_bias": False},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request: pytest.FixtureRequest, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on eight devices."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    config = replace(
+        tiny,
+        run=str(run),
+        model=replace(tiny.model, **MODELS[request.param]),
+        train=replace(tiny.train, total_tokens=6 * 8 * 16, eval_batches=0),
+    )
+    assert train(config, None) == 0
+    return run
+
+
+def test_a_trained_model_gives_the_same_logits_and_ids_in_transformers(
+    torch: Any, transformers: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    cli.run(["convert", str(trained), str(out)])
+    printed = capsys.readouterr().out
+    config, params = load(trained)
+    assert ("folded into q" in printed) == (config.model.scale_scores and not config.model.qkv_bias)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, config.model.seq_len))
+    scores, _, _ = logits_and_gradient(config, params, tokens)
+    theirs = peer(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(scores, theirs, atol=1e-4)
+    assert (scores.argmax(-1) == theirs.argmax(-1)).all()
+
+    names = transformers.AutoTokenizer.from_pretrained(out)
+    ours = load_tokenizer(config.data.tokenizer)
+    assert names(TEXT).input_ids == ours.encode(TEXT) and names.decode(ours.encode(TEXT)) == TEXT
+    assert names("<|user|>x<|end|>").input_ids == [ours.special["<|user|>"], ord("x"), ours.special["<|end|>"]]
+    assert (names.eos_token_id, peer.config.eos_token_id) == (ours.eot, ours.eot)
+
+    for verb in (["convert", str(out), str(tmp_path / "run")], ["convert", str(tmp_path / "run"), str(tmp_path / "2")]):
+        assert cli.run(verb) == 0
+    assert same_bytes(bytes_of(out), bytes_of(tmp_path / "2"))
+    capsys.readouterr()
+    texts = []
+    for path in (out, tmp_path / "run"):
+        assert cli.run(["sample", str(path), "--prompt", "a", "--tokens", "9"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = directory(tmp_path / "source")
+    run, small = tmp_path / "run", ["--train.eval_batches", "0", "--train.log_interval", "1"]
+    data = ["--data.source", tiny.data.source, "--data.cache_dir", tiny.data.cache_dir]
+    data += ["--train.compile_cache", tiny.train.compile_cache, "--train.tensorboard", "false"]
+    cli.run(["train", str(source), "--run", str(run), "--train.total_tokens", "200", *small, *data])
+    assert "weights" in capsys.readouterr().out
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    _, before = load(source)
+    config, after = load(run)
+    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
+    assert 0 < moved < 1e-5  # three steps of warm-up
+    task = Pretrain(config, build_model(config, "cpu"), load_tokenizer("bytes"))
+    stream = task.stream(None, (0, 1))
+    nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1, 8)[0])
+    stream.close()
+    first = next(entry for entry in logged if entry.get("kind", entry.get("type")) == "train")
+    assert first["loss"] == pytest.approx(float(nats / count), rel=1e-5)
+    shutil.rmtree(source)
+    assert cli.run(["train", "--resume", str(run), "--train.total_tokens", "400", *small]) == 0
+
+
+def test_init_from_names_the_first_field_that_differs(tiny: Config, tmp_path: Path) -> None:
+    source = directory(tmp_path / "source")
+    config = replace(tiny, model=replace(SMALL, embed_dim=64), init_from=str(source), run=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"its model.embed_dim is 32, not 64; set --model.embed_dim 32"):
+        train(config, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_a_run_loads_its_weights_onto_a_mesh(trained: Path) -> None:
+    weights = open_weights(str(trained))
+    layout = LayoutConfig(fsdp=2, tensor=4)
+    config = replace(weights.config, layout=layout)
+    there = Layout(make_mesh(config), rule_table(layout))
+    abstract = jax.eval_shape(Pretrain(config, build_model(config, "cpu")).init, jax.random.key(0))
+    spread = weights.load(config.model, placed(abstract, there.shardings(abstract)))
+    _, alone = load(trained)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), alone, spread))
+    assert len(spread["embedding"].addressable_shards) == 8
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path: Path, scan: bool) -> None:
+    model = replace(SMALL, num_layers=4, attention_pattern=("dense", "banded"), window=5, qkv_bias=False)
+    model = replace(model, scan_layers=scan, scale_scores=False)
+    opened = open_directory(directory(tmp_path / "source", model, shard_bytes=20_000))
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
+    layout = LayoutConfig(fsdp=2, tensor=4)
+    config = Config("", model, layout=layout)
+    there = Layout(make_mesh(config), rule_table(layout))
+    abstract = jax.eval_shape(Pretrain(config, build_model(config, "cpu")).init, jax.random.key(0))
+    spread = opened.load(model, placed(abstract, there.shardings(abstract)))
+    alone = opened.load(model, on_device(config, jax.devices()[0]))
+    jax.tree.map(np.testing.assert_array_equal, alone, random_params(model))
+    jax.tree.map(np.testing.assert_array_equal, alone, spread)
+    assert {shard.data.shape for shard in spread["embedding"].addressable_shards} == {(96, 16)}
+
+
+MEMORY = """
+import resource, sys
+import jax
+from gptjax.tasks.weights import on_device, open_weights
+weights = open_weights(sys.argv[1])
+abstract = on_device(weights.config, jax.devices()[0])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+now = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+params = jax.block_until_ready(weights.load(weights.config.model, abstract))
+print(peak() - now, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_host_never_holds_the_model_twice(tmp_path: Path) -> None:
+    model = ModelConfig(8, 12, 768, seq_len=64, vocab_size=10_000, scan_layers=False)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(4 * 768 * 768 * 4, np.float32)
+    tensors = [
+        Outgoing(box.tensor, box.shape, lambda box=box: np.resize(values, box.shape))
+        for box in boxes(counterpart(model), model)
+    ]
+    config = counterpart(model).write(model) | {"model_type": "gpt2", "vocab_size": model.vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tensors(tmp_path, tensors, np.dtype(np.float32))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+        check=True,
+    )
+    grown, size = map(int, done.stdout.split())
+    print(f"peak {grown / 1e6:.0f} MB over {size / 1e6:.0f} MB of model: {grown / size:.2f}")
+    assert size > 2e8
+    assert grown < 1.5 * size
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+def test_half_precision_widens_to_float32_exactly(
+    torch: Any, transformers: Any, tmp_path: Path, dtype: str, kind: Any
+) -> None:
+    source = directory(tmp_path / "half", dtype=dtype)
+    config, params = load(source)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), random_params(config.model))
+    jax.tree.map(np.testing.assert_array_equal, params, rounded)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert str(peer.dtype) == f"torch.{dtype}"
+
+
+def test_pytorch_bin_reads_with_torch_alone(torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = directory(tmp_path / "source")
+    expected = bytes_of(source)
+    tensors = {name: torch.from_numpy(array) for name, array in expected.items()}
+    tensors |= {"lm_head.weight": tensors["transformer.wte.weight"], "transformer.h.0.attn.bias": torch.ones(1, 1, 2)}
+    (source / "model.safetensors").unlink()
+    for new in (True, False):
+        torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+        _, params = load(source)
+        jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, random_params(SMALL)))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"needs torch to read; pip install 'gptjax\[torch\]'"):
+        open_directory(source)
+
+
+class Bomb:
+    """What a hostile pickle does when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Change the tensors as another program would, without our checksums."""
+    tensors = bytes_of(folder)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 4)
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1000] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def disguise(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(folder / "executed")))
+
+
+def bomb(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder / "executed")))
+
+
+def zipped_bomb(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"wte.weight": Bomb(folder / "executed")}))
+        archive.writestr("archive/version", "3\n")
+
+
+def shard_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"wte.weight": "../other/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lost_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    where = dict.fromkeys(bytes_names(folder / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors")
+    where["transformer.wte.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def bytes_names(file: Path) -> list[str]:
+    return list(safetensors.numpy.load_file(file))
+
+
+def nan(tensors: dict[str, np.ndarray]) -> None:
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 3] = np.nan
+
+
+def untie(tensors: dict[str, np.ndarray]) -> None:
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (cut, r"model.safetensors: not a whole safetensors file"),
+    "flipped": (flip, r"model.safetensors: transformer\.\S+ does not match its checksum"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"not a whole safetensors file"),
+    "disguised pickle": (disguise, r"not a whole safetensors file"),
+    "hostile bin": (bomb, r"pytorch_model.bin: refused"),
+    "hostile zip": (zipped_bomb, r"pytorch_model.bin: refused"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no weights; expected model.safetensors"),
+    "shard elsewhere": (shard_elsewhere, r"\.\./other/model.safetensors is not a file of this folder"),
+    "lost shard": (lost_shard, r"model-00002-of-00002.safetensors: not a whole safetensors file"),
+    "unknown architecture": (lambda f: configure(f, model_type="llama"), r"model_type = 'llama': gptjax converts gpt2"),
+    "another head": (lambda f: configure(f, architectures=["GPT2ForTokenClassification"]), r"gptjax converts GPT2LM"),
+    "activation": (lambda f: configure(f, activation_function="relu"), r"activation_function = 'relu': .* 'gelu_new'"),
+    "inner": (lambda f: configure(f, n_inner=77), r"n_inner = 77: gptjax has only None or 128"),
+    "epsilon": (lambda f: configure(f, layer_norm_epsilon=1e-6), r"layer_norm_epsilon = 1e-06"),
+    "untied": (lambda f: configure(f, tie_word_embeddings=False), r"tie_word_embeddings = False"),
+    "too deep": (lambda f: configure(f, n_layer=4), r"no tensor h\.3\.\S+, which config.json asks for"),
+    "far too deep": (lambda f: configure(f, n_layer=10**12), r"1000000000000 layers, and only"),
+    "too shallow": (lambda f: configure(f, n_layer=2), r"unexpected tensor h\.2\."),
+    "too wide": (lambda f: configure(f, n_embd=36), r"wte.weight is \[261, 32\], but config.json makes it \[261, 36\]"),
+    "heads": (lambda f: configure(f, n_head=5), r"config.json: model.num_heads = 5: does not divide"),
+    "no number": (lambda f: configure(f, n_head="4"), r"n_head = '4': expected a positive whole number"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: not JSON"),
+    "not finite": (lambda f: rewrite(f, nan), r"h.1.mlp.c_fc.weight: holds values that are not finite"),
+    "extra": (lambda f: rewrite(f, lambda t: t.update(x=t["transformer.wpe.weight"])), r"unexpected tensor x;"),
+    "missing": (lambda f: rewrite(f, lambda t: t.pop("transformer.ln_f.bias")), r"no tensor ln_f.bias"),
+    "head differs": (lambda f: rewrite(f, untie), r"lm_head.weight differs from wte.weight"),
+    "integers": (
+        lambda f: rewrite(f, lambda t: t.update({"transformer.ln_f.bias": np.ones(32, np.int32)})),
+        r"ln_f.bias is I32; weights are",
+    ),
+    "no tokenizer": (lambda f: (f / "vocab.json").unlink(), r"vocab.json: No such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case: str, tmp_path: Path, torch: Any) -> None:
+    source = directory(tmp_path / "source")
+    change, message = BAD[case]
+    change(source)
+    with pytest.raises(UserError, match=message) as error:
+        cli.run(["convert", str(source), str(tmp_path / "target")])
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not (source / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_types": [[["global", "sideways"], 2]]}, "attention_types = "),
+        ({"attention_types": [[["global", "local"], 3]]}, "4 layers together"),
+        ({"attention_types": [[["global"], 10**15]]}, "4 layers together"),
+        ({"window_size": 0}, "window_size = 0: expected a positive"),
+        ({"intermediate_size": 9}, "intermediate_size = 9: gptjax has only None or 128"),
+    ],
+)
+def test_bad_gpt_neo_configs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    model = replace(SMALL, num_layers=4, attention_pattern=("dense", "banded"), window=5, qkv_bias=False)
+    source = directory(tmp_path / "source", model)
+    configure(source, **changes)
+    with pytest.raises(UserError, match=message):
+        open_directory(source)
+
+
+def test_the_command_line_says_one_line_and_fails(tmp_path: Path) -> None:
+    source = directory(tmp_path / "source")
+    disguise(source)
+    command = [sys.executable, "-m", "gptjax", "convert", str(source), str(tmp_path / "target")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not (source / "executed").exists()
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_what_cannot_be_exported(tiny: Config, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"attention_pattern = dense,banded.*--model.qkv_bias false"):
+        counterpart(tiny.model)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        cli.run(["convert", str(trained), str(taken)])
+    with pytest.raises(UserError, match=r"cannot write \(Not a directory\)"):
+        cli.run(["convert", str(trained), str(taken / "file" / "below")])
+    with pytest.raises(UserError, match="not a run folder"):
+        cli.run(["convert", str(taken), str(tmp_path / "target")])
+    big = [Outgoing("wte.weight", (2,), lambda: np.array([1.0, 1e30], np.float32))]
+    with pytest.raises(UserError, match="wte.weight: holds values that are not finite in float16"):
+        write_tensors(tmp_path, big, np.dtype(np.float16))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    for file in damaged.glob("checkpoints/*/state/**/d/*"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(UserError, match=r"checkpoint .* is damaged"):
+        cli.run(["convert", str(damaged), str(tmp_path / "target")])
+    assert not (tmp_path / "target").exists() and not list(tmp_path.glob(".*"))
+
+
+texts = st.lists(st.one_of(st.text(), st.sampled_from(["  ", "\n\n", "\r\n", "'ll", " 12", "é", "e\u0301", "😀"])))
+
+
+@pytest.fixture(scope="module")
+def exported(shared: Path, transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """GPT-2's tokenizer: ours, ours again from its export, and transformers' from the same."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours = load_tokenizer(f"gpt2:{shared / 'gpt2-bpe'}")
+    assert write_tokenizer(ours, folder, 50257, 1024) == ""
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    return ours, load_tokenizer(tokenizer_spec(folder)), peer
+
+
+@settings(max_examples=100)
+@given(text=texts.map("".join))
+def test_gpt2_ids_survive_the_export(exported: Any, text: str) -> None:
+    ours, again, peer = exported
+    assert ours.encode(text) == again.encode(text) == peer(text).input_ids
+
+
+def test_gpt2_specials_and_the_single_file_of_transformers(exported: Any, tmp_path: Path) -> None:
+    ours, again, peer = exported
+    assert len(peer) == 50257 and peer.eos_token_id == ours.eot == 50256
+    assert again.pieces == ours.pieces and again.special == ours.special
+    peer.save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    single = load_tokenizer(tokenizer_spec(tmp_path))
+    assert single.encode(TEXT) == ours.encode(TEXT) and single.pieces == ours.pieces
+    assert write_tokenizer(single, tmp_path, 50261, 9) == ""  # now with the chat tokens
+    assert load_tokenizer(tokenizer_spec(tmp_path)).special == ours.special
+
+
+@settings(max_examples=100)
+@given(text=texts.map("".join))
+def test_bytes_survive_the_export(bytes_exported: Any, text: str) -> None:
+    again, peer = bytes_exported
+    assert list(text.encode()) == again.encode(text) == peer(text).input_ids
+
+
+@pytest.fixture(scope="module")
+def bytes_exported(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours = load_tokenizer("bytes")
+    assert write_tokenizer(ours, folder, 261, 1024) == ""
+    again = load_tokenizer(tokenizer_spec(folder))
+    assert again.pieces == ours.pieces and again.special == ours.special
+    return again, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_byte_level_pairs_of_another_size_and_order(transformers: Any, tmp_path: Path) -> None:
+    """A tokenizer of transformers' own making: special tokens first, then bytes, then merges."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([TEXT * 3, "the theme then there"] * 5, 300, 2, special_tokens=["<pad>", SPECIALS[0]])
+    made.save_model(str(tmp_path))
+    ours = load_tokenizer(tokenizer_spec(tmp_path))
+    assert ours.eot == 1 and ours.vocab_size == len(made.get_vocab()) + 4
+    assert ours.encode(TEXT) == made.encode(TEXT).ids and ours.decode(ours.encode(TEXT)) == TEXT
+
+
+def test_sentencepiece_goes_out_for_us_alone_and_says_so(tmp_path: Path) -> None:
+    train_sentencepiece([TEXT * 9, "the theme then there"], 330, tmp_path / "some.model")
+    ours = load_tokenizer(str(tmp_path / "some.model"))
+    (tmp_path / "out").mkdir()
+    assert "AutoTokenizer does not load it" in write_tokenizer(ours, tmp_path / "out", 330, 9)
+    again = load_tokenizer(tokenizer_spec(tmp_path / "out"))
+    assert again.encode(TEXT) == ours.encode(TEXT) and again.special == ours.special
