@@ -41,7 +41,7 @@ def _pattern(values: dict[str, Any], layers: int, where: str) -> tuple[Kind, ...
     """The shortest unit whose repeats are the layers' kinds. Raises UserError where they are not one per layer."""
     types = values.get("attention_types")
     try:
-        kinds = [KINDS[kind] for unit, count in types or [] for kind in [*unit] * min(count, layers)]
+        kinds = [KINDS[kind] for unit, count in types or [] for kind in [*unit] * min(count, layers + 1)]
     except (TypeError, ValueError, KeyError):
         kinds = []
     if len(kinds) != layers:
