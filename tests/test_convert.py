@@ -116,7 +116,7 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     )
 
 
-@settings(max_examples=6, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
     torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -129,7 +129,7 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
             parameter.add_(0.1 * torch.randn_like(parameter))
     peer.save_pretrained(folder)
     opened = open_directory(folder)
-    model = replace(opened.model, scan_layers=True)  # compiles faster; unrolled ones are below
+    model = replace(opened.model, scan_layers=True, attention="reference")  # compiles faster
     config = Config("", model)
     params = opened.load(model, on_device(config, jax.devices()[0]))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len))
@@ -194,93 +194,80 @@ def test_boxes_tile_every_leaf_and_any_slice_of_it_reads_alone(model: ModelConfi
     assert sum(np.prod(box.extent) for box, _ in parts) == np.count_nonzero(leaf)
 
 
-MODELS = {
-    "gpt2": {"attention_pattern": ("dense",), "num_layers": 2},
-    "neo": {"qkv_bias": False},
-}
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def trained(request: pytest.FixtureRequest, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on eight devices."""
+@pytest.fixture(scope="module")
+def trained(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on eight devices: GPT-Neo's layers, but with scaled scores."""
     run = tmp_path_factory.mktemp("trained") / "run"
     config = replace(
         tiny,
         run=str(run),
-        model=replace(tiny.model, **MODELS[request.param]),
+        model=replace(tiny.model, num_layers=2, qkv_bias=False, attention="reference"),
         train=replace(tiny.train, batch_size=8, ramp_start=0, total_tokens=6 * 8 * 16, eval_batches=0),
     )
     assert train(config, None) == 0
     return run
 
 
-def test_a_trained_model_gives_the_same_logits_and_ids_in_transformers(
-    torch: Any, transformers: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    cli.run(["convert", str(trained), str(out)])
-    printed = capsys.readouterr().out
-    config, params = load(trained)
-    assert ("folded into q" in printed) == (config.model.scale_scores and not config.model.qkv_bias)
+def require_agreement(run: Path, out: Path, torch: Any, transformers: Any) -> None:
+    """Raises where a run and its export differ in logits, in the likeliest token or in token ids."""
+    config, params = load(run)
     peer = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, config.model.seq_len))
-    scores, _, _ = logits_and_gradient(config, params, tokens)
+    model, vocab = build_model(config, "cpu"), config.model.vocab_size
+    scores = jax.jit(lambda p: logits(*forward(model, p, tokens)[:2], vocab))(params)[..., :vocab]
     theirs = peer(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(scores, theirs, atol=1e-4)
     assert (scores.argmax(-1) == theirs.argmax(-1)).all()
-
     names = transformers.AutoTokenizer.from_pretrained(out)
-    ours = load_tokenizer(config.data.tokenizer)
+    ours = load_tokenizer("bytes")
     assert names(TEXT).input_ids == ours.encode(TEXT) and names.decode(ours.encode(TEXT)) == TEXT
     assert names("<|user|>x<|end|>").input_ids == [ours.special["<|user|>"], ord("x"), ours.special["<|end|>"]]
     assert (names.eos_token_id, peer.config.eos_token_id) == (ours.eot, ours.eot)
 
-    for verb in (["convert", str(out), str(tmp_path / "run")], ["convert", str(tmp_path / "run"), str(tmp_path / "2")]):
-        assert cli.run(verb) == 0
-    assert same_bytes(bytes_of(out), bytes_of(tmp_path / "2"))
-    capsys.readouterr()
+
+def test_a_trained_model_gives_the_same_logits_and_ids_in_transformers(
+    torch: Any, transformers: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, back, again = tmp_path / "out", tmp_path / "run", tmp_path / "again"
+    assert cli.run(["convert", str(trained), str(out)]) == 0
+    assert "folded into q" in capsys.readouterr().out
+    require_agreement(trained, out, torch, transformers)
+
+    assert cli.run(["convert", str(out), str(back)]) == 0 and cli.run(["convert", str(back), str(again)]) == 0
+    assert same_bytes(bytes_of(out), bytes_of(again)) and "folded" not in capsys.readouterr().out
     texts = []
-    for path in (out, tmp_path / "run"):
+    for path in (out, back):
         assert cli.run(["sample", str(path), "--prompt", "a", "--tokens", "9"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
 
 def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    torch: Any, transformers: Any, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = directory(tmp_path / "source")
-    run, small = tmp_path / "run", ["--train.eval_batches", "0", "--train.log_interval", "1"]
-    data = ["--data.source", tiny.data.source, "--data.cache_dir", tiny.data.cache_dir]
-    data += ["--train.compile_cache", tiny.train.compile_cache, "--train.tensorboard", "false"]
-    cli.run(
-        [
-            "train",
-            str(source),
-            "--run",
-            str(run),
-            "--train.total_tokens",
-            "200",
-            "--model.scan_layers",
-            "true",
-            *small,
-            *data,
-        ]
-    )
-    assert "weights" in capsys.readouterr().out
+    source, run = directory(tmp_path / "source"), tmp_path / "run"
+    quick = ["--train.eval_batches", "0", "--train.log_interval", "1", "--train.tensorboard", "false"]
+    quick += ["--model.scan_layers", "true", "--model.attention", "reference"]
+    quick += ["--data.source", tiny.data.source, "--data.cache_dir", tiny.data.cache_dir]
+    quick += ["--train.compile_cache", tiny.train.compile_cache]
+    assert cli.run(["train", str(source), "--run", str(run), "--train.total_tokens", "200", *quick]) == 0
+    assert f"weights   {source}" in capsys.readouterr().out
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    _, before = load(source)
     config, after = load(run)
+    before = open_directory(source).load(config.model, on_device(config, jax.devices()[0]))
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < moved < 1e-5  # three steps of warm-up
     task = Pretrain(config, build_model(config, "cpu"), load_tokenizer("bytes"))
     stream = task.stream(None, (0, 1))
     nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1, 8)[0])
     stream.close()
-    first = next(entry for entry in logged if entry.get("kind", entry.get("type")) == "train")
-    assert first["loss"] == pytest.approx(float(nats / count), rel=1e-5)
+    losses = [entry["loss"] for entry in logged if entry.get("loss") is not None]
+    assert losses[0] == pytest.approx(float(nats / count), rel=1e-5)
+
     shutil.rmtree(source)
-    assert cli.run(["train", "--resume", str(run), "--train.total_tokens", "400", *small]) == 0
+    assert cli.run(["train", "--resume", str(run), "--train.total_tokens", "400", "--train.eval_batches", "0"]) == 0
+    assert cli.run(["convert", str(run), str(source)]) == 0
+    require_agreement(run, source, torch, transformers)
 
 
 def test_init_from_names_the_first_field_that_differs(tiny: Config, tmp_path: Path) -> None:
