@@ -79,7 +79,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {
         name: Tensor(name, file, tuple(entry["shape"]), entry["dtype"], partial(_map, file, length + 8, entry))
         for name, entry in header.items()

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from gptjax.data.tokenizers import BYTE_LEVEL_FILES, Tokenizer, byte_names, byte_pairs
 
@@ -23,19 +22,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
     Reserved ids beyond `vocab_size` are left out, for the exported model has no rows for them. Returns what a user
     has to know, "" if nothing.
     """
-    if SENTENCEPIECE in tokenizer.files:
-        tokenizer.save(folder)
-        return (
-            f"{SENTENCEPIECE} is for gptjax and sentencepiece: transformers has no tokenizer with the same ids "
-            "(it would normalise text or lose U+2581), so AutoTokenizer does not load it"
-        )
     special = {name: i for name, i in tokenizer.special.items() if i < vocab_size}
-    vocab, merges = byte_pairs(tokenizer.files) if tokenizer.files else (bytes_vocab(), [])
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "vocab.json").write_text(json.dumps(vocab | special, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     first, *rest = special
-    settings: dict[str, Any] = {
+    settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "model_max_length": seq_len,
@@ -43,8 +32,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
         "additional_special_tokens": rest,
         "clean_up_tokenization_spaces": False,
     }
+    note = ""
+    if SENTENCEPIECE in tokenizer.files:
+        tokenizer.save(folder)
+        settings |= {"tokenizer_class": "TokenizersBackend", "unk_token": "<unk>"}
+        note = (
+            f"transformers reads {SENTENCEPIECE} from version 5 on; text with U+2581 gets other ids there"
+        )
+    else:
+        vocab, merges = byte_pairs(tokenizer.files) if tokenizer.files else (bytes_vocab(), [])
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (folder / "vocab.json").write_text(json.dumps(vocab | special, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    return ""
+    return note
 
 
 def bytes_vocab() -> dict[str, int]:

@@ -44,7 +44,7 @@ def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     where = shlex.quote(str(target))
     lines = [
         f"{target}: {architecture.classes[0]}, {size / 1e6:,.1f} MB of {dtype}",
-        *([f"warning: {note}"] if note else []),
+        *([f"note: {note}"] if note else []),
         *(["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"] * _folds(config)),
         f"  sample  gptjax sample {where} --prompt 'def '",
         f"  python  transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",

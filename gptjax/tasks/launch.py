@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
-from gptjax.tasks.weights import on_device, open_weights
-from gptjax.train.checkpoint import has_checkpoint
+from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train.loop import fit
 from gptjax.train.run import new_run, saved_tokenizer
 
@@ -43,15 +41,17 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     for split in (config.data.train_split, config.data.eval_split):
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
-    weights = open_weights(config.init_from) if _starts_from_weights(config, resume) else None
-    if weights:
-        weights.require(config.model)
+    weights = _first_weights(config) if config.init_from and not resume else None  # refused before a folder, too
     run = resume or new_run(config, tokenizer)
     platform = jax.default_backend()
     task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
     facts = _facts(config, platform, tokenizer, run) | ({"weights": config.init_from} if weights else {})
-    load = partial(weights.load, config.model) if weights else None
-    number = fit(config, task, layout, run, resume is not None, facts, load)
+
+    def load(places: Any) -> Any:
+        """Also for a run that was stopped before its first checkpoint."""
+        return (weights or _first_weights(config)).load(config.model, places)
+
+    number = fit(config, task, layout, run, resume is not None, facts, load if config.init_from else None)
     if jax.process_index() == 0:
         print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
     return 128 + number if number else 0
@@ -85,9 +85,10 @@ def _without_late_writes(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _starts_from_weights(config: Config, resume: Path | None) -> bool:
-    """A run that has a checkpoint needs init_from no more; one that was stopped before its first does."""
-    return config.init_from != "" and not (resume and has_checkpoint(resume))
+def _first_weights(config: Config) -> Weights:
+    weights = open_weights(config.init_from)
+    weights.require(config.model)
+    return weights
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:

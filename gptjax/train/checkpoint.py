@@ -128,11 +128,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Whether a run has anything to resume from, damaged or not."""
-    return any(entry.name.split(".")[0].isdigit() for entry in (run / FOLDER).glob("*"))
-
-
 def restore_params(run: Path, abstract: Any) -> Any:
     """The parameters alone of the newest checkpoint of a run, laid out as the shardings of `abstract` say.
 
