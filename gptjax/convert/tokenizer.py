@@ -36,9 +36,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
     if SENTENCEPIECE in tokenizer.files:
         tokenizer.save(folder)
         settings |= {"tokenizer_class": "TokenizersBackend", "unk_token": "<unk>"}
-        note = (
-            f"transformers reads {SENTENCEPIECE} from version 5 on; text with U+2581 gets other ids there"
-        )
+        note = f"transformers reads {SENTENCEPIECE} from version 5 on; text with U+2581 gets other ids there"
     else:
         vocab, merges = byte_pairs(tokenizer.files) if tokenizer.files else (bytes_vocab(), [])
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
