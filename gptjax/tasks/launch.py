@@ -16,11 +16,10 @@ from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.infer.sampling import Sampling, generate
-from gptjax.model.attention import choose_backend
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, check_vocabulary, choose_attention
 from gptjax.train.checkpoint import restore_params
 from gptjax.train.loop import fit
 from gptjax.train.run import new_run, open_run, saved_tokenizer
@@ -41,10 +40,10 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     for split in (config.data.train_split, config.data.eval_split):
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
+    task = Pretrain(config, jax.default_backend(), layout, tokenizer)
+    attention = choose_attention(config, task.platform, layout)
     run = resume or new_run(config, tokenizer)
-    platform = jax.default_backend()
-    task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
-    number = fit(config, task, layout, run, resume is not None, _facts(config, platform, tokenizer, run))
+    number = fit(config, task, layout, run, resume is not None, _facts(task, attention, tokenizer, run))
     if jax.process_index() == 0:
         print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
     return 128 + number if number else 0
@@ -83,10 +82,10 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     run, config = open_run(folder)
     prepare(config)
     tokenizer = saved_tokenizer(run)
-    task = Pretrain(config, build_model(config, jax.default_backend()), tokenizer)
+    task = Pretrain(config, jax.default_backend(), tokenizer=tokenizer)
     params = restore_params(run, nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
     ids = tokenizer.encode(prompt)
-    made = generate(task.model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
+    made = generate(task.plain_model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
     return [tokenizer.decode(row.tolist()) for row in made]
 
 
@@ -99,11 +98,11 @@ def describe_data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _facts(config: Config, platform: str, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
-    name, reason = choose_backend(config.model.attention, platform)
+def _facts(task: Pretrain, attention: tuple[str, str], tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+    config, platform = task.config, task.platform
     source = open_source(config.data, config.data.train_split)
     return {
-        "attention": f"{name}: {reason}",
+        "attention": ": ".join(attention),
         "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
