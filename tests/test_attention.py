@@ -137,9 +137,10 @@ def assert_outside_has_no_influence(compiled: "jax.stages.Wrapped", arrays: tupl
     causal=st.booleans(),
     documents=st.booleans(),
     scores=st.sampled_from([1, 4000]),
+    segments=st.sampled_from([1, 8]),
 )
 def test_blockwise_equals_reference(
-    length: int, window: int | None, causal: bool, documents: bool, scores: int
+    length: int, window: int | None, causal: bool, documents: bool, scores: int, segments: int
 ) -> None:
     """Encoders' masks, documents kept apart, rows cut into pieces, scores far beyond exp's range."""
     rng = np.random.default_rng(length)
@@ -148,6 +149,8 @@ def test_blockwise_equals_reference(
     mask = Mask(window if causal else None, causal)
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "SCORES", scores)
+        patch.setattr(blockwise, "SEGMENTS", segments)
+        patch.setattr(blockwise, "BLOCK", 8)
         inputs = tuple(jnp.asarray(x) for x in (q * 300, k, v, cotangent))
         got, want = (
             jax.jit(lambda inputs, f=f: run(lambda *qkv: f(*qkv[:5], ids), mask, 0.3, inputs))(inputs)

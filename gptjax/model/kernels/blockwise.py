@@ -1,8 +1,9 @@
 """Attention in plain XLA that touches only what a query can see: right on every platform, in every dtype.
 
-Banded: O(T (W + BLOCK)). Dense: the key range grows with the query block, so about half of T². Both keep the
-log-normaliser of each row instead of its weights and make the weights again in the backward pass (FlashAttention,
-arXiv 2205.14135), so memory is linear in T. `rows_forward` and `rows_backward` are what ring attention calls too.
+Dense, and short sequences of any mask: a few segments of queries, unrolled, each with just the keys it can see.
+Banded: O(T (W + BLOCK)), all blocks as one batched product. Both keep the log-normaliser of each row instead of its
+weights and make the weights again in the backward pass (FlashAttention, arXiv 2205.14135), so memory is linear in T.
+`rows_forward` and `rows_backward` are what ring attention calls too.
 Letters beyond the model's: R query rows and S keys of one piece, N pieces.
 """
 
@@ -16,7 +17,7 @@ from jax import Array
 from gptjax.model.attention import Mask, visible
 
 BLOCK = 128  # block edge of the band: 64-128 measured best on CPU for W = 256
-SEGMENTS = 8  # of a dense causal layer, unrolled: computes 9/16 of T² where the triangle has 1/2
+SEGMENTS = 8  # unrolled at most; a dense causal layer then computes 9/16 of T² where the triangle has 1/2
 SCORES = 1 << 22  # of one head in memory at once: 16 MB in float32
 
 
@@ -34,14 +35,14 @@ def attend(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Arr
     length = q.shape[1]
     mask = mask.within(length)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if mask.window is not None:
+    if mask.window is not None and length > SEGMENTS * BLOCK:
         out = banded(q, k, v, mask, scale, 0, segments)
     else:
-        out = _dense(q, k, v, mask, scale, segments)
+        out = _segments(q, k, v, mask, scale, segments)
     return out.swapaxes(1, 2)
 
 
-def _dense(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None) -> Array:
+def _segments(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None) -> Array:
     """q, k, v [B, H, T, K]."""
     length = q.shape[2]
     step = max(BLOCK, -(-length // SEGMENTS)) if mask.causal else length
@@ -49,10 +50,10 @@ def _dense(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Arr
     out = []
     for start in range(0, length, step):
         stop = min(start + step, length)
-        seen = stop if mask.causal else length
-        ids = (None, None) if segments is None else (segments[:, start:stop], segments[:, :seen])
-        places = Places(positions[start:stop], positions[:seen], *ids)
-        out.append(rows(mask, scale, q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], places))
+        seen = slice(0 if mask.window is None else max(0, start - mask.window + 1), stop if mask.causal else length)
+        ids = (None, None) if segments is None else (segments[:, start:stop], segments[:, seen])
+        places = Places(positions[start:stop], positions[seen], *ids)
+        out.append(rows(mask, scale, q[:, :, start:stop], k[:, :, seen], v[:, :, seen], places))
     return jnp.concatenate(out, axis=2)
 
 
@@ -63,7 +64,7 @@ def banded(
     positions earlier, of which those before position 0 are padding; P is at most W-1."""
     batch, heads, length, head_dim = q.shape
     assert mask.window is not None
-    block = min(BLOCK, max(16, 1 << (mask.window - 1).bit_length()))
+    block = min(BLOCK, max(8, 1 << (mask.window - 1).bit_length()))
     blocks = -(-length // block)
     behind = -(-(mask.window - 1) // block)  # earlier key blocks that the first query of a block can reach
     front, tail = behind * block - (k.shape[2] - length), blocks * block - length
