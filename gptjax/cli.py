@@ -53,6 +53,7 @@ def run(arguments: list[str]) -> int:
     _report_parser(verbs)
     _data_parser(verbs)
     _tokenizer_parser(verbs)
+    _bench_parser(verbs)
     fields, arguments = split_overrides(arguments)
     known, rest = parser.parse_known_args(arguments)
     if (rest or fields) and not known.overrides:
@@ -227,3 +228,30 @@ def _tokenizer(known: argparse.Namespace, overrides: list[str]) -> None:
     source = open_source(data, data.train_split)
     train_sentencepiece((source[i].text for i in range(len(source))), known.vocab_size, known.out)
     print(f"{known.out}: use it with --data.tokenizer {known.out} --model.vocab_size {known.vocab_size}")
+
+
+def _bench_parser(verbs: Any) -> None:
+    parser = _add(verbs, "bench", _bench, "Measure a part of gptjax on this machine: a table, a plot, a JSON file.")
+    parser.add_argument("what", choices=["attention"], help="attention: dense against banded over the length")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the results (default bench)")
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768", help="sequence lengths T")
+    parser.add_argument("--window", type=int, default=256, help="keys that a banded query sees (default 256)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default float32 on CPU, else bfloat16")
+    parser.add_argument("--attention", default="auto", help="a backend (default auto, by device)")
+
+
+def _bench(known: argparse.Namespace, _: list[str]) -> None:
+    import jax
+
+    from gptjax.bench.attention import Settings, run
+
+    try:
+        lengths = tuple(int(part) for part in known.lengths.split(","))
+    except ValueError:
+        raise UserError(f"--lengths {known.lengths}: expected whole numbers with commas, such as 512,1024") from None
+    dtype = known.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    shape = known.window, known.batch, known.heads, known.head_dim
+    print(run(Settings(lengths, *shape, dtype, known.attention), known.out))

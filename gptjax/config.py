@@ -34,7 +34,9 @@ class ModelConfig:
     """Dropout rate on embeddings and residual branches; 0 for pretraining."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Weights are float32."""
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    separate_documents: bool = False
+    """A token attends only within its own document; GPT-3 lets it see the whole packed row."""
+    attention: Literal["auto", "blockwise", "cudnn", "splash", "reference"] = "auto"
     """Attention backend; auto picks by device and prints its choice."""
     scale_scores: bool = True
     """Divide attention scores by sqrt(head_dim); GPT-Neo does not."""
@@ -171,6 +173,8 @@ class LayoutConfig:
     """Ways that parameters, gradients and optimizer state are sharded, with the batch."""
     tensor: int = 1
     """Ways that heads, MLP and vocabulary are split; must divide num_heads."""
+    context: int = 1
+    """Ways that the sequence is split for attention: a ring for dense layers, a halo for banded ones."""
     sequence_sharding: bool = False
     """Shard the residual stream between blocks over the tensor axis along the sequence."""
 

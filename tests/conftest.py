@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else the command line starts its process once more
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,22 @@ def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
             compile_cache=str(tmp_path_factory.mktemp("xla")),
         ),
     )
+
+
+@pytest.fixture
+def table_row(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Prints a line in the summary at the end, also from a worker process."""
+    return lambda line: record_property("table_row", line)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole-table", action="store_true", help="every cell of the attention table")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    rows = [line for report in reports for name, line in report.user_properties if name == "table_row"]
+    if rows:
+        terminalreporter.section("attention against float64, over T and W: largest error of out, dq, dk, dv")
+        for line in sorted(rows):
+            terminalreporter.line(line)

@@ -33,7 +33,7 @@ from gptjax.model.loss import cross_entropy, logits
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.launch import train
-from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.tasks.pretrain import Pretrain
 from gptjax.tasks.weights import on_device, open_weights
 from gptjax.train.step import placed
 
@@ -83,7 +83,7 @@ def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bo
 
 def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, Any]:
     """Over all positions but the last, whose targets are the next tokens."""
-    model, vocab = build_model(config, "cpu"), config.model.vocab_size
+    model, vocab = Pretrain(config, "cpu").model, config.model.vocab_size
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         hidden, embedding, _ = forward(model, params, tokens)
@@ -213,7 +213,7 @@ def require_agreement(run: Path, out: Path, torch: Any, transformers: Any) -> No
     config, params = load(run)
     peer = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, config.model.seq_len))
-    model, vocab = build_model(config, "cpu"), config.model.vocab_size
+    model, vocab = Pretrain(config, "cpu").model, config.model.vocab_size
     scores = jax.jit(lambda p: logits(*forward(model, p, tokens)[:2], vocab))(params)[..., :vocab]
     theirs = peer(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(scores, theirs, atol=1e-4)
@@ -257,7 +257,7 @@ def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     before = open_directory(source).load(config.model, on_device(config, jax.devices()[0]))
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < moved < 1e-5  # three steps of warm-up
-    task = Pretrain(config, build_model(config, "cpu"), load_tokenizer("bytes"))
+    task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"))
     stream = task.stream(None, (0, 1))
     nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1, 8)[0])
     stream.close()
@@ -283,7 +283,7 @@ def test_init_from_a_run_loads_its_weights_onto_a_mesh(trained: Path) -> None:
     layout = LayoutConfig(fsdp=2, tensor=4)
     config = replace(weights.config, layout=layout)
     there = Layout(make_mesh(config), rule_table(layout))
-    abstract = jax.eval_shape(Pretrain(config, build_model(config, "cpu")).init, jax.random.key(0))
+    abstract = jax.eval_shape(Pretrain(config, "cpu").init, jax.random.key(0))
     spread = weights.load(config.model, placed(abstract, there.shardings(abstract)))
     _, alone = load(trained)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), alone, spread))
@@ -299,7 +299,7 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path: Path, scan
     layout = LayoutConfig(fsdp=2, tensor=4)
     config = Config("", model, layout=layout)
     there = Layout(make_mesh(config), rule_table(layout))
-    abstract = jax.eval_shape(Pretrain(config, build_model(config, "cpu")).init, jax.random.key(0))
+    abstract = jax.eval_shape(Pretrain(config, "cpu").init, jax.random.key(0))
     spread = opened.load(model, placed(abstract, there.shardings(abstract)))
     alone = opened.load(model, on_device(config, jax.devices()[0]))
     jax.tree.map(np.testing.assert_array_equal, alone, random_params(model))

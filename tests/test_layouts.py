@@ -18,7 +18,7 @@ from gptjax.loading import load_config
 from gptjax.model.accounting import num_params
 from gptjax.sharding.mesh import abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
-from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import abstract_state, init_state, make_step
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -30,12 +30,14 @@ LAYOUTS = {
     "fsdp2_tp4": LayoutConfig(fsdp=2, tensor=4),
     "dp2_fsdp2_tp2": LayoutConfig(data=2, fsdp=2, tensor=2),
     "fsdp2_tp4_sequence": LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True),
+    "fsdp4_context2": LayoutConfig(fsdp=4, context=2),
+    "fsdp2_context2_tp2_sequence": LayoutConfig(fsdp=2, context=2, tensor=2, sequence_sharding=True),
 }
 
 
 def build(config: Config, num_devices: int) -> tuple[Pretrain, Layout]:
     layout = Layout(make_mesh(config, jax.devices()[:num_devices]), rule_table(config.layout))
-    return Pretrain(config, build_model(config, "cpu", layout.constrain)), layout
+    return Pretrain(config, "cpu", layout), layout
 
 
 def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
@@ -128,7 +130,7 @@ def test_shipped_config(path: Path) -> None:
     config = load_config(str(path), [])
     wanted = config.layout.data * config.layout.fsdp * config.layout.tensor
     layout = Layout(abstract_mesh(config, wanted if wanted > 0 else 1), rule_table(config.layout))
-    task = Pretrain(config, build_model(config, "tpu", layout.constrain))
+    task = Pretrain(config, "tpu", layout)
     state = abstract_state(config, task.init)
     model = config.model
     padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
@@ -166,7 +168,7 @@ def test_gpt3_sizes_are_the_papers() -> None:
 
 def test_spec_of_a_stacked_kernel(tiny: Config) -> None:
     layout = Layout(abstract_mesh(replace(tiny, layout=LAYOUTS["fsdp2_tp4"]), 8), rule_table(LAYOUTS["fsdp2_tp4"]))
-    task = Pretrain(tiny, build_model(tiny, "cpu"))
+    task = Pretrain(tiny, "cpu")
     params = layout.shardings(abstract_state(tiny, task.init).params)
     assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", None, "tensor", None)
     assert params["embedding"].spec == PartitionSpec("tensor", "fsdp")
@@ -181,13 +183,13 @@ from jax.experimental import topologies
 from gptjax.config import LayoutConfig, from_json
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import abstract_state, make_step
 
 config = replace(from_json(sys.stdin.read()), layout=LayoutConfig(fsdp=2, tensor=2, sequence_sharding=True))
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 layout = Layout(make_mesh(config, devices), rule_table(config.layout))
-task = Pretrain(config, build_model(config, "tpu", layout.constrain))
+task = Pretrain(config, "tpu", layout)
 boxed = abstract_state(config, task.init)
 shardings = layout.shardings(boxed)
 shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

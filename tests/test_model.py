@@ -11,73 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import ModelConfig
-from gptjax.model import accounting, attention
-from gptjax.model.gpt import GPT, empty_cache, forward
+from gptjax.model import accounting
+from gptjax.model.attention import reference
+from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward
 from gptjax.model.loss import IGNORED, cross_entropy, logits
 
 CONFIG = ModelConfig(
     4, 4, 32, seq_len=24, vocab_size=200, attention_pattern=("dense", "banded"), window=5, loss_chunk=7
 )
-
-
-def oracle_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
-    """Row by row in float64, keys picked by index: shares nothing with the masks under test."""
-    out = np.zeros_like(q)
-    for i in range(q.shape[1]):
-        first = 0 if window is None else max(0, i - window + 1)
-        scores = np.einsum("bhk,bshk->bhs", q[:, i], k[:, first : i + 1]) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, i] = np.einsum("bhs,bshk->bhk", weights / weights.sum(-1, keepdims=True), v[:, first : i + 1])
-    return out
-
-
-def random_qkv(length: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(2, length, 2, 8)) for _ in range(3)]
-
-
-@pytest.mark.parametrize("backend", ["reference", "blockwise"])
-@settings(max_examples=12)
-@given(length=st.sampled_from([1, 2, 63, 64, 130, 300]), window=st.sampled_from([None, 1, 2, 63, 64, 129, 1000]))
-def test_attention_equals_oracle_in_float64(backend: str, length: int, window: int | None) -> None:
-    qkv = random_qkv(length)
-    with jax.enable_x64(True):
-        got = attention.BACKENDS[backend](*map(jnp.asarray, qkv), window)
-    np.testing.assert_allclose(got, oracle_attention(*qkv, window), rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize(("length", "window"), [(300, None), (300, 64), (300, 130), (77, 1), (64, 16)])
-def test_blockwise_gradients_equal_reference_in_float64(length: int, window: int | None) -> None:
-    """float32 blockwise against the plain float64 reference, all three gradients."""
-    qkv, cotangent = random_qkv(length), np.random.default_rng(9).normal(size=(2, length, 2, 8))
-
-    def gradients(backend: str, dtype: str) -> list[jax.Array]:
-        def weighted(*args: jax.Array) -> jax.Array:
-            return jnp.sum(attention.BACKENDS[backend](*args, window) * cotangent.astype(dtype))
-
-        return jax.jit(jax.grad(weighted, (0, 1, 2)))(*(jnp.asarray(x, dtype) for x in qkv))
-
-    with jax.enable_x64(True):
-        truth = gradients("reference", "float64")
-    for got, want in zip(gradients("blockwise", "float32"), truth, strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
-
-
-def test_band_edge_is_exact() -> None:
-    """Position 200 of W = 64 sees key 137 and no key before it; no position sees the future."""
-    q, k, v = (jnp.asarray(x, jnp.float32) for x in random_qkv(300))
-
-    def out(keys: jax.Array, values: jax.Array) -> jax.Array:
-        return attention.blockwise(q, keys, values, 64)
-
-    base = out(k, v)
-    outside = out(k.at[:, :137].add(9.0).at[:, 201:].add(9.0), v.at[:, :137].add(9.0).at[:, 201:].add(9.0))
-    assert jnp.array_equal(base[:, 200], outside[:, 200])
-    assert not jnp.array_equal(base[:, 200], out(k, v.at[:, 137].add(1.0))[:, 200])
-    grad = jax.grad(lambda keys: out(keys, v)[:, 200].sum())(k)
-    assert not grad[:, :137].any()
-    assert not grad[:, 201:].any()
-    assert grad[:, 137:201].any()
 
 
 @settings(max_examples=15)
@@ -117,7 +58,7 @@ def test_no_full_logits_in_memory() -> None:
 
 
 def build(config: ModelConfig, seed: int = 0) -> tuple[GPT, dict]:
-    model = GPT(config, jnp.dtype("float32"), "blockwise")
+    model = GPT(config, jnp.dtype("float32"))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"])
     rng = np.random.default_rng(seed)  # biases and norms away from 0 and 1
     return model, jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
@@ -251,7 +192,7 @@ def test_mean_keys_counts_keys(length: int, window: int) -> None:
 def test_flops_equal_the_compilers_count() -> None:
     """Unrolled, dense, no remat, and reference attention that computes all T keys: the PaLM count within 10%."""
     config = ModelConfig(2, 2, 128, seq_len=64, vocab_size=128, scan_layers=False)
-    model = GPT(config, jnp.dtype("float32"), "reference")
+    model = GPT(config, jnp.dtype("float32"), Parallelism(reference))
     params = jax.eval_shape(
         lambda key: nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]), jax.random.key(0)
     )

@@ -28,7 +28,7 @@ from gptjax.infer.sampling import Sampling, draw
 from gptjax.loading import load_config
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
-from gptjax.tasks.pretrain import Pretrain, build_model
+from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, fingerprint
 from gptjax.train.metrics import read_log
 from gptjax.train.schedule import batch_size, learning_rate, steps, total_steps
@@ -77,7 +77,7 @@ def test_tokens_are_the_sum_of_batches_from_any_position(tiny: Config) -> None:
 
 def single_device(config: Config) -> tuple[Pretrain, Layout]:
     layout = Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
-    return Pretrain(config, build_model(config, "cpu", layout.constrain)), layout
+    return Pretrain(config, "cpu", layout), layout
 
 
 def make(config: Config) -> tuple:

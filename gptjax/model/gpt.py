@@ -1,12 +1,12 @@
 """GPT-3's decoder as Flax Linen modules used functionally: `init` and `apply` on plain pytrees.
 
-Every parameter names its logical axes; `constrain` is the only trace of parallelism, a function that pins
-an activation's layout by those names and is the identity by default. The model knows no mesh.
+Every parameter names its logical axes; `Parallelism` is the only trace of a mesh, of which the model knows nothing.
 Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab, L layers, U pattern units.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.model.attention import BACKENDS, cached
+from gptjax.model.attention import Attend, Mask, reference
+from gptjax.model.kernels import blockwise
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
@@ -31,6 +32,18 @@ SAVED_NAMES = {"dots": ("qkv", "attention", "projection", "mlp_up"), "full": ()}
 
 def unconstrained(x: Array, axes: Axes) -> Array:
     return x
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """What a layout changes in the model: how, never what it computes. The defaults are a single device's."""
+
+    attend: Attend = blockwise.attend
+    constrain: Constrain = unconstrained
+    """Pins an activation's layout by the names of its axes."""
+    merge_rows: bool = True
+    """Weight gradients over [B, T] as one axis; False where the length is split, since no layout of the merged axis
+    then keeps the rows where they are."""
 
 
 def named(init: Any, axes: Axes) -> Any:
@@ -76,12 +89,13 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def multiply(x: Array, kernel: Array, num_in: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def multiply(x: Array, kernel: Array, num_in: int, merge_rows: bool) -> Array:
     """x [..., *in] times kernel [*in, *out] over the num_in axes of `in`: [..., *out], one plain product.
 
     The gradient is spelled out for the form of one product alone: the weight's is [rows, in]ᵀ [rows, out], where
-    autodiff contracts several axes and transposes, which costs a fifth of a step of width 256 on CPU.
+    autodiff contracts several axes and transposes, which costs a fifth of a step of width 256 on CPU. Without
+    `merge_rows` the weight's gradient contracts the axes of rows one by one.
     """
     return jax.lax.dot_general(x, kernel, ((_last(x, num_in), tuple(range(num_in))), ((), ())))
 
@@ -90,17 +104,19 @@ def _last(x: Array, count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))
 
 
-def _multiply_forward(x: Array, kernel: Array, num_in: int) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x, kernel, num_in), (x, kernel)
+def _multiply_forward(x: Array, kernel: Array, num_in: int, merge_rows: bool) -> tuple[Array, tuple[Array, Array]]:
+    return multiply(x, kernel, num_in, merge_rows), (x, kernel)
 
 
-def _multiply_backward(num_in: int, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _multiply_backward(num_in: int, merge_rows: bool, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     ins, outs = kernel.shape[:num_in], kernel.shape[num_in:]
     contracted = _last(grad, len(outs)), tuple(range(num_in, kernel.ndim))
     grad_x = jax.lax.dot_general(grad, kernel, (contracted, ((), ())))
-    rows = x.reshape(-1, math.prod(ins)), grad.reshape(-1, math.prod(outs))
-    return grad_x, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(kernel.shape)
+    lead = (-1,) if merge_rows else x.shape[: x.ndim - num_in]
+    rows = x.reshape(*lead, math.prod(ins)), grad.reshape(*lead, math.prod(outs))
+    axes = tuple(range(len(lead)))
+    return grad_x, jax.lax.dot_general(*rows, ((axes, axes), ((), ()))).reshape(kernel.shape)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -113,13 +129,14 @@ class Linear(nn.Module):
     axes: Axes
     num_in: int
     std: float
+    merge_rows: bool
     has_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel_init = named(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", kernel_init, self.shape).astype(x.dtype)
-        out = multiply(x, kernel, self.num_in)
+        out = multiply(x, kernel, self.num_in, self.merge_rows)
         if not self.has_bias:
             return out
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
@@ -132,42 +149,43 @@ class Block(nn.Module):
 
     config: ModelConfig
     kind: str
-    backend: str
-    constrain: Constrain
+    parallelism: Parallelism
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache, start: Any) -> tuple[Array, Cache]:
+    def __call__(self, x: Array, cache: Cache, start: Any, segments: Any) -> tuple[Array, Cache]:
         """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]."""
-        c = self.config
+        c, constrain = self.config, self.parallelism.constrain
+        linear = partial(Linear, merge_rows=self.parallelism.merge_rows)
         heads, head_dim = c.num_heads, c.head_dim
         residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
-        window = c.window if self.kind == "banded" else None
+        mask = layer_mask(c, self.kind)
+        scale = head_dim**-0.5 if c.scale_scores else 1.0
         qkv_shape, qkv_axes = (c.embed_dim, 3, heads, head_dim), ("embed", None, "heads", "head_dim")
 
-        h = self.constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        qkv = Linear(qkv_shape, qkv_axes, 1, 0.02, c.qkv_bias, name="qkv")(h)  # [B, T, 3, H, K]
-        qkv = checkpoint_name(self.constrain(qkv, ("batch", "length", None, "heads", None)), "qkv")
+        h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
+        qkv = linear(qkv_shape, qkv_axes, 1, 0.02, has_bias=c.qkv_bias, name="qkv")(h)  # [B, T, 3, H, K]
+        qkv = checkpoint_name(constrain(qkv, ("batch", "length", None, "heads", None)), "qkv")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cache is None:
-            h = BACKENDS[self.backend](q, k, v, window)
+            h = self.parallelism.attend(q, k, v, mask, scale, segments)
         else:
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = keys, values
-            h = cached(q, keys, values, start, window)
-        h = checkpoint_name(self.constrain(h, ("batch", "length", "heads", None)), "attention")
+            h = reference(q, keys, values, mask, scale, start=start)
+        h = checkpoint_name(constrain(h, ("batch", "length", "heads", None)), "attention")
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        h = checkpoint_name(Linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
-        x = self.constrain(x + self._dropout(h), RESIDUAL)
+        h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
+        x = constrain(x + self._dropout(h), RESIDUAL)
 
-        h = self.constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
-        h = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
-        h = jax.nn.gelu(checkpoint_name(self.constrain(h, ("batch", "length", "mlp")), "mlp_up"))
-        h = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
-        return self.constrain(x + self._dropout(h), RESIDUAL), cache
+        h = constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
+        h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
+        h = jax.nn.gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
+        h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
+        return constrain(x + self._dropout(h), RESIDUAL), cache
 
     def _dropout(self, x: Array) -> Array:
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
@@ -177,16 +195,15 @@ class Unit(nn.Module):
     """One repeat of the attention pattern: the body that the scan over layers repeats."""
 
     config: ModelConfig
-    backend: str
-    constrain: Constrain
+    parallelism: Parallelism
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache, start: Any) -> tuple[Array, Cache]:
+    def __call__(self, x: Array, cache: Cache, start: Any, segments: Any) -> tuple[Array, Cache]:
         new_cache = []
         for i, kind in enumerate(self.config.attention_pattern):
-            block = Block(self.config, kind, self.backend, self.constrain, self.deterministic, name=f"block_{i}")
-            x, block_cache = block(x, None if cache is None else cache[i], start)
+            block = Block(self.config, kind, self.parallelism, self.deterministic, name=f"block_{i}")
+            x, block_cache = block(x, None if cache is None else cache[i], start, segments)
             new_cache.append(block_cache)
         return x, None if cache is None else tuple(new_cache)
 
@@ -196,50 +213,69 @@ class GPT(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
-    backend: str
-    constrain: Constrain = unconstrained
+    parallelism: Parallelism = Parallelism()
 
     @nn.compact
     def __call__(
-        self, tokens: Array, *, cache: Cache = None, start: Array | None = None, deterministic: bool = True
+        self,
+        tokens: Array,
+        *,
+        positions: Any = None,
+        segments: Array | None = None,
+        cache: Cache = None,
+        start: Array | None = None,
+        deterministic: bool = True,
     ) -> tuple[Array, Array, Cache]:
-        """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache."""
-        c = self.config
+        """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache.
+
+        positions [T]: where the tokens stand, 0..T-1 unless given (`attend` must then expect that order);
+        segments [B, T]: a token attends only to its own number; cache and start: sampling, one position after
+        another from `start` on.
+        """
+        c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
         places = named(nn.initializers.normal(0.02), (None, "embed"))
         embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim)).astype(self.dtype)
-        positions = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
+        places = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
         # Gathered over fsdp once, here: a lookup in a table split along D would reshard every token instead.
-        embedding = self.constrain(embedding, ("vocab", None))
+        embedding = constrain(embedding, ("vocab", None))
         length = tokens.shape[1]
-        here = positions[:length] if start is None else jax.lax.dynamic_slice_in_dim(positions, start, length)
-        x = self.constrain(embedding[tokens] + here, RESIDUAL)
+        if start is not None:
+            here = jax.lax.dynamic_slice_in_dim(places, start, length)
+        else:
+            here = places[:length] if positions is None else places[positions]
+        x = constrain(embedding[tokens] + here, RESIDUAL)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
         unit = Unit
         if c.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
             unit = nn.remat(Unit, policy=policy, prevent_cse=not c.scan_layers)
-        settings = (c, self.backend, self.constrain, deterministic)
+        settings = (c, self.parallelism, deterministic)
         units = c.num_layers // len(c.attention_pattern)
         if c.scan_layers:
             scanned = nn.scan(
                 unit,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=units,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, cache = scanned(*settings, name="units")(x, cache, start)
+            x, cache = scanned(*settings, name="units")(x, cache, start, segments)
         else:
             new_cache = []
             for i in range(units):
                 here_cache = None if cache is None else jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start)
+                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start, segments)
                 new_cache.append(unit_cache)
             cache = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_cache)
         return LayerNorm(name="norm_final")(x), embedding, cache
+
+
+def layer_mask(config: ModelConfig, kind: str) -> Mask:
+    """The mask of a layer of a kind (dense, banded)."""
+    return Mask(config.window if kind == "banded" else None)
 
 
 def forward(model: GPT, params: Any, tokens: Array, **kwargs: Any) -> tuple[Array, Array, Cache]:

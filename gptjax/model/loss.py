@@ -24,8 +24,8 @@ def _accumulate(x: Array) -> jnp.dtype:
 def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
     """Summed negative log-likelihood in nats over targets that are not IGNORED.
 
-    hidden [B, T, D], embedding [V', D] in the compute dtype, targets [B, T]. Logits of `chunk`
-    positions per sequence are in memory at once. The forward pass of a differentiated call also makes the
+    hidden [..., T, D], embedding [V', D] in the compute dtype, targets [..., T]. Logits of `chunk`
+    positions per leading index are in memory at once. The forward pass of a differentiated call also makes the
     gradients, chunk by chunk: three products with the embedding instead of the four that recomputing takes.
     """
 
@@ -37,23 +37,20 @@ def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: i
 
 
 def _nats(scores: Array, targets: Array) -> tuple[Array, Array]:
-    """Summed nats, and the log-normaliser per position [B, c]."""
+    """Summed nats, and the log-normaliser per position [..., c]."""
     log_z = jax.nn.logsumexp(scores, axis=-1)
     picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(targets == IGNORED, 0, log_z - picked)), log_z
 
 
 def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """Chunks along the sequence, leading: [n, B, c, D] and [n, B, c]; the batch keeps its sharding."""
-    batch, length = targets.shape
+    """Chunks along T, leading: [n, ..., c, D] and [n, ..., c]; the other axes keep their sharding."""
+    *lead, length = targets.shape
     chunk = min(chunk, length)
-    tail = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, tail), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, tail)), constant_values=IGNORED)
-    return (
-        hidden.reshape(batch, -1, chunk, hidden.shape[-1]).swapaxes(0, 1),
-        targets.reshape(batch, -1, chunk).swapaxes(0, 1),
-    )
+    pad, tail = [(0, 0)] * len(lead), (0, -length % chunk)
+    hidden = jnp.pad(hidden, [*pad, tail, (0, 0)]).reshape(*lead, -1, chunk, hidden.shape[-1])
+    targets = jnp.pad(targets, [*pad, tail], constant_values=IGNORED).reshape(*lead, -1, chunk)
+    return jnp.moveaxis(hidden, -3, 0), jnp.moveaxis(targets, -2, 0)
 
 
 def _forward(
@@ -61,20 +58,22 @@ def _forward(
 ) -> tuple[Array, tuple[Array, Array]]:
     def body(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, grad_embedding = carry
-        x, y = part  # [B, c, D], [B, c]
+        x, y = part  # [..., c, D], [..., c]
         scores = logits(x, embedding, vocab_size)
         nats, log_z = _nats(scores, y)
         counts = (y != IGNORED)[..., None]
         grad = jnp.exp(scores - log_z[..., None]) - jax.nn.one_hot(y, embedding.shape[0], dtype=scores.dtype)
         grad = jnp.where(counts, grad, 0).astype(x.dtype)
-        grad_x = jnp.einsum("bcv,vd->bcd", grad, embedding)
-        grad_embedding += jnp.einsum("bcv,bcd->vd", grad, x, preferred_element_type=grad_embedding.dtype)
-        return (total + nats, grad_embedding), grad_x
+        rows = tuple(range(y.ndim))
+        dims = (rows, rows), ((), ())
+        grad_embedding += jax.lax.dot_general(grad, x, dims, preferred_element_type=grad_embedding.dtype)
+        return (total + nats, grad_embedding), grad @ embedding
 
     accumulate = _accumulate(hidden)
     start = (jnp.zeros((), accumulate), jnp.zeros(embedding.shape, accumulate))
     (total, grad_embedding), grad_hidden = jax.lax.scan(body, start, _split(hidden, targets, chunk))
-    grad_hidden = grad_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    *lead, length, dim = hidden.shape
+    grad_hidden = jnp.moveaxis(grad_hidden, 0, -3).reshape(*lead, -1, dim)[..., :length, :]
     return total, (grad_hidden, grad_embedding)
 
 

@@ -17,7 +17,7 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
 
     Raises UserError when the product is not the number of devices.
     """
-    given = {"data": layout.data, "fsdp": layout.fsdp, "tensor": layout.tensor}
+    given = {"data": layout.data, "fsdp": layout.fsdp, "context": layout.context, "tensor": layout.tensor}
     free = [name for name, degree in given.items() if degree == -1]
     if len(free) > 1:
         raise UserError(f"layout.{free[1]} = -1: layout.{free[0]} is -1 already; nearest 1")
@@ -60,10 +60,33 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         raise UserError(
             f"layout.fsdp = {mesh['fsdp']}: does not divide model.embed_dim = {model.embed_dim}; nearest {near}"
         )
-    if config.layout.sequence_sharding and model.seq_len % mesh["tensor"]:
+    if mesh["context"] > 1:
+        _check_context(config, mesh["context"])
+    parts = mesh["context"] * mesh["tensor"]
+    if config.layout.sequence_sharding and model.seq_len % parts:
+        near = nearest_divisor(model.seq_len, parts) // mesh["context"]
         raise UserError(
-            f"layout.sequence_sharding: layout.tensor = {mesh['tensor']} does not divide model.seq_len = "
-            f"{model.seq_len}; nearest layout.tensor {nearest_divisor(model.seq_len, mesh['tensor'])}"
+            f"layout.sequence_sharding: layout.context x layout.tensor = {parts} does not divide model.seq_len = "
+            f"{model.seq_len}; nearest layout.tensor {max(1, near)}"
+        )
+
+
+def _check_context(config: Config, ways: int) -> None:
+    """The sequence is cut into two chunks per device, and the band must reach no further than one chunk back."""
+    model = config.model
+    possible = [d for d in range(1, model.seq_len // 2 + 1) if model.seq_len % (2 * d) == 0] or [1]
+    if "banded" in model.attention_pattern:
+        possible = [d for d in possible if model.window - 1 <= model.seq_len // (2 * d)] or [1]
+    near = min(possible, key=lambda d: abs(d - ways))
+    if model.seq_len % (2 * ways):
+        raise UserError(
+            f"layout.context = {ways}: twice that does not divide model.seq_len = {model.seq_len}; nearest {near}"
+        )
+    chunk = model.seq_len // (2 * ways)
+    if "banded" in model.attention_pattern and model.window < model.seq_len and model.window - 1 > chunk:
+        raise UserError(
+            f"layout.context = {ways}: chunks of {chunk} positions are shorter than model.window - 1 = "
+            f"{model.window - 1}; nearest {near}"
         )
 
 

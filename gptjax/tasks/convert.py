@@ -17,7 +17,7 @@ from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.launch import prepare
-from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import on_device
 from gptjax.train.checkpoint import Checkpoints, Position, restore_params
 from gptjax.train.run import fill_run, open_run, saved_tokenizer
@@ -64,7 +64,7 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     prepare(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
-    task = Pretrain(config, build_model(config, "cpu"), tokenizer)
+    task = Pretrain(config, "cpu", tokenizer=tokenizer)
     one = LayoutConfig(fsdp=1)
     abstract = abstract_state(config, task.init)
     shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)

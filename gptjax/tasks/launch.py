@@ -15,11 +15,10 @@ from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.infer.sampling import Sampling, generate
-from gptjax.model.attention import choose_backend
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, build_model, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, check_vocabulary, choose_attention
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train.loop import fit
 from gptjax.train.run import new_run, saved_tokenizer
@@ -41,11 +40,11 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     for split in (config.data.train_split, config.data.eval_split):
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
+    task = Pretrain(config, jax.default_backend(), layout, tokenizer)
+    attention = choose_attention(config, task.platform, layout)
     weights = _first_weights(config) if config.init_from and not resume else None  # refused before a folder, too
     run = resume or new_run(config, tokenizer)
-    platform = jax.default_backend()
-    task = Pretrain(config, build_model(config, platform, layout.constrain), tokenizer)
-    facts = _facts(config, platform, tokenizer, run) | ({"weights": config.init_from} if weights else {})
+    facts = _facts(task, attention, tokenizer, run) | ({"weights": config.init_from} if weights else {})
 
     def load(places: Any) -> Any:
         """Also for a run that was stopped before its first checkpoint."""
@@ -96,10 +95,10 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     weights = open_weights(folder)
     prepare(weights.config)
     tokenizer = weights.tokenizer()
+    task = Pretrain(weights.config, jax.default_backend(), tokenizer=tokenizer)
     params = weights.load(weights.config.model, on_device(weights.config, jax.local_devices()[0]))
-    task = Pretrain(weights.config, build_model(weights.config, jax.default_backend()), tokenizer)
     ids = tokenizer.encode(prompt)
-    made = generate(task.model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
+    made = generate(task.plain_model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
     return [tokenizer.decode(row.tolist()) for row in made]
 
 
@@ -112,11 +111,11 @@ def describe_data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _facts(config: Config, platform: str, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
-    name, reason = choose_backend(config.model.attention, platform)
+def _facts(task: Pretrain, attention: tuple[str, str], tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+    config, platform = task.config, task.platform
     source = open_source(config.data, config.data.train_split)
     return {
-        "attention": f"{name}: {reason}",
+        "attention": ": ".join(attention),
         "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "

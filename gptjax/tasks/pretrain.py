@@ -17,17 +17,24 @@ from gptjax.data.stream import TokenStream, eval_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, generate
-from gptjax.model.attention import choose_backend
-from gptjax.model.gpt import GPT, Constrain, compute_dtype, forward, unconstrained
+from gptjax.model.attention import Need
+from gptjax.model.gpt import GPT, Parallelism, compute_dtype, forward, layer_mask
+from gptjax.model.kernels import BACKENDS, choose
 from gptjax.model.loss import IGNORED, cross_entropy
+from gptjax.sharding import context
+from gptjax.sharding.rules import Layout
 
 SAMPLE_TOKENS = 200
 
 
-def build_model(config: Config, platform: str, constrain: Constrain = unconstrained) -> GPT:
-    """The decoder of a config on a platform (cpu, gpu, tpu)."""
-    backend, _ = choose_backend(config.model.attention, platform)
-    return GPT(config.model, compute_dtype(config.model, platform), backend, constrain)
+def choose_attention(config: Config, platform: str, layout: Layout | None = None) -> tuple[str, str]:
+    """The attention backend of a run on a platform (cpu, gpu, tpu) and the reason for it; see kernels.choose."""
+    model = config.model
+    masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
+    dtype = compute_dtype(model, platform)
+    ways = layout.mesh.shape[context.AXIS] if layout else 1
+    need = Need(platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
+    return choose(model.attention, need)
 
 
 @dataclass(frozen=True)
@@ -35,23 +42,61 @@ class Pretrain:
     """Loss, batches and evaluation of a decoder on rows of T+1 tokens."""
 
     config: Config
-    model: GPT
+    platform: str
+    """Where it computes: cpu, gpu or tpu."""
+    layout: Layout | None = None
+    """None on a single device."""
     tokenizer: Tokenizer | None = None
     """None where only shapes and the loss are wanted."""
 
+    @cached_property
+    def model(self) -> GPT:
+        """The decoder over the whole layout."""
+        attend = BACKENDS[choose_attention(self.config, self.platform, self.layout)[0]].attend
+        if self.layout is None:
+            return self.plain_model.clone(parallelism=Parallelism(attend))
+        attend = context.on_mesh(attend, self.layout)
+        return self.plain_model.clone(parallelism=Parallelism(attend, self.layout.constrain, self._ways == 1))
+
+    @cached_property
+    def plain_model(self) -> GPT:
+        """The same function without constraints on shapes: for initialising and sampling."""
+        return GPT(self.config.model, compute_dtype(self.config.model, self.platform))
+
     def init(self, key: Array) -> Any:
         """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
-        return self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return self.plain_model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def loss(self, params: Any, tokens: Array, key: Array | None) -> tuple[Array, Array]:
         """tokens [b, T+1] -> summed nats, number of targets; a key of None switches dropout off."""
         c = self.config.model
         inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+        segments = self._documents(inputs) if c.separate_documents else None
+        ways, positions = self._ways, None
+        if ways > 1:
+            positions = context.order(inputs.shape[1], ways)
+            inputs, targets = inputs[:, positions], targets[:, positions]
+            segments = None if segments is None else segments[:, positions]
         rngs = {} if key is None else {"dropout": key}
         off = key is None or c.dropout == 0
-        hidden, embedding, _ = forward(self.model, params, inputs, deterministic=off, rngs=rngs)
+        hidden, embedding, _ = forward(
+            self.model, params, inputs, positions=positions, segments=segments, deterministic=off, rngs=rngs
+        )
+        if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
+            parts = (len(targets), ways, -1)
+            hidden, targets = hidden.reshape(*parts, c.embed_dim), targets.reshape(parts)
         nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
         return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+
+    @property
+    def _ways(self) -> int:
+        """Parts that the layout cuts a sequence into."""
+        return self.layout.mesh.shape[context.AXIS] if self.layout else 1
+
+    def _documents(self, inputs: Array) -> Array:
+        """The number of each token's document within its row; an end of text belongs to the text that it ends."""
+        ends = inputs == self._tokenizer.eot
+        return jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
 
     def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream:
         """The training rows from a position on."""
@@ -95,7 +140,7 @@ class Pretrain:
         prompt = self.config.train.sample_prompt
         ids = self._tokenizer.encode(prompt)
         how = Sampling(temperature=0.8, top_k=50)
-        made = generate(self.model, params, ids, num_samples=1, num_tokens=SAMPLE_TOKENS, how=how, seed=0)
+        made = generate(self.plain_model, params, ids, num_samples=1, num_tokens=SAMPLE_TOKENS, how=how, seed=0)
         return prompt + self._tokenizer.decode(made[0].tolist())
 
     @property

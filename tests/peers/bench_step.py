@@ -111,13 +111,13 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     from gptjax.hardware import compiler_options
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
-    from gptjax.tasks.pretrain import Pretrain, build_model
+    from gptjax.tasks.pretrain import Pretrain
     from gptjax.train.step import abstract_state, init_state, make_step
 
     model = ModelConfig(layers, heads, width, seq_len=context, vocab_size=vocab, scan_layers=False)
     config = Config("bench", model, train=TrainConfig(batch_size=batch))
     layout = Layout(make_mesh(config), rule_table(config.layout))
-    task = Pretrain(config, build_model(config, "cpu", layout.constrain))
+    task = Pretrain(config, "cpu", layout)
     step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
     options = compiler_options("cpu")
     forward = jax.jit(lambda p, t: task.loss(p, t, None)[0], compiler_options=options)

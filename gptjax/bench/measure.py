@@ -1,0 +1,60 @@
+"""What every benchmark shares: times, the device's measured limits, and where a result came from."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROUND_SECONDS = 0.2  # long enough for the clock and for the scheduler of a shared machine
+
+
+def times(functions: Sequence[Callable[[], Any]], rounds: int = 3) -> list[float]:
+    """Seconds per call of each function: the median of rounds that take turns, so that noise meets all alike."""
+    counts = []
+    for function in functions:
+        jax.block_until_ready(function())  # compiles, warms up
+        counts.append(max(1, min(100, int(ROUND_SECONDS / _seconds(function, 1)))))
+    turns = [[_seconds(f, n) for f, n in zip(functions, counts, strict=True)] for _ in range(rounds)]
+    return [median(column) for column in zip(*turns, strict=True)]
+
+
+def _seconds(function: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / count
+
+
+def limits(dtype: jnp.dtype) -> dict[str, float]:
+    """What this device reaches on the two things that bound a kernel: a large matrix product (FLOP/s) and a copy
+    (bytes/s, read and written)."""
+    on_cpu = jax.default_backend() == "cpu"
+    size, words = (2048, 1 << 25) if on_cpu else (8192, 1 << 28)
+    square = jnp.ones((size, size), dtype)
+    line = jnp.ones((words,), jnp.float32)
+    product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1)
+    product_s, copy_s = times([lambda: product(square), lambda: copy(line)])
+    return {"flops": 2 * size**3 / product_s, "bytes": 2 * line.nbytes / copy_s}
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and date, as every result file carries them."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,62 @@
+"""Does a vendor's kernel compute what it should on this machine? Known to fail on some pairs of CUDA and cuDNN."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gptjax.model.attention import Attend, Mask, reference
+
+LENGTH, HEADS = 256, 2
+TOLERANCE = 0.02  # bfloat16 keeps 8 bits: 0.004 of a value near 1, a few of them summed
+
+
+def self_test(attend: Attend, masks: tuple[Mask, ...], head_dim: int, dtype: jnp.dtype) -> str | None:
+    """Forward and all three gradients against the float32 reference; None, or what is wrong with which mask.
+
+    The masks are taken at a small length: a window is cut to half of it, so that the band is really tried.
+    """
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.normal(size=(1, LENGTH, HEADS, head_dim)), dtype) for _ in range(3)]
+    cotangent = jnp.asarray(rng.normal(size=qkv[0].shape), jnp.float32)
+
+    def everything(function: Attend, mask: Mask, inputs: list[Array]) -> list[Array]:
+        def loss(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            out = function(q, k, v, mask, head_dim**-0.5, None)
+            return jnp.sum(out.astype(jnp.float32) * cotangent), out
+
+        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        return [out, *grads]
+
+    for mask in masks:
+        small = mask if mask.window is None else Mask(min(mask.window, LENGTH // 2))
+        want = everything(reference, small, [x.astype(jnp.float32) for x in qkv])
+        try:
+            got = everything(attend, small, qkv)
+        except Exception as error:  # whatever the library raises, the answer is that it does not work here
+            return f"{small} raised {str(error).strip().splitlines()[0][:160]}"
+        for name, a, b in zip(("output", "gradient of q", "gradient of k", "gradient of v"), got, want, strict=True):
+            worst = float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
+            if not worst <= TOLERANCE:
+                return f"{small}: {name} is off by {worst:.2g} of its largest value"
+    return None
+
+
+def remembered(cache: Path, attend: Attend, masks: tuple[Mask, ...], head_dim: int, dtype: jnp.dtype) -> str | None:
+    """`self_test`, once per machine: its answer is kept in `cache` under everything that it depends on."""
+    device = jax.devices()[0]
+    about = jax.__version__, device.client.platform_version, device.device_kind, masks, head_dim, dtype
+    key = " | ".join(map(str, about)).replace("\n", " ")
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    if key not in known:
+        known[key] = self_test(attend, masks, head_dim, dtype)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(known, indent=2))
+        temporary.replace(cache)
+    answer: str | None = known[key]
+    return answer
