@@ -151,9 +151,9 @@ def _piece_forward(mask: Mask, scale: float, q: Array, k: Array, v: Array, place
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bhrs,bhsk->bhrk", weights.astype(q.dtype), v, preferred_element_type=scores.dtype)
-    out = out / jnp.where(total == 0, 1, total)
-    return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+    weights = weights / jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bhrs,bhsk->bhrk", weights.astype(q.dtype), v)
+    return out, (top + jnp.log(total))[..., 0]
 
 
 def _piece_backward(
