@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from jax.sharding import AxisType, Mesh
 from gptjax.config import LayoutConfig
 from gptjax.errors import UserError
 from gptjax.model.attention import Attend, Mask, Need, reference
-from gptjax.model.kernels import blockwise, choose, selftest, splash
+from gptjax.model.kernels import blockwise, choose, cudnn, selftest, splash
 from gptjax.sharding import context
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rules import Layout, rule_table
@@ -241,6 +242,43 @@ def test_choice_and_its_reason(name: str, need: Need, chosen: str, reason: str, 
 def test_a_named_backend_that_cannot_serve_raises(name: str, need: Need, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         choose(name, need, tmp_path / "tests.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"dtype": jnp.dtype("float32")}, "it computes in bfloat16 and float16, not in float32"),
+        ({"head_dim": 260}, "head size 260 is not a multiple of 8 up to 256"),
+        ({"head_dim": 36}, "head size 36 is not a multiple of 8"),
+        ({"length": 1000}, "model.seq_len = 1000 is not a multiple of 128"),
+        ({"segments": True}, "it cannot keep documents apart"),
+        ({"context": 2}, "it cannot split the sequence"),
+    ],
+)
+def test_limits_of_cudnn(change: dict, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    got = cudnn.refuse(changed(platform="gpu", **change))
+    assert got is None if message is None else message in got
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(1), Mask(7), Mask(64), Mask(causal=False)])
+def test_cudnn_is_asked_for_this_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that would go to cuDNN, answered by JAX's own XLA implementation of the same interface."""
+    real = jax.nn.dot_product_attention
+    asked = []
+
+    def answer(*qkv: Array, implementation: str, **settings: object) -> Array:
+        asked.append(implementation)
+        return real(*qkv, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    inputs = [jnp.asarray(x, jnp.float32)[None, :, None] for x in case(64, None, 64)[0][:3]]
+    np.testing.assert_allclose(
+        cudnn.attend(*inputs, mask, 0.3, None), reference(*inputs, mask, 0.3), rtol=1e-4, atol=1e-5
+    )
+    assert asked == ["cudnn"]
 
 
 def no_band(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None) -> Array:

@@ -187,6 +187,8 @@ from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import abstract_state, make_step
 
 config = replace(from_json(sys.stdin.read()), layout=LayoutConfig(fsdp=2, tensor=2, sequence_sharding=True))
+shape = {"num_heads": 2, "embed_dim": 128, "seq_len": 256, "window": 128, "remat": "dots"}  # splash takes heads of 64
+config = replace(config, model=replace(config.model, **shape))
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 layout = Layout(make_mesh(config, devices), rule_table(config.layout))
 task = Pretrain(config, "tpu", layout)
@@ -194,22 +196,25 @@ boxed = abstract_state(config, task.init)
 shardings = layout.shardings(boxed)
 shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 state = jax.tree.map(shaped, nn.unbox(boxed), shardings)
-tokens = jax.ShapeDtypeStruct((2, 8, 17), np.int32, sharding=layout.sharding((None, "batch", None)))
+tokens = jax.ShapeDtypeStruct((2, 8, 257), np.int32, sharding=layout.sharding((None, "batch", None)))
 scalars = np.float32(0), np.int32(1), np.int32(0)
 compiled = make_step(config, task.loss, shardings, layout).lower(state, tokens, *scalars).compile()
 memory = compiled.memory_analysis()
-print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)))
+kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)), kernels)
 """
 
 
 @pytest.mark.slow
 def test_step_compiles_for_a_tpu(tiny: Config) -> None:
-    """The real TPU compiler, no TPU: bfloat16, and the whole sharded state is donated."""
+    """The real TPU compiler, no TPU: bfloat16, the whole sharded state is donated, and attention is the kernel: three
+    calls a layer of the scanned unit (output, dk and dv, dq), since remat keeps what its backward pass needs."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [sys.executable, "-c", FOR_TPU]
     done = subprocess.run(command, input=to_json(tiny), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    dtype, donated, state = done.stdout.split()
+    dtype, donated, state, kernels = done.stdout.split()
     assert dtype == "bfloat16"
     assert int(donated) >= int(state)
+    assert int(kernels) == 2 * 3

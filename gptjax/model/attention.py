@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+KEPT = "attention"
+"""Name under which rematerialisation may keep what a backend's backward pass needs beside q, k and v."""
+
 
 @dataclass(frozen=True)
 class Mask:

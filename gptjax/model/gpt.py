@@ -17,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.model.attention import Attend, Mask, reference
+from gptjax.model.attention import KEPT, Attend, Mask, reference
 from gptjax.model.kernels import blockwise
 
 Axes = tuple[str | None, ...]
@@ -27,7 +27,7 @@ Cache = Any
 
 RESIDUAL: Axes = ("batch", "residual_length", None)
 # What each remat policy keeps for the backward pass; `full` keeps only the inputs of a unit.
-SAVED_NAMES = {"dots": ("qkv", "attention", "projection", "mlp_up"), "full": ()}
+SAVED_NAMES = {"dots": ("qkv", KEPT, "projection", "mlp_up"), "full": ()}
 
 
 def unconstrained(x: Array, axes: Axes) -> Array:
@@ -176,7 +176,7 @@ class Block(nn.Module):
             )
             cache = keys, values
             h = reference(q, keys, values, mask, scale, start=start)
-        h = checkpoint_name(constrain(h, ("batch", "length", "heads", None)), "attention")
+        h = checkpoint_name(constrain(h, ("batch", "length", "heads", None)), KEPT)
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
         x = constrain(x + self._dropout(h), RESIDUAL)

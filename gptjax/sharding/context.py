@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.model.attention import Attend, Mask
+from gptjax.model.attention import KEPT, Attend, Mask
 from gptjax.model.kernels.blockwise import Places, banded, rows_backward, rows_forward
 from gptjax.sharding.rules import Layout
 
@@ -124,7 +125,7 @@ def _ring_forward(scale: float, ways: int, q: Array, k: Array, v: Array, ids: Ar
     wide = jnp.promote_types(q.dtype, jnp.float32)
     sums = meet(OWN, (k, v, ids), jnp.zeros(q.shape, wide), jnp.full(q.shape[:-1], -jnp.inf, wide))
     _, out, log_z = jax.lax.fori_loop(1, ways, visit, ((k, v, ids), *sums))
-    out = out.astype(q.dtype)
+    out, log_z = checkpoint_name(out.astype(q.dtype), KEPT), checkpoint_name(log_z, KEPT)
     return out, (q, k, v, ids, out, log_z)
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.model.attention import Mask, visible
+from gptjax.model.attention import KEPT, Mask, visible
 
 BLOCK = 128  # block edge of the band: 64-128 measured best on CPU for W = 256
 SEGMENTS = 8  # unrolled at most; a dense causal layer then computes 9/16 of T² where the triangle has 1/2
@@ -94,7 +95,7 @@ def rows(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places)
 
 
 def _keep(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, tuple]:
-    out, log_z = rows_forward(mask, scale, q, k, v, places)
+    out, log_z = (checkpoint_name(x, KEPT) for x in rows_forward(mask, scale, q, k, v, places))
     return out, (q, k, v, places, out, log_z)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gptjax.model.attention import Mask, Need
+from gptjax.model.attention import KEPT, Mask, Need
 
 HEAD_DIMS = (64, 80, 96, 128)
 LANES = 128  # its blocks of keys are multiples of a vector register's lanes
@@ -53,6 +53,7 @@ def _kernel(mask: Mask, length: int, heads: int, interpret: bool):  # type: igno
         head_shards=1,
         q_seq_shards=1,
         block_sizes=kernels.BlockSizes(*sizes),
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
 
