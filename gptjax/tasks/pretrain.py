@@ -34,7 +34,9 @@ def choose_attention(config: Config, platform: str, layout: Layout | None = None
     dtype = compute_dtype(model, platform)
     ways = layout.mesh.shape[context.AXIS] if layout else 1
     need = Need(platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
-    return choose(model.attention, need)
+    name, reason = choose(model.attention, need)
+    split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
+    return name, reason + (split if ways > 1 else "")
 
 
 @dataclass(frozen=True)
