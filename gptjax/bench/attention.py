@@ -44,26 +44,35 @@ def run(settings: Settings, out: Path) -> str:
     """
     if min(settings.lengths) < 1 or min(settings.window, settings.batch, settings.heads, settings.head_dim) < 1:
         raise UserError("bench attention: lengths, window, batch, heads and head-dim must be positive; nearest 1")
-    dtype = jnp.dtype(settings.dtype)
-    device = limits(dtype)
-    rows = [row for length in sorted(settings.lengths) for row in _measure(settings, length)]
+    lengths = sorted(settings.lengths)
+    backends = [_backends(settings, length) for length in lengths]
+    device = limits(jnp.dtype(settings.dtype))
+    rows = [row for pair in zip(lengths, backends, strict=True) for row in _measure(settings, *pair)]
     result = {**provenance(), "settings": asdict(settings), "limits": device, "rows": rows}
     save(result, out / "attention.json")
     plot(result, out / "attention.png")
     return f"{table(result)}\n{out / 'attention.json'}\n{out / 'attention.png'}"
 
 
-def _measure(settings: Settings, length: int) -> list[dict[str, Any]]:
+def _masks(settings: Settings) -> dict[str, Mask]:
+    return {"dense": Mask(), "banded": Mask(settings.window)}
+
+
+def _backends(settings: Settings, length: int) -> dict[str, str]:
+    """The backend of each kind of layer."""
+    about = jax.default_backend(), jnp.dtype(settings.dtype), settings.head_dim, length
+    return {kind: choose(settings.attention, Need(*about, (mask,)))[0] for kind, mask in _masks(settings).items()}
+
+
+def _measure(settings: Settings, length: int, backends: dict[str, str]) -> list[dict[str, Any]]:
     """One row per mask; all of a length take turns."""
     scale, dtype = settings.head_dim**-0.5, jnp.dtype(settings.dtype)
     shape = (settings.batch, length, settings.heads, settings.head_dim)
     q, k, v = (jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3))
-    masks = {"dense": Mask(), "banded": Mask(settings.window)}
-    names, functions = [], []
-    for mask in masks.values():
-        need = Need(jax.default_backend(), dtype, settings.head_dim, length, (mask,))
-        names.append(choose(settings.attention, need)[0])
-        forward, gradient = _compiled(BACKENDS[names[-1]].attend, mask, scale)
+    masks = _masks(settings)
+    functions = []
+    for kind, mask in masks.items():
+        forward, gradient = _compiled(BACKENDS[backends[kind]].attend, mask, scale)
         functions += [partial(forward, q, k, v), partial(gradient, q, k, v)]
     seconds = times(functions)
     rows = []
@@ -73,7 +82,7 @@ def _measure(settings: Settings, length: int) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "length": length,
-                "backend": names[i],
+                "backend": backends[kind],
                 "forward_s": seconds[2 * i],
                 "both_s": seconds[2 * i + 1],
                 "forward_flops": 4 * settings.head_dim * pairs / seconds[2 * i],

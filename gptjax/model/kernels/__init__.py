@@ -52,6 +52,8 @@ def choose(name: str, need: Need, self_tests: Path = SELF_TESTS) -> tuple[str, s
         if reason is None:
             return first, f"the kernel for {need.platform}"
         return "blockwise", f"portable O(T·W) path, since {first} cannot serve: {reason}"
+    if name not in BACKENDS:
+        raise UserError(f"attention {name}: no such backend; choose from auto, {', '.join(BACKENDS)}")
     if reason := _refusal(name, need, self_tests):
         able = [other for other in BACKENDS if other != name and _refusal(other, need, self_tests) is None]
         raise UserError(f"model.attention = {name}: {reason}; choose from auto, {', '.join(able)}")

@@ -1,0 +1,53 @@
+"""Benchmarks: what is counted and what is written. The figures themselves are not tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptjax import cli
+from gptjax.bench.attention import exponent
+from gptjax.errors import UserError
+
+TINY = ["--lengths", "8,32", "--window", "4", "--head-dim", "8"]
+
+
+def test_attention_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["bench", "attention", *TINY, "--heads", "2", "--out", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "new" / "attention.json").read_text())
+    assert (tmp_path / "new" / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert [(r["kind"], r["length"]) for r in result["rows"]] == [
+        ("dense", 8), ("banded", 8), ("dense", 32), ("banded", 32)
+    ]  # fmt: skip
+    assert printed.count("blockwise") == 4
+    assert result["device"] in printed
+    pairs = {("dense", 8): 36, ("banded", 8): 1 + 2 + 3 + 5 * 4, ("dense", 32): 528, ("banded", 32): 6 + 29 * 4}
+    for row in result["rows"]:  # two heads of 8: 4 operations a pair and channel forward, 12 with backward
+        work = 2 * 8 * pairs[row["kind"], row["length"]]
+        assert row["forward_flops"] * row["forward_s"] == pytest.approx(4 * work)
+        assert row["both_flops"] * row["both_s"] == pytest.approx(12 * work)
+        assert row["both_bytes"] * row["both_s"] == pytest.approx(12 * 2 * 8 * 4 * row["length"])
+
+
+def test_exponent_of_a_power_law() -> None:
+    lengths = (64, 128, 256, 512)
+    rows = [{"kind": "dense", "length": n, "both_s": 3e-6 * n**2} for n in lengths]
+    result = {"settings": {"window": 16}, "rows": rows}
+    assert exponent(result, "dense", "both_s") == pytest.approx(2)
+    assert exponent(result | {"settings": {"window": 64}}, "dense", "both_s") is None  # one length is not a line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "8,x"], "--lengths 8,x: expected whole numbers"),
+        (["--lengths", "0"], "must be positive; nearest 1"),
+        (["--attention", "flash"], "attention flash: no such backend; choose from auto, blockwise"),
+        (["--attention", "splash"], "splash: it runs on TPU and this is cpu; choose from auto, blockwise"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.run(["bench", "attention", *TINY, *arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
