@@ -22,18 +22,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 from jax.sharding import AxisType, Mesh
 
-from gptjax.config import LayoutConfig
+from gptjax.config import Config, LayoutConfig
+from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.attention import Attend, Mask, Need, reference
 from gptjax.model.kernels import blockwise, choose, cudnn, selftest, splash
 from gptjax.sharding import context
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.launch import train
+from gptjax.tasks.pretrain import Pretrain
 
 LENGTHS = (1, 2, 63, 64, 65, 255, 256, 257, 1000, 2048)
 WINDOWS = (None, 1, 2, 64, 256, 4096)  # 4096: at least T everywhere
@@ -326,6 +330,34 @@ def test_self_test_is_remembered_per_machine(tmp_path: Path) -> None:
     assert jax.__version__ in key
 
 
+def test_a_refusal_leaves_no_run_folder(tiny: Config, tmp_path: Path) -> None:
+    config = replace(tiny, model=replace(tiny.model, attention="splash"), run=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="splash: it runs on TPU and this is cpu; choose from auto"):
+        train(config, None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_documents_of_a_row_are_apart_when_asked(ways: int, tiny: Config) -> None:
+    """What follows a document's first token costs the same whatever text stands before it, in one part or two."""
+    tokenizer = load_tokenizer("bytes")
+
+    def differs(apart: bool) -> float:
+        config = replace(tiny, model=replace(tiny.model, separate_documents=apart))
+        task = Pretrain(config, "cpu", context_layout(ways), tokenizer)
+        params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+        loss = jax.jit(lambda tokens: task.loss(params, tokens, None)[0])
+
+        def gap(before: str) -> float:
+            rows = [[*tokenizer.encode(before), tokenizer.eot, *b"x", *after] for after in (b"abcdefghi", b"qrstuvwyz")]
+            return float(loss(jnp.asarray(rows[:1])) - loss(jnp.asarray(rows[1:])))
+
+        return abs(gap("one ab") - gap("TWO=#%"))
+
+    assert differs(apart=True) < 1e-5
+    assert differs(apart=False) > 1e-4
+
+
 # --- The sequence over several devices
 
 
@@ -407,12 +439,15 @@ import itertools, sys
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax.experimental import topologies
-from gptjax.config import LayoutConfig
+from gptjax.config import Config, LayoutConfig
+from gptjax.data.tokenizers import load_tokenizer
 from gptjax.model.attention import Mask, Need
 from gptjax.model.kernels import BACKENDS, choose
 from gptjax.sharding.context import on_mesh
 from gptjax.sharding.mesh import MESH_AXES, AUTO
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.launch import train
+from gptjax.tasks.pretrain import Pretrain
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 2, 1, 2, 1), MESH_AXES, axis_types=AUTO)

@@ -18,7 +18,7 @@ from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, check_vocabulary, choose_attention
+from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train.loop import fit
 from gptjax.train.run import new_run, saved_tokenizer
@@ -41,10 +41,10 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
     task = Pretrain(config, jax.default_backend(), layout, tokenizer)
-    attention = choose_attention(config, task.platform, layout)
+    facts = _facts(task, tokenizer)
     weights = _first_weights(config) if config.init_from and not resume else None  # refused before a folder, too
     run = resume or new_run(config, tokenizer)
-    facts = _facts(task, attention, tokenizer, run) | ({"weights": config.init_from} if weights else {})
+    facts |= {"run": str(run)} | ({"weights": config.init_from} if weights else {})
 
     def load(places: Any) -> Any:
         """Also for a run that was stopped before its first checkpoint."""
@@ -111,15 +111,14 @@ def describe_data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _facts(task: Pretrain, attention: tuple[str, str], tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+def _facts(task: Pretrain, tokenizer: Tokenizer) -> dict[str, Any]:
     config, platform = task.config, task.platform
     source = open_source(config.data, config.data.train_split)
     return {
-        "attention": ": ".join(attention),
+        "attention": ": ".join(task.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
         f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
         f"(padded to {config.model.padded_vocab_size:,})",
-        "run": str(run),
     }

@@ -27,18 +27,6 @@ from gptjax.sharding.rules import Layout
 SAMPLE_TOKENS = 200
 
 
-def choose_attention(config: Config, platform: str, layout: Layout | None = None) -> tuple[str, str]:
-    """The attention backend of a run on a platform (cpu, gpu, tpu) and the reason for it; see kernels.choose."""
-    model = config.model
-    masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
-    dtype = compute_dtype(model, platform)
-    ways = layout.mesh.shape[context.AXIS] if layout else 1
-    need = Need(platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
-    name, reason = choose(model.attention, need)
-    split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
-    return name, reason + (split if ways > 1 else "")
-
-
 @dataclass(frozen=True)
 class Pretrain:
     """Loss, batches and evaluation of a decoder on rows of T+1 tokens."""
@@ -52,9 +40,20 @@ class Pretrain:
     """None where only shapes and the loss are wanted."""
 
     @cached_property
+    def attention(self) -> tuple[str, str]:
+        """The backend and the reason for it; see kernels.choose."""
+        model, ways = self.config.model, self._ways
+        masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
+        dtype = self.plain_model.dtype
+        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
+        name, reason = choose(model.attention, need)
+        split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
+        return name, reason + (split if ways > 1 else "")
+
+    @cached_property
     def model(self) -> GPT:
         """The decoder over the whole layout."""
-        attend = BACKENDS[choose_attention(self.config, self.platform, self.layout)[0]].attend
+        attend = BACKENDS[self.attention[0]].attend
         if self.layout is None:
             return self.plain_model.clone(parallelism=Parallelism(attend))
         attend = context.on_mesh(attend, self.layout)
