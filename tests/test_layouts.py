@@ -1,6 +1,7 @@
 """One run on many layouts: the rule table decides where arrays live, never what they hold."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,6 +86,20 @@ def test_state_really_is_sharded(name: str, tiny: Config) -> None:
     assert held == sum(row[3] for row in layout.table(abstract_state(config, task.init)))
     ways = config.layout.fsdp * config.layout.tensor
     assert held < 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / ways
+
+
+def test_a_split_sequence_gathers_no_activation(tiny: Config) -> None:
+    """The whole step over `context` alone: neighbours exchange, gradients are summed, and nothing else moves."""
+    config = replace(tiny, layout=LayoutConfig(fsdp=1, context=2))
+    task, layout = build(config, 2)
+    boxed = abstract_state(config, task.init)
+    shardings = layout.shardings(boxed)
+    tokens = jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    scalars = np.float32(0), np.int32(1), np.int32(0)
+    lowered = make_step(config, task.loss, shardings, layout).lower(nn.unbox(boxed), tokens, *scalars)
+    text = lowered.compile().as_text()
+    kinds = set(re.findall(r" (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text))
+    assert kinds == {"collective-permute", "all-reduce"}
 
 
 def test_sequence_sharding_cuts_the_residual_over_tensor() -> None:
