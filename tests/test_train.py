@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -243,6 +244,65 @@ def test_killed_five_times_is_bit_identical(config_file: str, finished: Path, tm
     done = subprocess.run(start, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(run, finished)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(config_file: str, finished: Path, tmp_path: Path) -> None:
+    """Real processes with a device each: SIGTERM to one saves and stops both, and the run that one process then
+    finishes stands where the uninterrupted one does."""
+    run = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start = command("train", config_file, "--distributed", "--run", str(run), "--train.save_interval", "0")
+    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first, second = (
+        subprocess.Popen(start, env=environment() | where | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)
+    )
+    try:
+        printed = ""
+        for line in first.stdout:
+            printed += line
+            if line.startswith("step 5 "):
+                second.send_signal(signal.SIGTERM)
+                break
+        printed += first.communicate(timeout=300)[0]
+        other = second.communicate(timeout=300)[0]
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert (first.returncode, second.returncode) == (128 + signal.SIGTERM,) * 2, printed + other
+    assert "2 x cpu, layout fsdp 2" in printed
+    assert 5 <= newest(run) < newest(finished)
+    done = gptjax("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert saved(run)["meta"]["position"] == saved(finished)["meta"]["position"]
+    ends = []
+    for folder in (run, finished):  # the record after the stop averages fewer steps, so the last ones are compared
+        ends.append([r["loss"] for r in read_log(folder / "log.jsonl") if r["kind"] == "train"][-3:])
+    np.testing.assert_allclose(*ends, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "--distributed: coordinator_address should be defined"),
+        ({"JAX_PROCESS_ID": "0"}, "--distributed: JAX_COORDINATOR_ADDRESS is not set; set JAX_COORDINATOR_ADDRESS"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "invalid literal for int",
+        ),
+    ],
+)
+def test_processes_that_cannot_join_say_so_in_one_line(given: dict, message: str, config_file: str) -> None:
+    plain = {name: value for name, value in environment().items() if not name.startswith(("JAX_COORD", "JAX_PROC"))}
+    done = subprocess.run(
+        command("train", config_file, "--distributed"), env=plain | given, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def newest_or_zero(run: Path) -> int:

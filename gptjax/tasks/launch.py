@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gptjax.config import Config
 from gptjax.data.sources import open_source
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.errors import UserError
 from gptjax.hardware import compiler_options
 from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
@@ -28,12 +30,11 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     """Run pretraining, from random weights or those of `init_from`, to its end; returns the exit status (128 + the
     signal that stopped it, or 0).
 
-    `distributed` joins the other processes first: jax.distributed finds them on TPU pods and under SLURM, and
-    elsewhere through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    `distributed` joins the other processes first; see `join`.
     """
     prepare(config)
     if distributed:
-        jax.distributed.initialize()
+        join(os.environ)
     layout = Layout(make_mesh(config), rule_table(config.layout))
     tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
@@ -54,6 +55,24 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     if jax.process_index() == 0:
         print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
     return 128 + number if number else 0
+
+
+def join(environment: Mapping[str, str]) -> None:
+    """Join the other processes: JAX finds them by itself on TPU pods and under SLURM, elsewhere the environment says
+    where. Raises UserError where neither does, or they cannot be reached."""
+    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+    given = [environment[name] for name in names if environment.get(name)]
+    remedy = f"set {', '.join(names)} (host:port, how many, which from 0), or run on a TPU pod or under SLURM"
+    if given and len(given) < len(names):
+        missing = next(name for name in names if not environment.get(name))
+        raise UserError(f"--distributed: {missing} is not set; {remedy}")
+    try:
+        where: dict[str, Any] = {}
+        if given:
+            where = {"coordinator_address": given[0], "num_processes": int(given[1]), "process_id": int(given[2])}
+        jax.distributed.initialize(**where)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed: {str(error).splitlines()[0]}; {remedy}") from error
 
 
 def next_commands(run: Path, stopped: bool) -> str:

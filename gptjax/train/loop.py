@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input on the devices, and where the run stands once it is consumed."""
+    """One step's input on the devices, and where this process stands once it is consumed."""
 
     tokens: Array  # [M, b, T+1]
     num_micro: int
@@ -144,7 +144,7 @@ def _loop(
                 meter.flush()
                 jax.block_until_ready(state)  # the queued steps are training time, not pause
                 with clock.pause():
-                    if checkpoints.save(state, batch.after):
+                    if checkpoints.save(state, _whole(batch.after)):
                         reporter.record("save", done)
             if stopping:
                 break
@@ -185,19 +185,24 @@ def _batches(
             rows = np.pad(rows, ((0, most - num_micro), (0, 0), (0, 0)))
             shape = (most, micro, config.model.seq_len + 1)
             placed = jax.make_array_from_process_local_data(sharding, rows, shape)
-            data = tuple(_all_positions(stream))
+            data = tuple(stream.positions)
             after = Position(step + 1, tokens + size * config.model.seq_len, data)
             yield Batch(placed, num_micro, Position(step, tokens), after)
     finally:
         stream.close()
 
 
-def _all_positions(stream: TokenStream) -> list[int]:
-    if jax.process_count() == 1 or stream.lanes == 1:
-        return stream.positions
-    halves = np.array(stream.positions, np.int64).view(np.int32)  # JAX moves 32-bit words unless x64 is on
+def _whole(position: Position) -> Position:
+    """The position with the lanes of all processes, which each knows only its own of.
+
+    Processes talk to each other here, so it belongs to the main thread: talk from the prefetch thread would meet
+    the other processes' steps in another order.
+    """
+    if jax.process_count() == 1 or position.data is None or len(position.data) == 1:
+        return position
+    halves = np.array(position.data, np.int64).view(np.int32)  # JAX moves 32-bit words unless x64 is on
     every = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.int64)
-    return merge_positions(every.tolist())
+    return replace(position, data=tuple(merge_positions(every.tolist())))
 
 
 def process_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
