@@ -131,6 +131,17 @@ def test_free_degree_takes_the_rest_or_says_why(devices: int, a: int, b: int, fr
         (c.LayoutConfig(fsdp=1, tensor=8), 8, "layout.tensor = 8: does not divide model.num_heads = 4; nearest 4"),
         (c.LayoutConfig(fsdp=96), 96, "not divisible by replica x data x fsdp = 96 of the mesh; nearest 288"),
         (c.LayoutConfig(fsdp=256), 256, "layout.fsdp = 256: does not divide model.embed_dim = 128; nearest 128"),
+        (c.LayoutConfig(fsdp=1, context=3), 3, "layout.context = 3: twice that does not divide model.seq_len = 64"),
+        (
+            c.LayoutConfig(fsdp=1, context=4),
+            4,
+            "chunks of 8 positions are shorter than model.window - 1 = 15; nearest 2",
+        ),
+        (
+            c.LayoutConfig(fsdp=1, context=2, tensor=3, sequence_sharding=True),
+            6,
+            "layout.tensor = 3: does not divide model.num_heads = 4",
+        ),
     ],
 )
 def test_layout_that_does_not_fit(layout: c.LayoutConfig, devices: int, message: str) -> None:
