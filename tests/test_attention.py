@@ -394,6 +394,12 @@ def test_split_sequence_equals_single_device(ways: int, window: int | None) -> N
             np.testing.assert_allclose(a, b[:, order], rtol=1e-4, atol=5e-6)
 
 
+def test_a_mask_of_an_encoder_is_not_split() -> None:
+    x = jnp.zeros((1, 8, 1, 4))
+    with pytest.raises(UserError, match=r"layout\.context = 2: only causal attention can be split; use 1"):
+        context.on_mesh(blockwise.attend, context_layout(2))(x, x, x, Mask(causal=False), 1.0)
+
+
 COLLECTIVE = re.compile(r"= (\S+) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.errors import UserError
 from gptjax.model.attention import KEPT, Attend, Mask
 from gptjax.model.kernels.blockwise import Places, banded, rows_backward, rows_forward
 from gptjax.sharding.rules import Layout
@@ -62,7 +63,12 @@ def on_mesh(local: Attend, layout: Layout) -> Attend:
 def attend(
     q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None = None, *, ways: int
 ) -> Array:
-    """See attention.Attend: a device's part [B, T/c, H, K] of arrays in `order`, causal masks only."""
+    """See attention.Attend: a device's part [B, T/c, H, K] of arrays in `order`.
+
+    Raises UserError for a mask that is not causal: both ways of splitting leave out what causality hides.
+    """
+    if not mask.causal:
+        raise UserError(f"layout.context = {ways}: only causal attention can be split; use 1")
     batch, length, heads, head_dim = q.shape
     mask = mask.within(length * ways)
     q, k, v = (x.reshape(batch, 2, -1, heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (q, k, v))
