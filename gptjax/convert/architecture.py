@@ -12,6 +12,14 @@ from gptjax.errors import UserError
 
 Index = tuple[slice, ...]
 
+GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the tanh approximation
+COMMON: dict[str, tuple[Any, ...]] = {
+    "activation_function": GELU,
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+}
+"""What our model fixes and both architectures name alike: the values that are read, the first of which is written."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -104,6 +112,11 @@ def assemble(index: Index, shape: tuple[int, ...], parts: list[tuple[Box, Callab
 
 def _slices(start: np.ndarray, stop: np.ndarray) -> Index:
     return tuple(map(slice, start.tolist(), stop.tolist()))
+
+
+def common() -> dict[str, Any]:
+    """COMMON as it is written."""
+    return {name: options[0] for name, options in COMMON.items()}
 
 
 def whole(values: dict[str, Any], name: str, where: str) -> int:

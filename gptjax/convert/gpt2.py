@@ -3,9 +3,7 @@
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import Architecture, Box, expect, norm, rate, whole
-
-GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the tanh approximation
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, rate, whole
 
 
 def _read(values: dict[str, Any], where: str) -> ModelConfig:
@@ -13,14 +11,12 @@ def _read(values: dict[str, Any], where: str) -> ModelConfig:
     expect(
         values,
         where,
-        activation_function=GELU,
+        **COMMON,
         n_inner=(None, 4 * width),
         n_ctx=(context,),
-        layer_norm_epsilon=(1e-5,),
         scale_attn_weights=(True, False),
         scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,),
-        tie_word_embeddings=(True,),
     )
     return ModelConfig(
         num_layers=whole(values, "n_layer", where),
@@ -44,10 +40,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": 0.0,
-        "activation_function": GELU[0],
-        "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": config.scale_scores,
-        "tie_word_embeddings": True,
+        **common(),
     }
 
 

@@ -4,8 +4,7 @@ are not scaled; layers are global (dense) or local (banded)."""
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import Architecture, Box, expect, norm, rate, whole
-from gptjax.convert.gpt2 import GELU
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, rate, whole
 from gptjax.errors import UserError
 
 Kind = Literal["dense", "banded"]
@@ -17,10 +16,8 @@ def _read(values: dict[str, Any], where: str) -> ModelConfig:
     expect(
         values,
         where,
-        activation_function=GELU,
+        **COMMON,
         intermediate_size=(None, 4 * width),
-        layer_norm_epsilon=(1e-5,),
-        tie_word_embeddings=(True,),
     )
     layers = whole(values, "num_layers", where)
     return ModelConfig(
@@ -68,9 +65,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "resid_dropout": config.dropout,
         "embed_dropout": config.dropout,
         "attention_dropout": 0.0,
-        "activation_function": GELU[0],
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
+        **common(),
     }
 
 

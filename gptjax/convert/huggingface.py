@@ -165,10 +165,7 @@ def write_directory(
     def outgoing(box: Box) -> Outgoing:
         return Outgoing(PREFIX + box.tensor, box.shape, lambda: box.tensor_of(np.asarray(leaves[box.leaf])))
 
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return write_tensors(
-        folder, map(outgoing, boxes(architecture, model)), np.dtype(DTYPES[names[dtype]]), shard_bytes=shard_bytes
-    )
+    return write_tensors(folder, map(outgoing, boxes(architecture, model)), np.dtype(dtype), shard_bytes)
 
 
 def finetune_config(folder: Path) -> Config:

@@ -6,7 +6,6 @@ encoder. Decoding joins the table, so `decode(encode(text)) == text` for any tex
 
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.files import write_whole
 
 SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Reserved tokens: end of text, the three chat roles, end of turn."""
@@ -71,7 +71,7 @@ class Tokenizer:
     def save(self, folder: Path) -> str:
         """Write the tokenizer's files into `folder`; return the spec that loads it from there."""
         for name, data in self.files.items():
-            _write(folder / name, data)
+            write_whole(folder / name, data)
         return self.spec.format(folder)
 
 
@@ -262,7 +262,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
         if "sentences_.empty()" in str(error):
             raise UserError("the corpus to train a tokenizer on is empty; give it some text") from None
         raise
-    _write(model_path, model.getvalue())
+    write_whole(model_path, model.getvalue())
 
 
 def _read(spec: str, path: Path) -> bytes:
@@ -271,10 +271,3 @@ def _read(spec: str, path: Path) -> bytes:
     except OSError as error:
         remedy = "use bytes, gpt2:DIR with vocab.json and merges.txt, or a SentencePiece .model file"
         raise UserError(f"data.tokenizer = {spec}: {path}: {error.strerror}; {remedy}") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)

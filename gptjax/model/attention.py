@@ -57,6 +57,11 @@ class Need:
     """Ways that the sequence is split over devices."""
 
 
+def refuse_split(need: Need) -> str | None:
+    """The limit of every backend that the ring and the halo are not built on, or None."""
+    return "it cannot split the sequence (layout.context)" if need.context > 1 else None
+
+
 def visible(mask: Mask, query_positions: Array, key_positions: Array) -> Array:
     """Boolean [Tq, Tk]: may this query see this key? Negative key positions are padding."""
     distance = query_positions[:, None] - key_positions[None, :]

@@ -74,20 +74,16 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
 def _check_context(config: Config, ways: int) -> None:
     """The sequence is cut into two chunks per device, and the band must reach no further than one chunk back."""
     model = config.model
-    possible = [d for d in range(1, model.seq_len // 2 + 1) if model.seq_len % (2 * d) == 0] or [1]
-    if "banded" in model.attention_pattern:
-        possible = [d for d in possible if model.window - 1 <= model.seq_len // (2 * d)] or [1]
-    near = min(possible, key=lambda d: abs(d - ways))
-    if model.seq_len % (2 * ways):
-        raise UserError(
-            f"layout.context = {ways}: twice that does not divide model.seq_len = {model.seq_len}; nearest {near}"
-        )
-    chunk = model.seq_len // (2 * ways)
-    if "banded" in model.attention_pattern and model.window < model.seq_len and model.window - 1 > chunk:
-        raise UserError(
-            f"layout.context = {ways}: chunks of {chunk} positions are shorter than model.window - 1 = "
-            f"{model.window - 1}; nearest {near}"
-        )
+    reach = model.window - 1 if "banded" in model.attention_pattern and model.window < model.seq_len else 0
+    whole = [d for d in range(1, model.seq_len // 2 + 1) if model.seq_len % (2 * d) == 0]
+    possible = [d for d in whole if reach <= model.seq_len // (2 * d)] or [1]
+    if ways in possible:
+        return
+    reason = f"twice that does not divide model.seq_len = {model.seq_len}"
+    if ways in whole:
+        chunk = model.seq_len // (2 * ways)
+        reason = f"chunks of {chunk} positions are shorter than model.window - 1 = {reach}"
+    raise UserError(f"layout.context = {ways}: {reason}; nearest {min(possible, key=lambda d: abs(d - ways))}")
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gptjax.files import write_whole
+
 
 class Clock:
     """Seconds spent training, without the pauses (evaluation, samples, compilation)."""
@@ -106,9 +108,7 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 def _cut(log: Path, step: int) -> None:
     """Drop the records after `step`: a resumed run writes them again."""
     kept = [r for r in read_log(log) if r["step"] <= step] if log.exists() else []
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    temporary.replace(log)
+    write_whole(log, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 
 def _duration(seconds: float) -> str:

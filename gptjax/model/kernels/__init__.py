@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.errors import UserError
-from gptjax.model.attention import Attend, Need, reference
+from gptjax.model.attention import Attend, Need, reference, refuse_split
 from gptjax.model.kernels import blockwise, cudnn, splash
 from gptjax.model.kernels.selftest import remembered
 
@@ -24,15 +24,11 @@ def _anything(need: Need) -> None:
     return None
 
 
-def _whole_sequences(need: Need) -> str | None:
-    return "it cannot split the sequence (layout.context)" if need.context > 1 else None
-
-
 BACKENDS = {
     "blockwise": Backend(blockwise.attend, _anything),
     "cudnn": Backend(cudnn.attend, cudnn.refuse, tested=False),
     "splash": Backend(splash.attend, splash.refuse),
-    "reference": Backend(reference, _whole_sequences),
+    "reference": Backend(reference, refuse_split),
 }
 PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 SELF_TESTS = Path("~/.cache/gptjax/attention.json")

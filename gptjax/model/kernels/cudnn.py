@@ -4,7 +4,7 @@ import jax
 from jax import Array
 
 from gptjax.errors import UserError
-from gptjax.model.attention import Mask, Need
+from gptjax.model.attention import Mask, Need, refuse_split
 
 TILE = 128  # cuDNN up to 9.15 has a wrong backward pass under CUDA graphs for other lengths
 
@@ -37,4 +37,4 @@ def refuse(need: Need) -> str | None:
         return f"model.seq_len = {need.length} is not a multiple of {TILE}"
     if need.segments:
         return "it cannot keep documents apart (segments)"
-    return "it cannot split the sequence (layout.context)" if need.context > 1 else None
+    return refuse_split(need)

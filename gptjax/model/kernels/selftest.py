@@ -1,7 +1,6 @@
 """Does a vendor's kernel compute what it should on this machine? Known to fail on some pairs of CUDA and cuDNN."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax.files import write_whole
 from gptjax.model.attention import Attend, Mask, reference
 
 LENGTH, HEADS = 256, 2
@@ -54,9 +54,6 @@ def remembered(cache: Path, attend: Attend, masks: tuple[Mask, ...], head_dim: i
     known = json.loads(cache.read_text()) if cache.is_file() else {}
     if key not in known:
         known[key] = self_test(attend, masks, head_dim, dtype)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=2))
-        temporary.replace(cache)
+        write_whole(cache, json.dumps(known, indent=2).encode())
     answer: str | None = known[key]
     return answer

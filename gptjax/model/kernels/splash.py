@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gptjax.model.attention import KEPT, Mask, Need
+from gptjax.model.attention import KEPT, Mask, Need, refuse_split
 
 HEAD_DIMS = (64, 80, 96, 128)
 LANES = 128  # its blocks of keys are multiples of a vector register's lanes
@@ -66,4 +66,4 @@ def refuse(need: Need) -> str | None:
         return f"head size {need.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if need.dtype.itemsize > 4:
         return f"{need.dtype} is not supported; use float32 or bfloat16"
-    return "it cannot split the sequence (layout.context)" if need.context > 1 else None
+    return refuse_split(need)
