@@ -167,6 +167,14 @@ class TrainConfig:
 class LayoutConfig:
     """Degrees of the mesh axes; at most one is -1, which takes the devices that are left."""
 
+    replica: int = 1
+    """Copies of everything on the slow network between slices (TPU) or nodes, each with its part of the batch."""
+    pipeline: int = 1
+    """Stages that the layers are dealt to; needs model.scan_layers."""
+    pipeline_rounds: int = 1
+    """Times that the batch goes round the stages: more rounds, a smaller bubble, more traffic."""
+    pipeline_chunks: int = 0
+    """Parts that a micro-batch is cut into on its way through the stages; 0 means one row a device at a time."""
     data: int = 1
     """Replicas of the parameters, each with its part of the batch."""
     fsdp: int = -1
@@ -184,6 +192,8 @@ LAYOUT_PRESETS = {
     "fsdp": LayoutConfig(),
     "tp": LayoutConfig(fsdp=1, tensor=-1),
     "tp_seq": LayoutConfig(fsdp=1, tensor=-1, sequence_sharding=True),
+    "context": LayoutConfig(fsdp=1, context=-1),
+    "pipeline": LayoutConfig(fsdp=1, pipeline=-1),
 }
 """Whole layouts by name, for `--layout NAME`."""
 
@@ -255,6 +265,7 @@ def validate(config: Config) -> Config:
     """Return the config, or raise UserError that names field, value and the nearest right one."""
     model, train = config.model, config.train
     positive = "model.num_layers model.num_heads model.embed_dim model.seq_len model.vocab_size model.loss_chunk"
+    positive += " layout.pipeline_rounds"
     positive += " data.lanes data.max_chars data.threads train.batch_size train.total_tokens train.log_interval"
     positive += " train.keep_last optimizer.learning_rate optimizer.clip_norm"
     for name in positive.split():
@@ -262,7 +273,7 @@ def validate(config: Config) -> Config:
             raise UserError(f"{name} = {get(config, name)}: must be positive; nearest 1")
     at_least_zero = "optimizer.warmup_tokens optimizer.decay_tokens optimizer.weight_decay train.micro_batch_size"
     at_least_zero += " train.ramp_start train.ramp_tokens train.eval_interval train.save_interval train.keep_every"
-    at_least_zero += " train.sample_interval optimizer.skip_spike_sigma"
+    at_least_zero += " train.sample_interval optimizer.skip_spike_sigma layout.pipeline_chunks"
     for name in at_least_zero.split():
         if get(config, name) < 0:
             raise UserError(f"{name} = {get(config, name)}: must not be negative; nearest 0")

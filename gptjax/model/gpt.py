@@ -4,7 +4,6 @@ Every parameter names its logical axes; `Parallelism` is the only trace of a mes
 Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab, L layers, U pattern units.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ Cache = Any
 """Per pattern unit and block: (keys, values), each [U, B, S, H, K]."""
 
 RESIDUAL: Axes = ("batch", "residual_length", None)
+OUTSIDE: Axes = ("rows", "residual_length", None)
 # What each remat policy keeps for the backward pass; `full` keeps only the inputs of a unit.
 SAVED_NAMES = {"dots": ("qkv", KEPT, "projection", "mlp_up"), "full": ()}
 
@@ -44,6 +44,8 @@ class Parallelism:
     merge_rows: bool = True
     """Weight gradients over [B, T] as one axis; False where the length is split, since no layout of the merged axis
     then keeps the rows where they are."""
+    pipeline: Callable[..., Array] | None = None
+    """Runs the stacked units in place of a scan; see sharding.pipeline."""
 
 
 def named(init: Any, axes: Axes) -> Any:
@@ -114,9 +116,9 @@ def _multiply_backward(num_in: int, merge_rows: bool, saved: tuple[Array, Array]
     contracted = _last(grad, len(outs)), tuple(range(num_in, kernel.ndim))
     grad_x = jax.lax.dot_general(grad, kernel, (contracted, ((), ())))
     lead = (-1,) if merge_rows else x.shape[: x.ndim - num_in]
-    rows = x.reshape(*lead, math.prod(ins)), grad.reshape(*lead, math.prod(outs))
+    rows = x.reshape(*lead, *ins), grad.reshape(*lead, *outs)  # heads apart: merged, a split of them would be gathered
     axes = tuple(range(len(lead)))
-    return grad_x, jax.lax.dot_general(*rows, ((axes, axes), ((), ()))).reshape(kernel.shape)
+    return grad_x, jax.lax.dot_general(*rows, ((axes, axes), ((), ())))
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -244,7 +246,7 @@ class GPT(nn.Module):
             here = jax.lax.dynamic_slice_in_dim(places, start, length)
         else:
             here = places[:length] if positions is None else places[positions]
-        x = constrain(embedding[tokens] + here, RESIDUAL)
+        x = constrain(embedding[tokens] + here, OUTSIDE)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
         unit = Unit
@@ -253,7 +255,16 @@ class GPT(nn.Module):
             unit = nn.remat(Unit, policy=policy, prevent_cse=not c.scan_layers)
         settings = (c, self.parallelism, deterministic)
         units = c.num_layers // len(c.attention_pattern)
-        if c.scan_layers:
+        if self.parallelism.pipeline is not None:
+            one_unit = unit(*settings, parent=None)
+
+            def apply(weights: Any, x: Array, segments: Array | None, key: Array | None) -> Array:
+                rngs = {} if key is None else {"dropout": key}
+                return one_unit.apply({"params": weights}, x, None, None, segments, rngs=rngs)[0]
+
+            key = None if deterministic else self.make_rng("dropout")
+            x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, segments, key)
+        elif c.scan_layers:
             scanned = nn.scan(
                 unit,
                 variable_axes={"params": 0},
@@ -270,7 +281,9 @@ class GPT(nn.Module):
                 x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start, segments)
                 new_cache.append(unit_cache)
             cache = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_cache)
-        return LayerNorm(name="norm_final")(x), embedding, cache
+        x = LayerNorm(name="norm_final")(constrain(x, OUTSIDE))
+        # The head splits the vocabulary over tensor, so a length split over it is gathered: here, and not per chunk.
+        return constrain(x, ("rows", "length", None)), embedding, cache
 
 
 def layer_mask(config: ModelConfig, kind: str) -> Mask:

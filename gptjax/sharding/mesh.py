@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.config import Config, LayoutConfig, nearest_divisor
 from gptjax.errors import UserError
 
-MESH_AXES = ("replica", "data", "fsdp", "context", "tensor", "pipeline")
+MESH_AXES = ("replica", "pipeline", "data", "fsdp", "context", "tensor")
 AUTO = (AxisType.Auto,) * len(MESH_AXES)  # explicit, for the default changed in jax 0.9
 
 
@@ -17,7 +18,7 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
 
     Raises UserError when the product is not the number of devices.
     """
-    given = {"data": layout.data, "fsdp": layout.fsdp, "context": layout.context, "tensor": layout.tensor}
+    given: dict[str, int] = {name: getattr(layout, name) for name in MESH_AXES}
     free = [name for name, degree in given.items() if degree == -1]
     if len(free) > 1:
         raise UserError(f"layout.{free[1]} = -1: layout.{free[0]} is -1 already; nearest 1")
@@ -29,14 +30,14 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
     if num_devices % fixed or (not free and fixed != num_devices):
         name = max((n for n in given if n not in free), key=lambda n: given[n])
         near = nearest_divisor(num_devices * given[name] // fixed or 1, given[name])
-        shape = " x ".join(f"{n} {d}" for n, d in given.items())
+        shape = " x ".join(f"{n} {d}" for n, d in given.items() if d != 1) or f"{name} 1"
         raise UserError(
             f"layout.{name} = {given[name]}: {shape} does not match {num_devices} device(s); nearest {near}"
             + ("" if free else ", or -1 for whatever is attached")
         )
     if free:
         given[free[0]] = num_devices // fixed
-    return tuple(given.get(axis, 1) for axis in MESH_AXES)
+    return tuple(given.values())
 
 
 def check(config: Config, sizes: tuple[int, ...]) -> None:
@@ -62,6 +63,8 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         )
     if mesh["context"] > 1:
         _check_context(config, mesh["context"])
+    if mesh["pipeline"] > 1:
+        _check_pipeline(config, mesh["pipeline"], micro // batch_ways)
     parts = mesh["context"] * mesh["tensor"]
     if config.layout.sequence_sharding and model.seq_len % parts:
         near = nearest_divisor(model.seq_len, parts) // mesh["context"]
@@ -86,12 +89,64 @@ def _check_context(config: Config, ways: int) -> None:
     raise UserError(f"layout.context = {ways}: {reason}; nearest {min(possible, key=lambda d: abs(d - ways))}")
 
 
+def _check_pipeline(config: Config, stages: int, rows: int) -> None:
+    """Every stage gets as many groups of layers as there are rounds, and every device `rows` of the batch."""
+    model, layout = config.model, config.layout
+    if not model.scan_layers:
+        raise UserError(f"layout.pipeline = {stages}: stages are dealt scanned layers; set model.scan_layers true")
+    units, rounds = model.num_layers // len(model.attention_pattern), layout.pipeline_rounds
+    if units % stages:
+        near = nearest_divisor(units, stages)
+        raise UserError(
+            f"layout.pipeline = {stages}: does not divide the {units} repeats of the pattern; nearest {near}"
+        )
+    groups = [r for r in range(1, units // stages + 1) if units % (stages * r) == 0]
+    possible = [r for r in groups if not (stages % r and r % stages)]  # else dealing them out would gather all layers
+    if rounds not in possible:
+        closest = min(possible, key=lambda r: abs(r - rounds))
+        raise UserError(
+            f"layout.pipeline_rounds = {rounds}: {units} repeats of the pattern go round {stages} stages "
+            f"{', '.join(map(str, possible))} times; nearest {closest}"
+        )
+    chunks = layout.pipeline_chunks or rows
+    whole = [c for c in range(stages, rows + 1, stages) if rows % c == 0]
+    if chunks not in whole:
+        name = "layout.pipeline_chunks" if layout.pipeline_chunks else "layout.pipeline_chunks = 0, so"
+        remedy = f"nearest {min(whole, key=lambda c: abs(c - chunks))}" if whole else f"use a multiple of {stages} rows"
+        raise UserError(
+            f"{name} = {chunks}: must be a multiple of layout.pipeline = {stages} that divides the {rows} row(s) a "
+            f"device has of a micro-batch; {remedy}"
+        )
+
+
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The checked mesh of a config on the given devices (default: all that are attached)."""
+    """The checked mesh of a config on the given devices (default: all that are attached).
+
+    Devices of several slices put `replica`, and `pipeline` if need be, on the network between them. Raises UserError
+    where the two are not as many as the slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = degrees(config.layout, len(devices))
     check(config, sizes)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=AUTO, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=AUTO)
+    across = _across_slices(sizes, slices)
+    within = tuple(size // a for size, a in zip(sizes, across, strict=True))
+    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=AUTO)
+
+
+def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """The part of each axis that crosses slices: all of `replica`, and of `pipeline` what is left."""
+    replica, stages = sizes[0], sizes[1]
+    if slices % replica or stages % (slices // replica):
+        raise UserError(
+            f"layout.replica = {replica}: there are {slices} slices, so layout.replica must be {slices}, or a divisor "
+            f"of it with layout.pipeline taking the rest; nearest {slices}"
+        )
+    return (replica, slices // replica, *(1 for _ in sizes[2:]))
 
 
 def abstract_mesh(config: Config, num_devices: int) -> AbstractMesh:

@@ -23,12 +23,14 @@ def rule_table(config: LayoutConfig) -> Rules:
     """Exactly one entry per logical axis; () means not sharded.
 
     `embed` is the width of parameters (FSDP); activations keep their width whole and shard batch and length.
+    `rows` is the batch outside the layers: pipeline stages work on one batch, and share its embedding and loss.
     `residual_length` is the length between blocks: sharding it over `tensor` as well turns each all-reduce of
     tensor parallelism into a reduce-scatter and an all-gather and divides the saved residuals (Korthikanti et
     al., arXiv 2205.05198).
     """
     return {
         "batch": ("replica", "data", "fsdp"),
+        "rows": ("replica", "data", "fsdp", "pipeline"),
         "length": ("context",),
         "residual_length": ("context", "tensor") if config.sequence_sharding else ("context",),
         "embed": ("fsdp",),
@@ -36,7 +38,8 @@ def rule_table(config: LayoutConfig) -> Rules:
         "head_dim": (),
         "mlp": ("tensor",),
         "vocab": ("tensor",),
-        "layers": (),
+        "layers": ("pipeline",),
+        "stages": ("pipeline",),
     }
 
 
@@ -111,7 +114,7 @@ class Layout:
 
     def replicated(self, boxed: Any) -> list[str]:
         """Names of the parameters whose copies cost a device more than TOLERANCE of its share of the whole tree."""
-        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]  # the stages do not divide the embeddings
         leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
         share = sum(leaf.size for _, leaf in leaves) / ways
         pairs = zip(leaves, jax.tree.leaves(self.shardings(boxed)), strict=True)

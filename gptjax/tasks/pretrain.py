@@ -21,7 +21,7 @@ from gptjax.model.attention import Need
 from gptjax.model.gpt import GPT, Parallelism, compute_dtype, forward, layer_mask
 from gptjax.model.kernels import BACKENDS, choose
 from gptjax.model.loss import IGNORED, cross_entropy
-from gptjax.sharding import context
+from gptjax.sharding import context, pipeline
 from gptjax.sharding.rules import Layout
 
 SAMPLE_TOKENS = 200
@@ -57,7 +57,11 @@ class Pretrain:
         if self.layout is None:
             return self.plain_model.clone(parallelism=Parallelism(attend))
         attend = context.on_mesh(attend, self.layout)
-        return self.plain_model.clone(parallelism=Parallelism(attend, self.layout.constrain, self._ways == 1))
+        stages = None
+        if self.layout.mesh.shape[pipeline.AXIS] > 1:
+            units = jax.eval_shape(self.init, jax.random.key(0))["units"]
+            stages = pipeline.on_mesh(self.config, self.layout, units, self.plain_model.dtype)
+        return self.plain_model.clone(parallelism=Parallelism(attend, self.layout.constrain, self._ways == 1, stages))
 
     @cached_property
     def plain_model(self) -> GPT:
