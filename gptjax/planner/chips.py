@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from gptjax.errors import UserError
-from gptjax.hardware import peak_flops
+from gptjax.hardware import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Chip:
     """One device, as JAX counts them."""
 
     name: str
-    kind: str
-    """JAX's `device_kind`, which `hardware.PEAK_FLOPS` knows."""
+    flops: float
+    """Dense bfloat16 peak."""
     hbm: float
     """Bytes that a program may use: what the compiler grants (TPU), or 92% of the memory (GPU)."""
     hbm_rate: float
@@ -31,12 +31,6 @@ class Chip:
     """Share of the bfloat16 peak that large matrix products reach; see RATES."""
     platform: str = "tpu"
 
-    @property
-    def flops(self) -> float:
-        peak = peak_flops(self.kind)
-        assert peak is not None
-        return peak
-
 
 GIB = 2.0**30
 # `matmul` is the one calibrated figure. v6e and H100 are set so that one published bfloat16 run each comes out right
@@ -44,28 +38,24 @@ GIB = 2.0**30
 # that MaxText's int8 run on v5p-1024 does (369 tok/s, against the int8 peak). v4, v5e, tpu7x, A100 and H200: as the
 # nearest of these, not checked.
 CHIPS = {
-    "v4": Chip("TPU v4", "TPU v4", 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 0.70),
-    "v5e": Chip("TPU v5e", "TPU v5e", 15.75 * GIB, 8.1e11, 9e10, 6.25e9, 0.70),
-    "v5p": Chip("TPU v5p", "TPU v5", 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.70),
-    "v6e": Chip("TPU v6e", "TPU v6 lite", 31.25 * GIB, 1.6e12, 1.8e11, 6.25e9, 0.60),
-    "tpu7x": Chip("TPU7x core", "TPU7x", 94.75 * GIB, 3.69e12, 1.8e11, 6.25e9, 0.60),
-    "a100": Chip("A100 80GB", "A100", 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.75, "gpu"),
-    "h100": Chip("H100 80GB", "H100", 72.7 * GIB, 3.35e12, 4.5e11, 5e10, 0.65, "gpu"),
-    "h200": Chip("H200", "H200", 129 * GIB, 4.8e12, 4.5e11, 5e10, 0.65, "gpu"),
+    "v4": Chip("TPU v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 0.70),
+    "v5e": Chip("TPU v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 9e10, 6.25e9, 0.70),
+    "v5p": Chip("TPU v5p", PEAK_FLOPS["TPU v5"], 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.70),
+    "v6e": Chip("TPU v6e", PEAK_FLOPS["TPU v6"], 31.25 * GIB, 1.6e12, 1.8e11, 6.25e9, 0.60),
+    "tpu7x": Chip("TPU7x core", PEAK_FLOPS["TPU7x"], 94.75 * GIB, 3.69e12, 1.8e11, 6.25e9, 0.60),
+    "a100": Chip("A100 80GB", PEAK_FLOPS["A100"], 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.75, "gpu"),
+    "h100": Chip("H100 80GB", PEAK_FLOPS["H100"], 72.7 * GIB, 3.35e12, 4.5e11, 5e10, 0.65, "gpu"),
+    "h200": Chip("H200", PEAK_FLOPS["H200"], 129 * GIB, 4.8e12, 4.5e11, 5e10, 0.65, "gpu"),
 }
 ALIASES = {"v5litepod": "v5e"}
 CORES_COUNTED = ("v4", "v5p", "tpu7x")
 """Families whose names count cores, two a chip: v5p-1024 has 512 chips."""
-PLANES = {
-    n: shape
-    for shape in [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
-    for n in [math.prod(shape)]
-}
-CUBES = {
-    math.prod(shape): shape
-    for shape in [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12)]
-    + [(8, 8, 16), (8, 12, 16), (12, 12, 12), (8, 16, 16), (12, 16, 16), (16, 16, 16), (16, 16, 24)]
-}
+PLANES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+CUBES = (
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16)),
+    *((8, 12, 16), (12, 12, 12), (8, 16, 16), (12, 16, 16), (16, 16, 16), (16, 16, 24)),
+)
+"""Shapes of whole slices, in chips."""
 COMPILER_NAMES = {"v4": "v4", "v5e": "v5e", "v5p": "v5", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 
@@ -130,7 +120,7 @@ def topology(name: str, num_slices: int = 1) -> Topology:
             raise UserError(f"--topology {name}: needs at least one GPU and one node; nearest {family}-8x1")
         return Topology(name, family, chip, (size,), int(match[3]))
     halves = 2 if family in CORES_COUNTED else 1
-    shapes = CUBES if halves == 2 else PLANES
+    shapes = {math.prod(shape): shape for shape in (CUBES if halves == 2 else PLANES)}
     chips = size // halves
     if chips not in shapes or size % halves:
         near = min(shapes, key=lambda n: abs(n - size / halves)) * halves
