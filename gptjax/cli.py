@@ -53,6 +53,7 @@ def run(arguments: list[str]) -> int:
     _report_parser(verbs)
     _data_parser(verbs)
     _tokenizer_parser(verbs)
+    _plan_parser(verbs)
     _bench_parser(verbs)
     fields, arguments = split_overrides(arguments)
     known, rest = parser.parse_known_args(arguments)
@@ -228,6 +229,32 @@ def _tokenizer(known: argparse.Namespace, overrides: list[str]) -> None:
     source = open_source(data, data.train_split)
     train_sentencepiece((source[i].text for i in range(len(source))), known.vocab_size, known.out)
     print(f"{known.out}: use it with --data.tokenizer {known.out} --model.vocab_size {known.vocab_size}")
+
+
+def _plan_parser(verbs: Any) -> None:
+    text = "Which layout for a pod or cluster that is not here: memory, traffic, step time and days, ranked."
+    parser = _add(verbs, "plan", _plan, text, overrides=True)
+    parser.add_argument("config", help="a file of configs/")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5p-1024, v5e-256, v6e-256, h100-8x64, ...")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (TPU; default 1)")
+    parser.add_argument("--compile", type=int, default=6, metavar="N", help="layouts to compile (default 6)")
+    parser.add_argument("--analytic", action="store_true", help="formulas alone, no compiler")
+    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for one compile (default 600)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="compiles at once (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("plan"), help="folder for JSON and the page (default plan)")
+    parser.add_argument("--explain", metavar="NAME", help="where a parameter or activation lies in the config's layout")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two layouts, such as fsdp64_tp8_seq/full/256")
+
+
+def _plan(known: argparse.Namespace, overrides: list[str]) -> int:
+    from gptjax.planner.command import command
+    from gptjax.planner.plan import Settings
+
+    config = load_config(known.config, overrides)
+    if known.compile < 1 or known.processes < 1 or known.timeout <= 0:
+        raise UserError("gptjax plan: --compile, --processes and --timeout must be positive; nearest 1")
+    settings = Settings(known.compile, known.timeout, known.processes, known.analytic, known.out)
+    return command(config, known.topology, known.slices, settings, known.explain, known.diff)
 
 
 def _bench_parser(verbs: Any) -> None:

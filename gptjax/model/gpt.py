@@ -239,14 +239,16 @@ class GPT(nn.Module):
         places = named(nn.initializers.normal(0.02), (None, "embed"))
         embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim)).astype(self.dtype)
         places = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
-        # Gathered over fsdp once, here: a lookup in a table split along D would reshard every token instead.
+        # Gathered over fsdp once, here: a lookup in a table split over fsdp would reshard every token instead.
         embedding = constrain(embedding, ("vocab", None))
         length = tokens.shape[1]
         if start is not None:
             here = jax.lax.dynamic_slice_in_dim(places, start, length)
         else:
             here = places[:length] if positions is None else places[positions]
-        x = constrain(embedding[tokens] + here, OUTSIDE)
+        # The head splits the vocabulary over tensor; a lookup in a split vocabulary would gather the whole of it.
+        lookup = constrain(embedding, (None, "lookup"))
+        x = constrain(lookup[tokens] + here, OUTSIDE)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
         unit = Unit

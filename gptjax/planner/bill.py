@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
     for name, times in _walk(computations, entry, 1, dynamic_trips):
         counts[name] += times
     coordinates = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values())), axis=1)
-    bill = []
+    bill: dict[str, Collective] = {}
     for name, times in counts.items():
         body = {i.name: i for i in computations[name]}
         for instruction in computations[name]:
@@ -81,19 +81,16 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
             size = _bytes(instruction, kind, ways)
             scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
             disguised = kind == "all-reduce" and not scattered and _is_padded_part(instruction, body, computations)
-            bill.append(
-                Collective(
-                    "reduce-scatter" if scattered else "all-gather" if disguised else kind,
-                    axes,
-                    ways,
-                    size,
-                    times,
-                    instruction.opcode.endswith("-start"),
-                    _source(instruction.rest),
-                    disguised,
-                )
-            )
-    return bill
+            kind = "reduce-scatter" if scattered else "all-gather" if disguised else kind
+            overlapped, source = instruction.opcode.endswith("-start"), _source(instruction.rest)
+            # The TPU compiler cuts a collective into pieces of the computations that hide it: one channel, one bill.
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = f"channel {channel[1]}" if channel else f"{name} {instruction.name}"
+            if key in bill:
+                bill[key] = replace(bill[key], overlapped=True)
+            else:
+                bill[key] = Collective(kind, axes, ways, size, times, overlapped, source, disguised)
+    return list(bill.values())
 
 
 def _split(text: str) -> tuple[dict[str, list[Instruction]], str]:

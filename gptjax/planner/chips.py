@@ -128,27 +128,28 @@ def topology(name: str, num_slices: int = 1) -> Topology:
     return Topology(name, family, chip, shapes[chips], num_slices)
 
 
-def bandwidths(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes per second into a device from the others along each mesh axis, within a slice or node.
+def wiring(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
+    """Within a slice or node, for each mesh axis: bytes per second into a device from the others, and how many
+    physical axes it lies on.
 
     Mesh axes take physical axes from the innermost on, whole ones where the sizes fit, else parts. A ring runs both
     ways round a whole axis whose ends are joined; part of an axis, or an open one, gives half. On GPUs every axis has
     the whole switch.
     """
-    chip, fast = topology.chip, {}
-    left = list(topology.shape)
-    if topology.family == "tpu7x":
-        left, wrap = [2, *left], [False, *topology.wrap]
-    else:
-        wrap = list(topology.wrap)
-    whole = list(left)
+    chip = topology.chip
+    if chip.platform != "tpu":
+        return dict.fromkeys(sizes, (chip.link, 1))
+    cores = topology.family == "tpu7x"
+    whole = [2, *topology.shape] if cores else list(topology.shape)
+    wrap = [False, *topology.wrap] if cores else list(topology.wrap)
+    left, wires = list(whole), {}
     for axis in reversed(sizes):
-        size, rate = sizes[axis], 0.0
-        for index, part in _pieces(left, whole, size):
-            rate += chip.link * (1.0 if part == whole[index] and wrap[index] else 0.5)
-            left[index] //= part
-        fast[axis] = chip.link if chip.platform == "gpu" or not rate else rate
-    return fast
+        pieces = _pieces(left, whole, sizes[axis])
+        rate = sum(chip.link * (1.0 if part == whole[i] and wrap[i] else 0.5) for i, part in pieces)
+        for i, part in pieces:
+            left[i] //= part
+        wires[axis] = (rate or chip.link, len(pieces))
+    return wires
 
 
 def _pieces(left: list[int], whole: list[int], size: int) -> list[tuple[int, int]]:

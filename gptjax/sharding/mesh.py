@@ -128,7 +128,8 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     sizes = degrees(config.layout, len(devices))
     check(config, sizes)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPU nodes have slice numbers too, but a network that any axis may cross.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=AUTO)

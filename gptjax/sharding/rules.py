@@ -23,6 +23,7 @@ def rule_table(config: LayoutConfig) -> Rules:
     """Exactly one entry per logical axis; () means not sharded.
 
     `embed` is the width of parameters (FSDP); activations keep their width whole and shard batch and length.
+    `lookup` is the width of the embedding where tokens are looked up, `vocab` its other axis where they are scored.
     `rows` is the batch outside the layers: pipeline stages work on one batch, and share its embedding and loss.
     `residual_length` is the length between blocks: sharding it over `tensor` as well turns each all-reduce of
     tensor parallelism into a reduce-scatter and an all-gather and divides the saved residuals (Korthikanti et
@@ -38,6 +39,7 @@ def rule_table(config: LayoutConfig) -> Rules:
         "head_dim": (),
         "mlp": ("tensor",),
         "vocab": ("tensor",),
+        "lookup": ("tensor",),
         "layers": ("pipeline",),
         "stages": ("pipeline",),
     }

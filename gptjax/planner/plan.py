@@ -1,0 +1,190 @@
+"""`gptjax plan`: price every layout, compile the best ones with the real compiler, rank them, and say why."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.model.accounting import train_flops_per_token
+from gptjax.planner import cost
+from gptjax.planner.chips import Chip, Topology
+from gptjax.planner.compile import Compiled, available, compile_all
+from gptjax.planner.search import Candidate, Search, finalists, priced, search
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to look at."""
+
+    count: int
+    """Layouts to compile."""
+    timeout: float
+    """Seconds for one compile."""
+    processes: int
+    analytic: bool
+    """No compiler, formulas alone."""
+    out: Path
+    cache: Path = Path("~/.cache/gptjax/plan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout with what is known of it."""
+
+    candidate: Candidate
+    compiled: Compiled | None = None
+
+    @property
+    def chip(self) -> Chip:
+        return self.candidate.place.topology.chip
+
+    @property
+    def transfers(self) -> tuple[cost.Transfer, ...]:
+        """Of the compiled program, or by formula."""
+        if self.compiled is None or self.compiled.error:
+            return self.candidate.estimate.transfers
+        return tuple(cost.billed(self.candidate.place, self.compiled.collectives))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Parts of a step; the network's as compiled."""
+        return cost.times(self.candidate.place, self.transfers)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.candidate.config.train.batch_size * self.candidate.config.model.seq_len
+
+    @property
+    def tokens_per_device(self) -> float:
+        """A second."""
+        return self.tokens / self.step_seconds / self.candidate.place.topology.num_devices
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over the bfloat16 peak; recomputation does not count."""
+        return self.tokens_per_device * train_flops_per_token(self.candidate.config.model) / self.chip.flops
+
+    @property
+    def days(self) -> float:
+        """To the end of the config's token budget, at the full batch."""
+        return self.candidate.config.train.total_tokens / self.tokens * self.step_seconds / 86400
+
+    @property
+    def peak(self) -> float:
+        """Bytes per device, by the compiler where it was asked."""
+        return self.compiled.peak if self.compiled and self.compiled.peak else self.candidate.estimate.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.chip.hbm and (self.compiled is None or not self.compiled.error)
+
+    @property
+    def status(self) -> str:
+        """What is known, in a word or a line."""
+        if self.compiled is None:
+            return "by formula"
+        if not self.compiled.error:
+            return "compiled"
+        if self.compiled.peak > self.chip.hbm:
+            over = (self.compiled.peak - self.chip.hbm) / 1e9
+            return f"needs {over:.1f} GB more than there is; most goes to {blame(self.candidate)}"
+        return self.compiled.error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A finished plan."""
+
+    config: Config
+    topology: Topology
+    found: Search
+    rows: tuple[Row, ...]
+    """Ranked: those that fit by step time, then the rest."""
+    compiler: str
+    """Which compiler was asked, or why none."""
+
+
+def blame(candidate: Candidate) -> str:
+    """The largest array at the highest moment."""
+    _, what, size = max(cost.arrays_at_peak(candidate.place), key=lambda item: item[2])
+    return f"{what} ({size / 1e9:.1f} GB)"
+
+
+def plan(config: Config, topology: Topology, settings: Settings, console: Console) -> Plan:
+    """Search, compile, rank. Raises UserError where no layout divides, or none fits."""
+    with console.status("pricing layouts"):
+        found = search(config, topology)
+    if not found.fitting:
+        raise UserError(_nothing_fits(config, topology, found))
+    chosen = finalists(found, settings.count)
+    own = own_layout(config, topology)
+    if own and own.name not in {c.name for c in chosen}:
+        chosen.append(own)
+    compiler = asked(topology, settings)
+    results: dict[str, Compiled] = {}
+    if not compiler.startswith("none"):
+        results = _compile(chosen, topology, settings, console)
+    rows = [Row(c, results.get(c.name)) for c in chosen]
+    rows.sort(key=lambda row: (not row.fits, row.step_seconds))
+    return Plan(config, topology, found, tuple(rows), compiler)
+
+
+def own_layout(config: Config, topology: Topology) -> Candidate | None:
+    """The layout that the config itself asks for, if it divides these devices."""
+    try:
+        return priced(config, topology)
+    except UserError:
+        return None
+
+
+def asked(topology: Topology, settings: Settings) -> str:
+    """The compiler that will be asked; 'none: ' and the reason otherwise."""
+    platform, extra = topology.chip.platform, {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
+    if settings.analytic:
+        return "none: --analytic"
+    if not available(platform):
+        return f"none: the {platform.upper()} compiler is not installed (pip install -e '.[{extra}]'); formulas alone"
+    if platform == "gpu" and topology.family != "h100":
+        return f"none: the compiler is described an H100 only, not {topology.chip.name}; formulas alone"
+    return f"{platform.upper()} compiler, ahead of time"
+
+
+def _compile(chosen: list[Candidate], topology: Topology, settings: Settings, console: Console) -> dict[str, Compiled]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: dict[str, Compiled] = {}
+    jobs = {c.name: _for_compiler(c.config, topology) for c in chosen}
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("compiling", total=len(jobs))
+        for name, result in compile_all(
+            jobs, topology, settings.cache.expanduser(), settings.timeout, settings.processes
+        ):
+            results[name] = result
+            progress.update(task, advance=1, description=f"compiled {name}")
+    return results
+
+
+def _for_compiler(config: Config, topology: Topology) -> Config:
+    """cuDNN is called through a library that only a machine with a GPU has: there blockwise stands in."""
+    if topology.chip.platform == "gpu" and config.model.attention == "auto":
+        return replace(config, model=replace(config.model, attention="blockwise"))
+    return config
+
+
+def _nothing_fits(config: Config, topology: Topology, found: Search) -> str:
+    if not found.crowded:
+        why = f"; most often: {found.refused.most_common(1)[0][0]}" if found.refused else ""
+        return f"--topology {topology.name}: no layout of {config.name} divides {topology.num_devices} devices{why}"
+    least = found.crowded[0]
+    need, have = least.estimate.peak / 1e9, topology.chip.hbm / 1e9
+    return (
+        f"--topology {topology.name}: no layout of {config.name} fits; the smallest, {least.name}, needs {need:.1f} GB "
+        f"of {have:.1f} GB on each device, most of it for {blame(least)}; use more devices"
+    )

@@ -1,0 +1,227 @@
+"""A plan as people read it: a table in the terminal, and one HTML page with plots."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from rich.table import Table
+
+from gptjax.planner.cost import Transfer
+from gptjax.planner.plan import Plan, Row
+
+PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+TITLES = (
+    "layout / remat / micro-batch",
+    "memory",
+    "of",
+    "compiler",
+    "step",
+    "MFU",
+    "tok/s/device",
+    "days",
+    "network",
+    "",
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0 } h2 { margin-top: 2.5rem }
+th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child, td:last-child { text-align: left } td:last-child { white-space: normal }
+tr.out td { color: #999 } code { background: #f5f5f5; padding: 0 .2rem }
+"""
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    compiled = row.compiled.peak if row.compiled and row.compiled.peak else None
+    network = row.seconds["fast network"] + row.seconds["slow network"]
+    return (
+        row.candidate.name,
+        f"{row.candidate.estimate.peak / 1e9:.1f} GB",
+        f"{row.candidate.estimate.peak / row.chip.hbm:.0%}",
+        f"{compiled / 1e9:.1f} GB" if compiled else "-",
+        _seconds(row.step_seconds),
+        f"{row.mfu:.0%}",
+        f"{row.tokens_per_device:,.0f}",
+        f"{row.days:,.1f}",
+        f"{network / row.step_seconds:.0%}",
+        row.status,
+    )
+
+
+def table(plan: Plan) -> Table:
+    """The ranked layouts for the terminal."""
+    made = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
+    for i, title in enumerate(TITLES):
+        made.add_column(title, justify="left" if i in (0, len(TITLES) - 1) else "right", no_wrap=i < len(TITLES) - 1)
+    for row in plan.rows:
+        made.add_row(*cells(row), style=None if row.fits else "dim")
+    return made
+
+
+def headline(plan: Plan) -> str:
+    """What was asked and looked at."""
+    found = plan.found
+    return (
+        f"{plan.config.name} on {plan.topology}\n"
+        f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
+        f"{found.refused.total():,} do not divide; compiler: {plan.compiler}"
+    )
+
+
+def details(row: Row) -> str:
+    """Memory, time and traffic of one layout, as text."""
+    lines = [f"{row.candidate.name}: {row.status}"]
+    lines.append(
+        "memory   "
+        + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in row.candidate.estimate.memory.items())
+        + f"; together {row.candidate.estimate.peak / 1e9:.2f} GB"
+        + (f", by the compiler {row.compiled.peak / 1e9:.2f} GB" if row.compiled and row.compiled.peak else "")
+    )
+    lines.append(f"time     {', '.join(f'{name} {_seconds(s)}' for name, s in row.seconds.items() if s)}")
+    lines += [f"traffic  {_transfer(t)}" for t in row.transfers if t.bytes > 1e6]
+    return "\n".join(lines)
+
+
+def _transfer(t: Transfer) -> str:
+    hidden = f"{_seconds(t.exposed)} of it in the way" if t.exposed else "hidden"
+    count = f" x {t.count:,}" if t.count else ""
+    where, size = " x ".join(t.axes), f"{t.bytes / 1e9:,.1f} GB"
+    return f"{t.kind}{count} over {where} ({t.what}), {t.network} network: {size}, {_seconds(t.seconds)}, {hidden}"
+
+
+def _seconds(x: float) -> str:
+    return (
+        f"{x:.1f} s"
+        if x >= 10
+        else f"{x:.2f} s"
+        if x >= 1
+        else f"{x * 1e3:.0f} ms"
+        if x >= 0.01
+        else f"{x * 1e3:.1f} ms"
+    )
+
+
+def page(plan: Plan, out: Path) -> None:
+    """One self-contained HTML file."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in TITLES)
+    body = "\n".join(
+        f"<tr{'' if row.fits else ' class=out'}>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>"
+        for row in plan.rows
+    )
+    best = plan.rows[0]
+    refused = "".join(f"<li>{html.escape(why)}: {count:,}</li>" for why, count in plan.found.refused.most_common(5))
+    bills = "\n".join(f"<h3>{html.escape(row.candidate.name)}</h3>{_bill(row)}" for row in plan.rows[:4])
+    plots = [("memory per device", memory_plot(plan)), ("what a step's time goes to", time_plot(plan))]
+    plots.append(("memory against speed", pareto_plot(plan)))
+    pictures = "\n".join(
+        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for title, png in plots
+    )
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(plan.config.name)} plan</title>
+<style>{STYLE}</style></head><body>
+<h1>{html.escape(plan.config.name)} on {html.escape(plan.topology.name)}</h1>
+<p>{html.escape(headline(plan)).replace(chr(10), "<br>")}</p>
+<p>Best: <code>{html.escape(best.candidate.name)}</code>, {_seconds(best.step_seconds)} for {best.tokens:,} tokens,
+{best.mfu:.0%} MFU, {best.days:,.1f} days for {best.candidate.config.train.total_tokens:,} tokens.</p>
+<table><tr>{head}</tr>{body}</table>
+<p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which
+nothing but the network works. Predictions, not measurements: rates and assumptions are in <code>planner/chips.py</code>
+and <code>planner/cost.py</code>.</p>
+{pictures}
+<h2>what each step sends</h2>{bills}
+{f"<h2>combinations that do not divide</h2><ul>{refused}</ul>" if refused else ""}
+</body></html>
+"""
+    out.write_text(text)
+
+
+def _bill(row: Row) -> str:
+    lines = "".join(
+        f"<tr><td>{t.kind}</td><td>{' x '.join(t.axes)}</td><td>{t.count:,}</td><td>{t.bytes / 1e9:,.2f} GB</td>"
+        f"<td>{t.network}</td><td>{_seconds(t.seconds)}</td><td>{_seconds(t.exposed)}</td><td>{t.what}</td></tr>"
+        for t in row.transfers
+        if t.bytes > 1e6
+    )
+    return (
+        "<table><tr><th>kind</th><th>mesh axes</th><th>times</th><th>arrays</th><th>network</th><th>time</th>"
+        f"<th>in the way</th><th></th></tr>{lines}</table>"
+    )
+
+
+def _figure(plan: Plan):  # type: ignore[no-untyped-def]
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(11, 0.42 * len(plan.rows) + 1.6), layout="constrained")
+
+
+def _png(figure) -> bytes:  # type: ignore[no-untyped-def]
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def memory_plot(plan: Plan) -> bytes:
+    """Stacked parts per layout, the compiler's peak, and what there is."""
+    figure = _figure(plan)
+    axes = figure.subplots()
+    names, left = [row.candidate.name for row in plan.rows], [0.0] * len(plan.rows)
+    for part in PARTS:
+        sizes = [row.candidate.estimate.memory.get(part, 0.0) / 1e9 for row in plan.rows]
+        axes.barh(names, sizes, left=left, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    peaks = [(i, row.compiled.peak / 1e9) for i, row in enumerate(plan.rows) if row.compiled and row.compiled.peak]
+    if peaks:
+        axes.plot([p for _, p in peaks], [i for i, _ in peaks], "k|", ms=16, mew=2, label="compiler's peak")
+    axes.axvline(plan.topology.chip.hbm / 1e9, color="C3", ls="--", label="memory of a device")
+    axes.invert_yaxis()
+    axes.set(xlabel="GB")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def time_plot(plan: Plan) -> bytes:
+    """Stacked seconds per layout."""
+    figure = _figure(plan)
+    axes = figure.subplots()
+    names, left = [row.candidate.name for row in plan.rows], [0.0] * len(plan.rows)
+    for part in plan.rows[0].seconds:
+        seconds = [row.seconds[part] for row in plan.rows]
+        if max(seconds) > 0.002 * max(row.step_seconds for row in plan.rows):
+            axes.barh(names, seconds, left=left, label=part)
+            left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds of a step")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def pareto_plot(plan: Plan) -> bytes:
+    """Every combination that was priced, the front of those that nothing beats in both, and the ranked ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    every = [(c.estimate.peak / 1e9, c) for c in (*plan.found.fitting, *plan.found.crowded)]
+    steps = plan.config.train.batch_size * plan.config.model.seq_len / plan.topology.num_devices
+    points = [(peak, steps / c.estimate.step_seconds) for peak, c in every]
+    axes.plot(*zip(*points, strict=True), ".", color="0.8", ms=3, label="priced by formula")
+    front: list[tuple[float, float]] = []
+    for peak, speed in sorted(points):
+        if not front or speed > front[-1][1]:
+            front.append((peak, speed))
+    axes.plot(*zip(*front, strict=True), "-", color="C0", lw=1, label="nothing is smaller and faster")
+    for i, row in enumerate(plan.rows):
+        axes.plot(row.peak / 1e9, row.tokens_per_device, "o" if row.fits else "x", color="C1", ms=6)
+        axes.annotate(str(i + 1), (row.peak / 1e9, row.tokens_per_device), textcoords="offset points", xytext=(6, 3))
+    axes.plot([], [], "o", color="C1", label="ranked, numbered as in the table")
+    axes.axvline(plan.topology.chip.hbm / 1e9, color="C3", ls="--", label="memory of a device")
+    most = max(plan.topology.chip.hbm / 1e9 * 1.5, 1.05 * max(row.peak / 1e9 for row in plan.rows))
+    axes.set(xlabel="GB per device", ylabel="tokens per second and device", xlim=(0, most), ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return _png(figure)

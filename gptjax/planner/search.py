@@ -1,0 +1,196 @@
+"""Which layouts are worth a compile: every combination that divides, priced by formulas and ranked."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gptjax.config import LAYOUT_PRESETS, Config, LayoutConfig, validate
+from gptjax.errors import UserError
+from gptjax.planner.chips import Topology
+from gptjax.planner.cost import Array, Estimate, Place, estimate, parameters, place
+from gptjax.sharding.mesh import MESH_AXES, check, degrees
+
+MOST_TENSOR, MOST_PIPELINE, MOST_CONTEXT = 16, 16, 8
+LONG = 8192
+"""Positions from which splitting the sequence is tried: below, its attention costs more than it saves."""
+SHORT = {"replica": "replica", "pipeline": "pp", "data": "dp", "fsdp": "fsdp", "context": "cp", "tensor": "tp"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config with a layout, a remat policy and a micro-batch, and what it is predicted to cost."""
+
+    name: str
+    place: Place
+    estimate: Estimate
+
+    @property
+    def config(self) -> Config:
+        return self.place.config
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was looked at."""
+
+    fitting: tuple[Candidate, ...]
+    """By predicted step time, fastest first."""
+    crowded: tuple[Candidate, ...]
+    """Those that need more memory than there is, least first."""
+    refused: Counter[str]
+    """Why combinations were not priced, and how many."""
+
+
+def search(config: Config, topology: Topology) -> Search:
+    """Price every layout x remat x micro-batch of a config on a topology."""
+    arrays, refused = parameters(config), Counter[str]()
+    fitting: list[Candidate] = []
+    crowded: list[Candidate] = []
+    for layout in layouts(config, topology):
+        for tried in variants(config, layout, topology, refused):
+            candidate = priced(tried, topology, arrays)
+            (fitting if candidate.estimate.peak <= topology.chip.hbm else crowded).append(candidate)
+    fitting.sort(key=lambda c: (c.estimate.step_seconds, c.estimate.peak))
+    crowded.sort(key=lambda c: c.estimate.peak)
+    return Search(tuple(fitting), tuple(crowded), refused)
+
+
+def priced(config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None) -> Candidate:
+    """Raises UserError where the layout does not fit."""
+    here = place(config, topology, arrays)
+    return Candidate(name(config, topology.num_devices), here, estimate(here))
+
+
+def layouts(config: Config, topology: Topology) -> Iterator[LayoutConfig]:
+    """Products of degrees that use all devices, slices by replica or pipeline, and nothing that cannot divide."""
+    model, total = config.model, topology.num_devices
+    units = model.num_layers // len(model.attention_pattern)
+    slices = topology.num_slices if topology.chip.platform == "tpu" else 1
+    most_context = MOST_CONTEXT if model.seq_len >= LONG else 1
+    for tensor in _divisors(math.gcd(model.num_heads, topology.slice_devices), MOST_TENSOR):
+        for context in _powers(most_context):
+            for pipeline in _divisors(units, MOST_PIPELINE) if model.scan_layers else [1]:
+                for replica in _divisors(slices, slices):
+                    if slices % replica or pipeline % (slices // replica):
+                        continue
+                    left, rest = divmod(total, tensor * context * pipeline * replica)
+                    if rest or not left:
+                        continue
+                    for data in _powers(left):
+                        if left % data or model.embed_dim % (left // data):
+                            continue
+                        made = LayoutConfig(
+                            replica=replica,
+                            pipeline=pipeline,
+                            data=data,
+                            fsdp=left // data,
+                            context=context,
+                            tensor=tensor,
+                        )
+                        yield made
+                        if tensor > 1:
+                            yield replace(made, sequence_sharding=True)
+                        for rounds in (2, 4, 8):
+                            if pipeline > 1 and units % (pipeline * rounds) == 0 and rounds <= pipeline:
+                                yield replace(made, pipeline_rounds=rounds, sequence_sharding=tensor > 1)
+
+
+def variants(config: Config, layout: LayoutConfig, topology: Topology, refused: Counter[str]) -> Iterator[Config]:
+    """The layout with every remat policy and micro-batch, and where the ramp of the batch must start then."""
+    sizes = degrees(layout, topology.num_devices)
+    mesh = dict(zip(MESH_AXES, sizes, strict=True))
+    ways = mesh["replica"] * mesh["data"] * mesh["fsdp"]
+    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+        micro = rows * ways
+        if config.train.batch_size % micro:
+            continue
+        tried = with_micro(replace(config, layout=layout), micro)
+        try:
+            check(validate(tried), sizes)
+        except UserError as error:
+            refused[re.sub(r"[\d,]+", "N", str(error).split(";")[0])] += 1
+            continue
+        for remat in ("none", "dots", "full"):
+            yield replace(tried, model=replace(tried.model, remat=remat))
+
+
+def with_micro(config: Config, micro: int) -> Config:
+    """The config with another micro-batch. A ramp starts at a multiple of it, and lanes divide it."""
+    train = config.train
+    start = min(math.ceil(train.ramp_start / micro) * micro, train.batch_size)
+    lanes = math.gcd(config.data.lanes, micro)
+    train = replace(train, micro_batch_size=micro, ramp_start=start)
+    return replace(config, train=train, data=replace(config.data, lanes=lanes))
+
+
+def finalists(found: Search, count: int) -> list[Candidate]:
+    """The fastest, no two alike: of one mesh only the two best, of a micro-batch and remat policy on it only one."""
+    chosen: list[Candidate] = []
+    meshes: Counter[tuple[int, ...]] = Counter()
+    for candidate in found.fitting:
+        layout = candidate.config.layout
+        mesh = (layout.replica, layout.pipeline, layout.context, layout.tensor, layout.data > 1)
+        if meshes[mesh] < 2:
+            meshes[mesh] += 1
+            chosen.append(candidate)
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def name(config: Config, num_devices: int) -> str:
+    """fsdp64_tp8_seq/full/4 x 256: degrees over 1, remat, micro-batches of so many sequences."""
+    layout = config.layout
+    sizes = dict(zip(MESH_AXES, degrees(layout, num_devices), strict=True))
+    parts = [f"{SHORT[axis]}{size}" for axis, size in sizes.items() if size > 1] or ["single"]
+    if sizes["pipeline"] > 1 and layout.pipeline_rounds > 1:
+        parts.append(f"rounds{layout.pipeline_rounds}")
+    if layout.sequence_sharding:
+        parts.append("seq")
+    return f"{'_'.join(parts)}/{config.model.remat}/{config.micro_batch_size}"
+
+
+def named(config: Config, text: str) -> Config:
+    """The inverse: a preset, or a name such as fsdp64_tp8_seq, fsdp64_tp8_seq/full or fsdp64_tp8_seq/full/256.
+
+    What the name leaves out stays the config's. Raises UserError for a name that is neither.
+    """
+    mesh, _, rest = text.partition("/")
+    remat, _, micro = rest.partition("/")
+    if mesh in LAYOUT_PRESETS:
+        layout = LAYOUT_PRESETS[mesh]
+    else:
+        values: dict[str, int | bool] = {"fsdp": 1}
+        fields = {short: axis for axis, short in SHORT.items()} | {"rounds": "pipeline_rounds"}
+        for part in mesh.split("_"):
+            match = re.fullmatch(r"([a-z]+)(\d+)", part)
+            if part == "seq":
+                values["sequence_sharding"] = True
+            elif match and match[1] in fields:
+                values[fields[match[1]]] = int(match[2])
+            elif part != "single":
+                raise UserError(
+                    f"layout {text}: {part} is not a degree; use names such as fsdp64_tp8_seq/full/256, or one of "
+                    f"{', '.join(LAYOUT_PRESETS)}"
+                )
+        layout = LayoutConfig(**values)  # type: ignore[arg-type]
+    made = replace(config, layout=layout)
+    if remat:
+        if remat not in ("none", "dots", "full"):
+            raise UserError(f"layout {text}: {remat} is no remat policy; choose from none, dots, full")
+        made = replace(made, model=replace(made.model, remat=remat))  # type: ignore[arg-type]
+    if micro:
+        if not micro.isdigit() or int(micro) < 1:
+            raise UserError(f"layout {text}: {micro} is not a number of sequences; nearest 1")
+        made = with_micro(made, int(micro))
+    return validate(made)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]
