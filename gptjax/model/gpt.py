@@ -178,14 +178,16 @@ class Block(nn.Module):
             )
             cache = keys, values
             h = reference(q, keys, values, mask, scale, start=start)
-        h = checkpoint_name(constrain(h, ("batch", "length", "heads", None)), KEPT)
+        h = constrain(h, ("batch", "length", "heads", None))
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
         x = constrain(x + self._dropout(h), RESIDUAL)
 
         h = constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
         h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
-        h = jax.nn.gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
+        # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
+        gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=False)
+        h = gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
         h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
         return constrain(x + self._dropout(h), RESIDUAL), cache
 

@@ -65,6 +65,7 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
     """The collectives of a compiled module; mesh: axis -> size, in the order of the devices."""
     computations, entry = _split(text)
     counts: dict[str, int] = defaultdict(int)
+    fused = {CALLED.findall(i.rest)[0] for body in computations.values() for i in body if i.opcode == "fusion"}
     for name, times in _walk(computations, entry, 1, dynamic_trips):
         counts[name] += times
     coordinates = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values())), axis=1)
@@ -83,8 +84,8 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
             disguised = kind == "all-reduce" and not scattered and _is_padded_part(instruction, body, computations)
             kind = "reduce-scatter" if scattered else "all-gather" if disguised else kind
             overlapped, source = instruction.opcode.endswith("-start"), _source(instruction.rest)
-            # The TPU compiler cuts a collective into pieces of the computations that hide it: one channel, one bill.
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            # The TPU compiler repeats a collective in each fusion with work that hides it: one channel, one bill.
+            channel = re.search(r"channel_id=(\d+)", instruction.rest) if name in fused else None
             key = f"channel {channel[1]}" if channel else f"{name} {instruction.name}"
             if key in bill:
                 bill[key] = replace(bill[key], overlapped=True)

@@ -137,9 +137,12 @@ def _sources() -> str:
 
 
 def devices_of(topology: chips.Topology) -> list[Any]:
-    """Stand-ins for the devices, which programs can be compiled for and not run on."""
+    """Stand-ins for the devices, which programs can be compiled for and not run on; a CPU's are there."""
+    import jax
     from jax.experimental import topologies
 
+    if topology.chip.platform == "cpu":
+        return jax.devices()[: topology.num_devices]
     if topology.chip.platform == "gpu":
         shape = f"1x{topology.num_slices}x{topology.slice_devices}"
         target = GPU_TARGETS[topology.family]

@@ -220,6 +220,8 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
         ("activations", f"kept by remat {model.remat}", place.ticks / place.chunks * place.layers * saved(place)),
     ]
     working = unit * saved(place, "none") * (1 if model.remat == "full" else 0.5) * WORKING / place.chunks
+    if mesh["tensor"] > 1:  # what the layers gather along the length, and its gradients
+        working += 2 * unit * place.residual / place.chunks
     if mesh["pipeline"] > 1:
         whole = place.layers * place.matrices
         found.append(("temporaries", "the stage's weights, whole over fsdp", whole))
@@ -279,14 +281,25 @@ def traffic(place: Place) -> list[Transfer]:
         # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
         again = (12 * unit - 9) / (12 * unit) if model.remat == "full" else 0.0
         add("all-gather", ("fsdp",), "weights", weights * (2 + again), 1.0)
-    add("reduce-scatter", ("replica", "data", "fsdp"), "gradients", weights, 1.0 if stages == 1 else 0.0)
-    add("all-gather", ("fsdp",), "embedding", place.embedding)
-    add("all-reduce", ("replica", "data", "fsdp"), "embedding's gradient", 2 * place.embedding * micro)
+    fsdp = mesh["fsdp"]
+    copies = ("replica", "data", "context")
+    behind = 1.0 if stages == 1 else 0.0
+    add("reduce-scatter", ("fsdp",), "gradients", weights, behind)
+    add("all-reduce", copies, "gradients", weights / fsdp, behind)
+    # The embedding, whole over fsdp, once a step; its gradient from the head and from the lookup, and the positions'.
+    positions = model.seq_len * model.embed_dim * place.width
+    rows = ("replica", "pipeline", "data", "fsdp", "context")
+    add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
+    add("all-reduce", rows, "embedding's gradient", (2 * place.embedding + positions) * micro)
 
     residual = place.residual * place.layers * micro * place.stretch
+    ends = place.residual / stages * micro
     recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
+    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + micro))
+    add("all-gather", ("tensor",), "tokens looked up", ends)
+    add("all-reduce", ("tensor",), "the loss's gradient", ends)
     if layout.sequence_sharding:
-        gathers = 2 + 2 + 2 + (2 if model.remat == "full" else 0)
+        gathers = 6 if model.remat == "full" else 4
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
         add("reduce-scatter", ("tensor",), "residual", residual * (4 + recomputed), HIDDEN_RESIDUAL)
     else:

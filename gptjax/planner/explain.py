@@ -15,11 +15,10 @@ from gptjax.planner.chips import Topology
 from gptjax.planner.cost import parameters
 from gptjax.planner.search import Candidate, named, priced
 from gptjax.sharding.mesh import abstract_mesh
-from gptjax.sharding.rules import Layout, partition_spec, rule_table
+from gptjax.sharding.rules import Axes, Layout, partition_spec, rule_table
 from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import abstract_state
 
-Axes = tuple[str | None, ...]
 # What the model pins, by the axes it names there.
 ACTIVATIONS: dict[Axes, str] = {
     ("batch", "length", None): "norm",

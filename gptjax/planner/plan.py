@@ -12,7 +12,7 @@ from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner import cost
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import Compiled, available, compile_all
-from gptjax.planner.search import Candidate, Search, finalists, priced, search
+from gptjax.planner.search import Candidate, Search, finalists, priced, search, smaller
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,10 @@ def plan(config: Config, topology: Topology, settings: Settings, console: Consol
     results: dict[str, Compiled] = {}
     if not compiler.startswith("none"):
         results = _compile(chosen, topology, settings, console)
+        tight = [c for c in chosen if not Row(c, results[c.name]).fits]
+        instead = [c for c in (smaller(found, t) for t in tight) if c and c.name not in results]
+        results |= _compile(instead, topology, settings, console)
+        chosen += instead
     rows = [Row(c, results.get(c.name)) for c in chosen]
     rows.sort(key=lambda row: (not row.fits, row.step_seconds))
     return Plan(config, topology, found, tuple(rows), compiler)

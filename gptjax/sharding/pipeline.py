@@ -8,8 +8,9 @@ times, of which p - 1 are the bubble (Huang et al., arXiv 1811.06965; rounds: Na
 The stages are an array axis that `vmap` maps and the `pipeline` mesh axis shards; handing on is a rotation of it.
 Idle stages compute on whatever is there, and nothing reads the result.
 
-Parameters rest as everywhere, stacked in the order of the layers, each stage with its consecutive share, and are
-dealt out and gathered over `fsdp` once per batch instead of at every time.
+Parameters rest as everywhere, stacked in the order of the layers, each stage with its consecutive share. Once per
+batch they are dealt out and gathered over `fsdp`; and so that their gradients cross the network once per batch, too,
+every part of the batch gets, by another mapped axis, parameters of its own whose gradients are summed at the end.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from gptjax.config import Config
-from gptjax.sharding.rules import Layout, is_boxed
+from gptjax.sharding.rules import Axes, Layout, is_boxed
 
 AXIS = "pipeline"
 Apply = Callable[[Any, Array, Array | None, Array | None], Array]
@@ -38,57 +40,95 @@ def num_chunks(config: Config, batch_ways: int) -> int:
     return config.layout.pipeline_chunks or config.micro_batch_size // batch_ways
 
 
+def inside(layout: Layout) -> Layout:
+    """The layout as the stages see it: the parts of the batch are mapped one by one."""
+    return Layout(layout.mesh, layout.rules | {"batch": ()})
+
+
 def on_mesh(config: Config, layout: Layout, boxed: Any, dtype: jnp.dtype) -> Callable[..., Array]:
     """What runs the stacked units: (apply, parameters [U, ...], x [B, T, D], segments [B, T], dropout key) -> x.
 
-    boxed: the shapes of the stacked parameters with their logical axes; dtype: of the products, in which weights
-    are gathered.
+    `apply` must expect the layout of `inside`. boxed: the shapes of the stacked parameters with their logical axes;
+    dtype: of the products, in which weights are gathered.
     """
-    stages, rounds = layout.mesh.shape[AXIS], config.layout.pipeline_rounds
-    chunks = num_chunks(config, layout.ways(layout.rules["batch"]))
+    parts = layout.rules["batch"]
+    ways = layout.ways(parts)
+    chunks = num_chunks(config, ways)
     names = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=is_boxed)
+    deal = partial(_deal, layout, names, config.layout.pipeline_rounds, dtype)
 
     def run(apply: Apply, stacked: Any, x: Array, segments: Array | None, key: Array | None) -> Array:
-        weights = jax.tree_util.tree_map_with_path(
-            partial(_deal, layout, stages, rounds, dtype), stacked, names, is_leaf=lambda leaf: leaf is None
-        )
-        cut_axes = ("stages", "batch", "residual_length", None)
-        x = layout.constrain(_cut(x, chunks), cut_axes)
-        ids = None if segments is None else layout.constrain(_cut(segments, chunks), (None, "batch", "length"))
-        out = layout.constrain(_schedule(apply, weights, x, ids, key, stages, rounds, layout.constrain), cut_axes)
-        return jnp.moveaxis(out, 0, 1).reshape(-1, *out.shape[2:])
+        axes: Axes = ("batch", "stages", None, "residual_length", None)
+        cut = layout.constrain(x.reshape(ways, chunks, -1, *x.shape[1:]), axes)  # [d, m, b, T, D]
+        ids = None if segments is None else segments.reshape(ways, chunks, -1, segments.shape[1])
+        ids = None if ids is None else layout.constrain(ids, ("batch", None, None, "length"))
+        keys = None if key is None else jax.random.split(key, ways)
+        each = jax.vmap(partial(_schedule, apply, inside(layout)), spmd_axis_name=parts)
+        out = each(jax.lax.stop_gradient(deal(stacked)), _sums(deal, stacked), cut, ids, keys)
+        return layout.constrain(out, axes).reshape(x.shape)
 
     return run
 
 
-def _cut(x: Array, chunks: int) -> Array:
-    """[B, ...] -> [m, B/m, ...]: every m-th row, so that each device keeps the rows that it has."""
-    return jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0)
+def _deal(layout: Layout, names: Any, rounds: int, dtype: jnp.dtype, stacked: Any) -> Any:
+    """[U, ...] as stored -> [d, r, p, k, ...], whole over fsdp, for each of the d parts of the batch. Matrices are
+    then in the compute dtype."""
+    stages, ways = layout.mesh.shape[AXIS], layout.ways(layout.rules["batch"])
+
+    def one(path: Any, weight: Array, own: Axes) -> Array:
+        dealt = (weight.astype(dtype) if path[-1].key == "kernel" else weight).reshape(
+            rounds, stages, -1, *weight.shape[1:]
+        )
+        axes: Axes = (None, "stages", None, *own[1:])
+        dealt = layout.constrain(dealt, axes)
+        whole = ("batch", *(None if axis == "embed" else axis for axis in axes))
+        return layout.constrain(jnp.broadcast_to(dealt, (ways, *dealt.shape)), whole)
+
+    return jax.tree_util.tree_map_with_path(one, stacked, names)
 
 
-def _deal(layout: Layout, stages: int, rounds: int, dtype: jnp.dtype, path: Any, weight: Array, names: Any) -> Array:
-    """[U, ...] as stored -> [r, p, k, ...], whole over fsdp. Matrices travel in the compute dtype and come back to
-    their own, in which the gradients of the chunks are then summed."""
-    is_matrix = path[-1].key == "kernel"
-    dealt = (weight.astype(dtype) if is_matrix else weight).reshape(rounds, stages, -1, *weight.shape[1:])
-    axes = (None, "stages", None, *names[1:])
-    dealt = layout.constrain(dealt, axes)
-    whole = layout.constrain(dealt, tuple(None if axis == "embed" else axis for axis in axes))
-    return whole.astype(weight.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(deal: Callable[[Any], Any], stacked: Any) -> Any:
+    """Float32 zeros in the place of dealt weights: where their gradients are summed over the chunks. Nothing reads
+    them going forward."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(deal, stacked))
+
+
+def _sums_forward(deal: Callable[[Any], Any], stacked: Any) -> tuple[Any, Any]:
+    return _sums(deal, stacked), stacked
+
+
+def _sums_backward(deal: Callable[[Any], Any], stacked: Any, grads: Any) -> tuple[Any]:
+    dealt, back = jax.vjp(deal, stacked)
+    return back(jax.tree.map(lambda g, w: g.astype(w.dtype), grads, dealt))
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+@jax.custom_vjp
+def _summed_in(weight: Array, total: Array) -> Array:
+    """`weight`, whose gradient goes to `total`."""
+    return weight
+
+
+def _summed_in_forward(weight: Array, total: Array) -> tuple[Array, None]:
+    return weight, None
+
+
+def _summed_in_backward(_: None, grad: Array) -> tuple[None, Array]:
+    return None, grad.astype(jnp.float32)
+
+
+_summed_in.defvjp(_summed_in_forward, _summed_in_backward)
 
 
 def _schedule(
-    apply: Apply,
-    weights: Any,
-    x: Array,
-    segments: Array | None,
-    key: Array | None,
-    stages: int,
-    rounds: int,
-    constrain: Callable,
+    apply: Apply, layout: Layout, weights: Any, sums: Any, x: Array, segments: Array | None, key: Array | None
 ) -> Array:
-    """x [m, b, T, D] -> the same after all units; weights [r, p, k, ...]."""
-    chunks = x.shape[0]
+    """x [m, b, T, D] -> the same after all units; weights and sums [r, p, k, ...]."""
+    chunks, constrain = x.shape[0], layout.constrain
+    rounds, stages = jax.tree.leaves(weights)[0].shape[:2]
 
     def stage(own: Any, x: Array, ids: Array | None, key: Array | None) -> Array:
         """One group of k units on one chunk."""
@@ -101,7 +141,7 @@ def _schedule(
         return jax.lax.scan(unit, x, (own, jnp.arange(count)))[0]
 
     every = jax.vmap(stage, spmd_axis_name=AXIS)
-    flow_axes = ("stages", "batch", "residual_length", None)
+    flow_axes: Axes = ("stages", "batch", "residual_length", None)
     first = (jnp.arange(stages) == 0)[:, None, None, None]
 
     def tick(carry: tuple[Array, Array], time: Array) -> tuple[tuple[Array, Array], None]:
@@ -111,21 +151,28 @@ def _schedule(
         flow, waiting = carry
         item = jnp.clip(time - jnp.arange(stages), 0, chunks * rounds - 1)  # [p]
         entry = jax.lax.dynamic_index_in_dim(waiting, time % chunks, axis=1, keepdims=False)
-        own = jax.tree.map(lambda w: _pick(w, item // chunks), weights)
+        own = jax.tree.map(lambda w, s: _summed_in(_pick(w, item // chunks), _pick(s, item // chunks)), weights, sums)
         ids = None if segments is None else segments[item % chunks]
         keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(item * stages + jnp.arange(stages))
         out = constrain(every(own, constrain(jnp.where(first, entry, flow), flow_axes), ids, keys), flow_axes)
-        flow = constrain(jnp.roll(out, 1, axis=0), flow_axes)
+        flow = _hand_on(out, layout.sharding(flow_axes), stages)
         slot = (time - stages + 1) % chunks
         old = jax.lax.dynamic_index_in_dim(waiting, slot, axis=1, keepdims=False)
         done = jnp.where(time >= stages - 1, flow, old)
         return (flow, jax.lax.dynamic_update_index_in_dim(waiting, done, slot, axis=1)), None
 
-    waiting_axes = ("stages", None, *flow_axes[1:])
+    waiting_axes: Axes = ("stages", None, *flow_axes[1:])
     waiting = constrain(jnp.broadcast_to(x, (stages, *x.shape)), waiting_axes)
     start = constrain(jnp.zeros((stages, *x.shape[1:]), x.dtype), flow_axes)
     (_, waiting), _ = jax.lax.scan(tick, (start, waiting), jnp.arange(chunks * rounds + stages - 1))
     return jnp.sum(jnp.where(first[:, None], constrain(waiting, waiting_axes), 0), axis=0)
+
+
+def _hand_on(x: Array, sharding: NamedSharding, stages: int) -> Array:
+    """x [p, ...] one place round. Spelled out: a rotation of the axis would be sent in two pieces."""
+    ring = [(i, (i + 1) % stages) for i in range(stages)]
+    send = partial(jax.lax.ppermute, axis_name=AXIS, perm=ring)
+    return jax.shard_map(send, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)
 
 
 def _pick(weights: Array, rounds: Array) -> Array:

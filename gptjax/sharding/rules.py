@@ -15,6 +15,8 @@ from gptjax.errors import UserError
 from gptjax.sharding.mesh import MESH_AXES
 
 Rules = dict[str, tuple[str, ...]]
+Axes = tuple[str | None, ...]
+"""A logical axis, or None, for each dimension of an array."""
 # What a replicated bias may cost; a forgotten matrix costs far more.
 TOLERANCE = 0.005
 
@@ -45,7 +47,7 @@ def rule_table(config: LayoutConfig) -> Rules:
     }
 
 
-def partition_spec(rules: Rules, axes: tuple[str | None, ...], what: str) -> PartitionSpec:
+def partition_spec(rules: Rules, axes: Axes, what: str) -> PartitionSpec:
     """The mesh axes of one array. Raises UserError for an unknown logical axis, an unknown mesh axis, or a mesh
     axis that two dimensions claim; `what` names the array in the message."""
     used: dict[str, str] = {}
@@ -73,10 +75,10 @@ class Layout:
     mesh: Mesh | AbstractMesh
     rules: Rules
 
-    def sharding(self, axes: tuple[str | None, ...], what: str = "array") -> NamedSharding:
+    def sharding(self, axes: Axes, what: str = "array") -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(self.rules, axes, what))
 
-    def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+    def constrain(self, x: Array, axes: Axes) -> Array:
         """Pin an activation; what the model calls as `constrain`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, f"activation {axes}"))
 

@@ -56,12 +56,13 @@ class Pretrain:
         attend = BACKENDS[self.attention[0]].attend
         if self.layout is None:
             return self.plain_model.clone(parallelism=Parallelism(attend))
-        attend = context.on_mesh(attend, self.layout)
-        stages = None
-        if self.layout.mesh.shape[pipeline.AXIS] > 1:
+        layout, stages = self.layout, None
+        if layout.mesh.shape[pipeline.AXIS] > 1:
             units = jax.eval_shape(self.init, jax.random.key(0))["units"]
-            stages = pipeline.on_mesh(self.config, self.layout, units, self.plain_model.dtype)
-        return self.plain_model.clone(parallelism=Parallelism(attend, self.layout.constrain, self._ways == 1, stages))
+            stages = pipeline.on_mesh(self.config, layout, units, self.plain_model.dtype)
+            layout = pipeline.inside(layout)
+        attend = context.on_mesh(attend, layout)
+        return self.plain_model.clone(parallelism=Parallelism(attend, layout.constrain, self._ways == 1, stages))
 
     @cached_property
     def plain_model(self) -> GPT:
