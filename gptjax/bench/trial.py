@@ -124,8 +124,9 @@ def _backends(config: Config, platform: str) -> tuple[list[str], dict[str, str]]
     served, refused = [chosen], {}
     for name in BACKENDS:
         try:
-            named: Any = replace(config, model=replace(config.model, attention=name))
-            served += [name] if Pretrain(named, platform).attention[0] != chosen else []
+            named: Any = {"attention": name}
+            backend = Pretrain(replace(config, model=replace(config.model, **named)), platform).attention[0]
+            served += [backend] if backend != chosen else []
         except UserError as error:
             refused[name] = str(error)
     return served, refused
