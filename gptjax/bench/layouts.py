@@ -156,7 +156,9 @@ def _with_micro(config: Config, size: int) -> Config:
 def _variant(base: Config, config: Config) -> Setting:
     """A setting named by what differs from the config, such as remat=dots+unroll."""
     old, new, words = base.model, config.model, []
-    if config.micro_batch_size != base.micro_batch_size:
+    if config.train.batch_size != base.train.batch_size:
+        words.append(f"batch={config.train.batch_size}")
+    elif config.micro_batch_size != base.micro_batch_size:
         words.append(f"micro={config.micro_batch_size}")
     words += [f"remat={new.remat}"] if new.remat != old.remat else []
     words += ["scan" if new.scan_layers else "unroll"] if new.scan_layers != old.scan_layers else []

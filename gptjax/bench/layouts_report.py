@@ -9,6 +9,7 @@ from gptjax.bench.compare import Change
 from gptjax.bench.measure import si
 
 Row = dict[str, Any]
+TIE = 1e-3  # predictions closer than this are alike: formulas do not see what tells the settings apart
 
 
 def progress(row: Row) -> str:
@@ -30,7 +31,7 @@ def table(result: dict[str, Any]) -> str:
         _basis(calibration),
         "",
         f"{'setting':{width}} {'status':13} {'median ms':>9} {'p10-p90 ms':>15} {'tokens/s':>9} {'MFU':>6} "
-        f"{'memory':>9} {'predicted ms':>12} {'error':>7} {'predicted':>9}",
+        f"{'memory':>9} {'predicted ms':>12} {'error':>7} {'pred. memory':>12}",
     ]
     for row in rows:
         ok = row["status"] == "ok"
@@ -40,7 +41,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['name']:{width}} {row['status']:13} {_cell(row, 'median_s', _ms):>9} {spread:>15} "
             f"{_cell(row, 'tokens_per_s', '{:,.0f}'.format):>9} {_cell(row, 'mfu', '{:.1%}'.format):>6} "
             f"{_cell(row, 'memory_bytes', _bytes):>9} {_cell(row, 'predicted_s', _ms):>12} {error:>7} "
-            f"{_cell(row, 'predicted_bytes', _bytes):>9}"
+            f"{_cell(row, 'predicted_bytes', _bytes):>12}"
         )
     sources = sorted({row["memory_source"] for row in rows if row["status"] == "ok"})
     if sources:
@@ -68,16 +69,14 @@ def summary(result: dict[str, Any]) -> str:
     judged = [abs(row["error"]) for row in tested if row["name"] != result["calibration"]["reference"]]
     if not judged:
         return "prediction not judged: fewer than two settings have both figures"
-    fastest, guessed = (
-        min(tested, key=lambda r: _token_s(r, "median_s")),
-        min(tested, key=lambda r: _token_s(r, "predicted_s")),
-    )
-    chosen = f"the predicted best is {guessed['name']}"
-    if guessed is fastest:
-        chosen += ", the measured best as well"
-    else:
-        loss = _token_s(guessed, "median_s") / _token_s(fastest, "median_s")
-        chosen += f", the measured best {fastest['name']} ({loss:.2f}x as fast)"
+    fastest, least = (min(_token_s(row, field) for row in tested) for field in ("median_s", "predicted_s"))
+    best = next(row["name"] for row in tested if _token_s(row, "median_s") == fastest)
+    guessed = [row for row in tested if _token_s(row, "predicted_s") < (1 + TIE) * least]
+    names = ", ".join(row["name"] for row in guessed) if len(guessed) <= 3 else f"{len(guessed)} settings"
+    chosen = f"predicted best {names}{' alike' if len(guessed) > 1 else ''}"
+    slowest = max(_token_s(row, "median_s") for row in guessed)
+    away = f" ({slowest / fastest:.2f}x as fast{' as the slowest of these' if len(guessed) > 1 else ''})"
+    chosen += f", measured best {best}{away if slowest > fastest else ': the same'}"
     return f"median error of {len(judged)} predictions {median(judged):.0%}; {chosen}"
 
 
@@ -100,33 +99,39 @@ def plot(result: dict[str, Any], out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if row["status"] != "skipped"]
+    unit, width = ("GB", 1e9) if max((row.get("memory_bytes", 0) for row in rows), default=0) > 2e9 else ("MB", 1e6)
     figure = Figure(figsize=(11, 1.9 + 0.32 * len(rows)), layout="constrained")
     time, memory = figure.subplots(1, 2, sharey=True)
-    places = range(len(rows))
     for place, row in enumerate(rows):
         if row["status"] == "ok":
             middle, low, high = (1e3 * row[name] for name in ("median_s", "p10_s", "p90_s"))
             spread = [[max(0, middle - low)], [max(0, high - middle)]]
             time.barh(place, middle, 0.6, xerr=spread, color="C0", error_kw={"capsize": 3, "ecolor": "0.25"})
-            memory.barh(place, row["memory_bytes"] / 1e6, 0.6, color="C0")
+            memory.barh(place, row["memory_bytes"] / width, 0.6, color="C0")
         else:
             time.text(0.01, place, row["status"], transform=time.get_yaxis_transform(), va="center", color="C3")
-    for axes, field, scale in ((time, "predicted_s", 1e3), (memory, "predicted_bytes", 1e-6)):
-        known = [(scale * row[field], place) for place, row in enumerate(rows) if field in row]
-        if known:
-            axes.plot(*zip(*known, strict=True), "D", color="C1", mec="white", ms=7, label="predicted")
+    # Where nothing ran, a time has nothing to stand beside; the memory may say why.
+    _markers(time, [(1e3 * r["predicted_s"], i) for i, r in enumerate(rows) if r["status"] == "ok" and "error" in r])
+    _markers(memory, [(r["predicted_bytes"] / width, i) for i, r in enumerate(rows) if "predicted_bytes" in r])
+    for axes in (time, memory):
         axes.set_xlim(0, None)
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    time.set_yticks(places, [row["name"] for row in rows])
-    time.invert_yaxis()
+    time.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    time.set_ylim(len(rows) - 0.4, -0.6)
     time.set(xlabel="ms a step: median, p10 to p90", title="step time")
-    memory.set(xlabel="MB, fullest device", title="peak memory")
-    handles, labels = time.get_legend_handles_labels()
+    memory.set(xlabel=f"{unit}, fullest device", title="peak memory")
+    handles, labels = memory.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     figure.suptitle(_title(result), fontsize=11)
     figure.savefig(out, dpi=120)
+
+
+def _markers(axes: Any, points: list[tuple[float, int]]) -> None:
+    """The predictions, on top of the bars."""
+    if points:
+        axes.plot(*zip(*points, strict=True), "D", color="C1", mec="white", ms=7, label="predicted", zorder=3)
 
 
 def _title(result: dict[str, Any]) -> str:
