@@ -1,7 +1,7 @@
 """`gptjax bench layouts CONFIG`: the train step of a config on every layout of the attached devices, or on a single
 device over batch, remat, scan and attention; measured beside what the planner predicts.
 
-Every setting runs in a process of its own (see trial), one after another. This process never touches the devices.
+Every setting runs in a process of its own (see trial), one after another. This process leaves the devices to them.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gptjax.bench import trial
@@ -23,7 +24,7 @@ from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import Chip, Topology
-from gptjax.planner.cost import estimate
+from gptjax.planner.cost import estimate, place
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 
 SHORT = {"replica": "replica", "pipeline": "pp", "data": "dp", "fsdp": "fsdp", "context": "cp", "tensor": "tp"}
@@ -57,6 +58,7 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
     """
     if options.steps < 1 or options.timeout <= 0:
         raise UserError("bench layouts: --steps and --timeout must be positive; nearest 1")
+    jax.config.update("jax_platforms", "cpu")  # the planner asks for shapes; the children keep the devices
     earlier = None if compare is None else open_result(compare)
     facts = trial.facts_of_devices(config, options.timeout)
     if earlier is not None:
@@ -206,7 +208,7 @@ def _predict(setting: Setting, topology: Topology) -> dict[str, Any]:
     if setting.refused:
         return {}
     try:
-        guess = estimate(setting.config, topology)
+        guess = estimate(place(setting.config, topology))
     except UserError as error:
         return {"not_predicted": str(error)}
     return {"uncalibrated_s": guess.step_seconds, "predicted_bytes": guess.peak}
