@@ -77,7 +77,7 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
     found = [] if earlier is None else changes(earlier.result, result)
     save(result, out / "layouts.json")
     plot(result, out / "layouts.png")
-    parts = [table(result), *([change_lines(earlier.path, found)] if earlier else [])]
+    parts = [table(result), *([change_lines(earlier, result, found)] if earlier else [])]
     text = "\n\n".join([*parts, f"{out / 'layouts.json'}, {out / 'layouts.png'}; {summary(result)}"])
     return text, any(change.worse for change in found)
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gptjax.bench.compare import Change
+from gptjax.bench.compare import Change, Earlier
 from gptjax.bench.measure import si
 
 Row = dict[str, Any]
 TIE = 1e-3  # predictions closer than this are alike: formulas do not see what tells the settings apart
+
+LIMITS = {"flops": "matrix product", "bytes": "copy", "gather": "gather"}
 
 
 def progress(row: Row) -> str:
@@ -85,11 +87,12 @@ def _token_s(row: Row, field: str) -> float:
     return row[field] / (row["tokens_per_s"] * row["median_s"])
 
 
-def change_lines(path: Path, found: list[Change]) -> str:
-    """The comparison with an earlier result."""
-    worse = sum(change.worse for change in found)
-    width = max((len(change.name) for change in found), default=0)
-    lines = [f"against {path}: {worse} regression(s) in {len(found)} setting(s)"]
+def change_lines(earlier: Earlier, result: dict[str, Any], found: list[Change]) -> str:
+    """The comparison with an earlier result. The devices' own limits tell a slower program from a busier machine."""
+    worse, width = sum(change.worse for change in found), max((len(change.name) for change in found), default=0)
+    before, now = (r["calibration"]["measured_limits"] for r in (earlier.result, result))
+    limits = ", ".join(f"{word} {now[name] / before[name]:.2f}x" for name, word in LIMITS.items() if name in now)
+    lines = [f"against {earlier.path}: {worse} regression(s); the devices' measured limits now: {limits}"]
     lines += [f"{c.name:{width}}  {c.text}{'  REGRESSION' if c.worse else ''}" for c in found]
     return "\n".join(lines)
 
