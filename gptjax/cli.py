@@ -309,12 +309,14 @@ def _bench_layouts_parser(kinds: Any) -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each setting (default 10)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that a setting may take (default 600)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="a layouts.json of an earlier run")
+    parser.add_argument("--distributed", action="store_true", help="one of several hosts: join the others first")
 
 
 def _bench_layouts(known: argparse.Namespace, overrides: list[str]) -> int:
     from gptjax.bench.layouts import Options, run
 
-    options = Options(known.layouts, known.steps, known.timeout)
+    options = Options(known.layouts, known.steps, known.timeout, known.distributed)
     text, worse = run(load_config(known.config, overrides), options, known.out, known.compare)
-    print(text)
+    if text:
+        print(text)
     return int(worse)

@@ -27,6 +27,8 @@ FACTS = {
     "device": "cpu",
     "platform": "cpu",
     "count": 8,
+    "local_count": 8,
+    "first": True,
     "dtype": "float32",
     "versions": {"jax": "0.10.2"},
     "date": "2026-01-01",
@@ -56,11 +58,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """Without any child: the answer of each layout by its name, 40 ms where the test gives none."""
     answers: dict[str, dict[str, Any]] = {}
 
-    def measure(config: Config, steps: int, timeout: float) -> dict[str, Any]:
+    def measure(config: Config, steps: int, timeout: float, distributed: bool) -> dict[str, Any]:
         return answers.get(layouts._layout(config, config.layout, 8).name, answer(0.04))
 
     monkeypatch.setattr(layouts, "estimate", guess)
-    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout: FACTS)
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS)
     monkeypatch.setattr(trial, "measure", measure)
     return answers
 
@@ -294,13 +296,29 @@ def test_attention_takes_no_fields() -> None:
         cli.run(["bench", "attention", "--model.window", "4"])
 
 
+def test_only_the_first_host_reports(
+    file: str, stand_in: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def measure(config: Config, steps: int, timeout: float, distributed: bool) -> dict[str, Any]:
+        asked.append(distributed)
+        return answer(0.04)
+
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS | {"first": False})
+    monkeypatch.setattr(trial, "measure", measure)
+    out = tmp_path / "out"
+    assert cli.run(["bench", "layouts", file, "--layouts", "dp,fsdp", "--distributed", "--out", str(out)]) == 0
+    assert (asked, capsys.readouterr().out, out.exists()) == ([True, True], "", False)
+
+
 PARENT = """
 import runpy, sys
 from gptjax import cli
 from gptjax.bench import trial
 tests = runpy.run_path(sys.argv[1])
-trial.facts_of_devices = lambda config, timeout: tests["FACTS"]
-trial.measure = lambda config, steps, timeout: tests["answer"](0.04)
+trial.facts_of_devices = lambda config, timeout, distributed: tests["FACTS"]
+trial.measure = lambda config, steps, timeout, distributed: tests["answer"](0.04)
 sys.exit(cli.run(["bench", "layouts", *sys.argv[2:]]))
 """
 

@@ -48,6 +48,8 @@ class Options:
     """Measured steps of each setting."""
     timeout: float = 600.0
     """Seconds that a setting may take in all."""
+    distributed: bool = False
+    """One of several hosts that each run this command: their children join each other, and the first reports."""
 
 
 def run(config: Config, options: Options, out: Path, compare: Path | None) -> tuple[str, bool]:
@@ -60,7 +62,7 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
         raise UserError("bench layouts: --steps and --timeout must be positive; nearest 1")
     jax.config.update("jax_platforms", "cpu")  # the planner asks for shapes; the children keep the devices
     earlier = None if compare is None else open_result(compare)
-    facts = trial.facts_of_devices(config, options.timeout)
+    facts = trial.facts_of_devices(config, options.timeout, options.distributed)
     if earlier is not None:
         require_same(earlier, facts, asdict(config))
     chosen = select(list(settings(config, facts)), options.layouts)
@@ -68,7 +70,10 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
     rows = [{"name": setting.name} | _predict(setting, topology) for setting in chosen]
     for row, setting in zip(rows, chosen, strict=True):
         row |= _measure(setting, options, facts)
-        print(progress(row), flush=True)
+        if facts["first"]:
+            print(progress(row), flush=True)
+    if not facts["first"]:
+        return "", False
     calibration = calibrate(rows, facts, topology)
     rows.sort(key=lambda row: (-row.get("tokens_per_s", 0), row["status"], row["name"]))
     about = {name: facts[name] for name in ("device", "platform", "count", "versions", "date", "dtype")}
@@ -195,12 +200,17 @@ def attached(facts: dict[str, Any]) -> Topology:
     devices is what gathering over all of them reaches; there is none behind it, so it stands for the slow one, too.
     """
     count, limits = facts["count"], facts["limits"]
-    parts = count if facts["platform"] == "cpu" else 1
+    parts = _sharing(facts)
     rate, link = limits["flops"] / parts, limits.get("gather", limits["bytes"] / parts)
     peak = peak_flops(facts["device"]) or rate
     hbm, copy = facts["memory_bytes"] / parts, limits["bytes"] / parts
     chip = Chip(facts["device"], peak, hbm, copy, link, link, rate / peak, facts["platform"])
     return Topology("attached", "attached", chip, (count,))
+
+
+def _sharing(facts: dict[str, Any]) -> int:
+    """Devices among which the measured limits are divided: the virtual ones of a CPU."""
+    return facts["local_count"] if facts["platform"] == "cpu" else 1
 
 
 def _predict(setting: Setting, topology: Topology) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def _measure(setting: Setting, options: Options, facts: dict[str, Any]) -> dict[
     """Status, and the figures of a setting that ran."""
     if setting.refused:
         return {"status": "skipped", "reason": setting.refused}
-    answer = trial.measure(setting.config, options.steps, options.timeout)
+    answer = trial.measure(setting.config, options.steps, options.timeout, options.distributed)
     return answer | figures(setting.config, answer["times_s"], facts) if answer["status"] == "ok" else answer
 
 
@@ -255,6 +265,6 @@ def calibrate(rows: list[dict[str, Any]], facts: dict[str, Any], topology: Topol
         "factor": factor,
         "measured_limits": facts["limits"],
         "chip": asdict(topology.chip),
-        "devices_sharing_the_limits": facts["count"] if facts["platform"] == "cpu" else 1,
+        "devices_sharing_the_limits": _sharing(facts),
         "slow_network": "none: taken to be as fast as the one between the devices",
     }

@@ -10,7 +10,6 @@ from gptjax.bench.measure import si
 
 Row = dict[str, Any]
 TIE = 1e-3  # predictions closer than this are alike: formulas do not see what tells the settings apart
-
 LIMITS = {"flops": "matrix product", "bytes": "copy", "gather": "gather"}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.bench.measure import limits, provenance, times
+from gptjax.bench.measure import limits, provenance
 from gptjax.config import Config, from_json, to_json
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
@@ -36,17 +37,21 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_al
 LINE = 300  # characters of an error that a table and a JSON row keep
 
 
-def facts_of_devices(config: Config, timeout: float) -> dict[str, Any]:
-    """What `_facts` finds, from a process of its own. Raises UserError where it finds nothing."""
-    answer = _in_process({"what": "facts", "config": to_json(config)}, timeout)
+def facts_of_devices(config: Config, timeout: float, distributed: bool = False) -> dict[str, Any]:
+    """What `_facts` finds, from a process of its own, which joins those of the other hosts if `distributed`.
+
+    Raises UserError where it finds nothing.
+    """
+    answer = _in_process({"what": "facts", "config": to_json(config), "distributed": distributed}, timeout)
     if answer["status"] != "ok":
         raise UserError(f"bench layouts: the devices could not be measured: {answer['reason']}")
     return answer
 
 
-def measure(config: Config, steps: int, timeout: float) -> dict[str, Any]:
+def measure(config: Config, steps: int, timeout: float, distributed: bool = False) -> dict[str, Any]:
     """What `_steps` finds, with status ok; else status out of memory, timeout or failed, with the reason."""
-    return _in_process({"what": "steps", "config": to_json(config), "steps": steps}, timeout)
+    job = {"what": "steps", "config": to_json(config), "steps": steps, "distributed": distributed}
+    return _in_process(job, timeout)
 
 
 def _in_process(job: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -73,6 +78,10 @@ def _child() -> None:
     job = json.loads(sys.stdin.read())
     config = from_json(job["config"])
     try:
+        if job["distributed"]:
+            from gptjax.tasks.launch import join
+
+            join(os.environ)
         answer = _facts(config) if job["what"] == "facts" else _steps(config, job["steps"])
     except UserError as error:
         answer = {"status": "failed", "reason": str(error)}
@@ -92,6 +101,8 @@ def _facts(config: Config) -> dict[str, Any]:
         "status": "ok",
         **provenance(),
         "count": count,
+        "local_count": jax.local_device_count(),
+        "first": jax.process_index() == 0,
         "dtype": str(dtype),
         "limits": limits(dtype) | ({"gather": _gather_rate(platform)} if count > 1 else {}),
         "memory_bytes": _memory(platform),
@@ -114,8 +125,12 @@ def _gather_rate(platform: str) -> float:
     words = jax.device_count() * ((1 << 19) if platform == "cpu" else (1 << 23))
     line = jax.jit(lambda: jnp.ones((words,), jnp.float32), out_shardings=split)()
     gather = jax.jit(lambda x: x, out_shardings=whole)
-    (seconds,) = times([lambda: gather(line)])
-    return line.nbytes * (1 - 1 / jax.device_count()) / seconds
+    seconds = []
+    for _ in range(WARMUP + 10):  # a fixed number: every host takes part in each
+        started = time.perf_counter()
+        jax.block_until_ready(gather(line))
+        seconds.append(time.perf_counter() - started)
+    return line.nbytes * (1 - 1 / jax.device_count()) / median(seconds[WARMUP:])
 
 
 def _backends(config: Config, platform: str) -> tuple[list[str], dict[str, str]]:
@@ -141,7 +156,7 @@ def _steps(config: Config, steps: int) -> dict[str, Any]:
     state = init_state(config, task.init, layout)
     shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
     rows = np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape, np.int32)
-    tokens = jax.device_put(rows, layout.sharding((None, "batch", None)))
+    tokens = jax.make_array_from_callback(shape, layout.sharding((None, "batch", None)), lambda part: rows[part])
     step_tokens = config.train.batch_size * config.model.seq_len
 
     def scalars(i: int) -> tuple[Any, ...]:
