@@ -258,9 +258,17 @@ def _plan(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _bench_parser(verbs: Any) -> None:
-    parser = _add(verbs, "bench", _bench, "Measure a part of gptjax on this machine: a table, a plot, a JSON file.")
-    parser.add_argument("what", choices=["attention"], help="attention: dense against banded over the length")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the results (default bench)")
+    text = "Measure a part of gptjax on this machine: a table, a plot, a JSON file."
+    kinds = verbs.add_parser("bench", help=text, description=text).add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    _bench_attention_parser(kinds)
+    _bench_layouts_parser(kinds)
+
+
+def _bench_attention_parser(kinds: Any) -> None:
+    parser = _add(kinds, "attention", _bench_attention, "Dense against banded attention over the sequence length.")
+    _add_out(parser)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768", help="sequence lengths T")
     parser.add_argument("--window", type=int, default=256, help="keys that a banded query sees (default 256)")
     parser.add_argument("--batch", type=int, default=1)
@@ -270,7 +278,11 @@ def _bench_parser(verbs: Any) -> None:
     parser.add_argument("--attention", default="auto", help="a backend (default auto, by device)")
 
 
-def _bench(known: argparse.Namespace, _: list[str]) -> None:
+def _add_out(parser: Any) -> None:
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the results (default bench)")
+
+
+def _bench_attention(known: argparse.Namespace, _: list[str]) -> None:
     import jax
 
     from gptjax.bench.attention import Settings, run
@@ -282,3 +294,29 @@ def _bench(known: argparse.Namespace, _: list[str]) -> None:
     dtype = known.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     shape = known.window, known.batch, known.heads, known.head_dim
     print(run(Settings(lengths, *shape, dtype, known.attention), known.out))
+
+
+def _bench_layouts_parser(kinds: Any) -> None:
+    text = (
+        "Time a config's train step on every layout of the attached devices, or on one device over batch, remat, scan "
+        "and attention, beside the prediction. Any field is set by its dotted name. Exit status 1: slower than before."
+    )
+    parser = _add(kinds, "layouts", _bench_layouts, text, overrides=True)
+    parser.add_argument("config", metavar="CONFIG", help="a file of configs/")
+    _add_out(parser)
+    text = "settings with commas, such as fsdp8,tp (a name without numbers means all of that kind), or all"
+    parser.add_argument("--layouts", default="all", metavar="NAMES", help=text)
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of each setting (default 10)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that a setting may take (default 600)")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="a layouts.json of an earlier run")
+    parser.add_argument("--distributed", action="store_true", help="one of several hosts: join the others first")
+
+
+def _bench_layouts(known: argparse.Namespace, overrides: list[str]) -> int:
+    from gptjax.bench.layouts import Options, run
+
+    options = Options(known.layouts, known.steps, known.timeout, known.distributed)
+    text, worse = run(load_config(known.config, overrides), options, known.out, known.compare)
+    if text:
+        print(text)
+    return int(worse)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.bench.measure import limits, provenance, save, times
+from gptjax.bench.measure import limits, provenance, save, si, times
 from gptjax.errors import UserError
 from gptjax.model.accounting import mean_keys
 from gptjax.model.attention import Attend, Mask, Need
@@ -121,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
     device = result["limits"]
     lines = [
         f"{_title(result)}, jax {result['versions']['jax']}, {result['date']}",
-        f"measured limits: matrix product {_si(device['flops'])}FLOP/s, copy {_si(device['bytes'])}B/s",
+        f"measured limits: matrix product {si(device['flops'])}FLOP/s, copy {si(device['bytes'])}B/s",
         "",
         f"{'T':>6} {'mask':7}{'backend':10} {'forward':>9} {'+backward':>10} {'FLOP/s':>8} {'of peak':>8} {'B/s':>8} "
         f"{'of copy':>8} {'dense / banded':>15}",
@@ -130,8 +130,8 @@ def table(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         ratio = "" if r["kind"] == "dense" else f"{dense[r['length']]['both_s'] / r['both_s']:.1f}x"
         lines.append(
-            f"{r['length']:>6} {r['kind']:7}{r['backend']:10} {_si(r['forward_s']):>8}s {_si(r['both_s']):>9}s "
-            f"{_si(r['both_flops']):>8} {r['both_flops'] / device['flops']:>8.0%} {_si(r['both_bytes']):>8} "
+            f"{r['length']:>6} {r['kind']:7}{r['backend']:10} {si(r['forward_s']):>8}s {si(r['both_s']):>9}s "
+            f"{si(r['both_flops']):>8} {r['both_flops'] / device['flops']:>8.0%} {si(r['both_bytes']):>8} "
             f"{r['both_bytes'] / device['bytes']:>8.1%} {ratio:>15}"
         )
     for kind in ("dense", "banded"):
@@ -144,14 +144,6 @@ def _title(result: dict[str, Any]) -> str:
     s = result["settings"]
     shape = f"{s['batch']} x {s['heads']} heads of {s['head_dim']}"
     return f"attention on {result['device']}, {s['dtype']}, {shape}, window {s['window']}"
-
-
-def _si(x: float) -> str:
-    """Three digits and a prefix: 1.23 m, 45.6 G."""
-    for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 1e-3), ("u", 1e-6)):
-        if x >= unit:
-            return f"{x / unit:.3g} {prefix}"
-    return f"{x:.3g} "
 
 
 def plot(result: dict[str, Any], out: Path) -> None:

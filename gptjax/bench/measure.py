@@ -58,3 +58,11 @@ def provenance() -> dict[str, Any]:
 def save(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def si(x: float) -> str:
+    """Three digits and a prefix: 1.23 m, 45.6 G."""
+    for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 1e-3), ("u", 1e-6)):
+        if x >= unit:
+            return f"{x / unit:.3g} {prefix}"
+    return f"{x:.3g} "

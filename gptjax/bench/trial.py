@@ -1,0 +1,199 @@
+"""One measurement in a process of its own: out of memory, a crash or a hang is an answer like any other.
+
+`python -m gptjax.bench.trial` reads a job from standard input and prints one line of JSON. Whoever starts it must leave
+the devices alone: an accelerator serves one process at a time.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.bench.measure import limits, provenance
+from gptjax.config import Config, from_json, to_json
+from gptjax.data.tokenizers import load_tokenizer
+from gptjax.errors import UserError
+from gptjax.model.gpt import compute_dtype
+from gptjax.model.kernels import BACKENDS
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain
+from gptjax.train.schedule import learning_rate
+from gptjax.train.step import abstract_state, init_state, make_step
+
+COMMAND = (sys.executable, "-m", "gptjax.bench.trial")
+WARMUP = 2  # steps that are not measured: the first also places what the allocator will keep
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "MemoryError")
+LINE = 300  # characters of an error that a table and a JSON row keep
+
+
+def facts_of_devices(config: Config, timeout: float, distributed: bool = False) -> dict[str, Any]:
+    """What `_facts` finds, from a process of its own, which joins those of the other hosts if `distributed`.
+
+    Raises UserError where it finds nothing.
+    """
+    answer = _in_process({"what": "facts", "config": to_json(config), "distributed": distributed}, timeout)
+    if answer["status"] != "ok":
+        raise UserError(f"bench layouts: the devices could not be measured: {answer['reason']}")
+    return answer
+
+
+def measure(config: Config, steps: int, timeout: float, distributed: bool = False) -> dict[str, Any]:
+    """What `_steps` finds, with status ok; else status out of memory, timeout or failed, with the reason."""
+    job = {"what": "steps", "config": to_json(config), "steps": steps, "distributed": distributed}
+    return _in_process(job, timeout)
+
+
+def _in_process(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+    try:  # subprocess.run kills the child at a timeout and at Ctrl-C alike
+        done = subprocess.run(COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"status": "timeout", "reason": f"not done within {timeout:g} s; give more with --timeout"}
+    if done.returncode == 0 and done.stdout.strip():
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    return _died(done.returncode, done.stderr)
+
+
+def _died(status: int, errors: str) -> dict[str, Any]:
+    """The answer for a child that gave none. Linux ends whatever has taken too much memory by SIGKILL."""
+    lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+    by = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    telling = [line for line in lines if any(word in line for word in OUT_OF_MEMORY)]
+    if telling or status == -signal.SIGKILL:
+        return {"status": "out of memory", "reason": f"{by}: {(telling or lines)[-1]}"[:LINE]}
+    return {"status": "failed", "reason": f"{by}: {lines[-1]}"[:LINE]}
+
+
+def _child() -> None:
+    job = json.loads(sys.stdin.read())
+    config = from_json(job["config"])
+    try:
+        if job["distributed"]:
+            from gptjax.tasks.launch import join
+
+            join(os.environ)
+        answer = _facts(config) if job["what"] == "facts" else _steps(config, job["steps"])
+    except UserError as error:
+        answer = {"status": "failed", "reason": str(error)}
+    except Exception as error:  # whatever it is, the other settings go on
+        text = f"{type(error).__name__}: {error}"
+        status = "out of memory" if any(word in text for word in OUT_OF_MEMORY) else "failed"
+        answer = {"status": status, "reason": text.splitlines()[0][:LINE]}
+    print(json.dumps(answer))
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    """The devices: how many of what, what they reach, and which attention backends serve the model there."""
+    platform, count = jax.default_backend(), jax.device_count()
+    dtype = compute_dtype(config.model, platform)
+    served, refused = _backends(config, platform)
+    return {
+        "status": "ok",
+        **provenance(),
+        "count": count,
+        "local_count": jax.local_device_count(),
+        "first": jax.process_index() == 0,
+        "dtype": str(dtype),
+        "limits": limits(dtype) | ({"gather": _gather_rate(platform)} if count > 1 else {}),
+        "memory_bytes": _memory(platform),
+        "attention": served,
+        "attention_refused": refused,
+    }
+
+
+def _memory(platform: str) -> int:
+    """Bytes that a program may have: of one device, or of all virtual ones together, which share the machine's."""
+    if platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def _gather_rate(platform: str) -> float:
+    """Bytes per second into each device when all gather an array from all, at once."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+    words = jax.device_count() * ((1 << 19) if platform == "cpu" else (1 << 23))
+    line = jax.jit(lambda: jnp.ones((words,), jnp.float32), out_shardings=split)()
+    gather = jax.jit(lambda x: x, out_shardings=whole)
+    seconds = []
+    for _ in range(WARMUP + 10):  # a fixed number: every host takes part in each
+        started = time.perf_counter()
+        jax.block_until_ready(gather(line))
+        seconds.append(time.perf_counter() - started)
+    return line.nbytes * (1 - 1 / jax.device_count()) / median(seconds[WARMUP:])
+
+
+def _backends(config: Config, platform: str) -> tuple[list[str], dict[str, str]]:
+    """(those that serve, the config's choice first; why the others do not)."""
+    chosen = Pretrain(config, platform).attention[0]
+    served, refused = [chosen], {}
+    for name in BACKENDS:
+        try:
+            named: Any = {"attention": name}
+            backend = Pretrain(replace(config, model=replace(config.model, **named)), platform).attention[0]
+            served += [backend] if backend != chosen else []
+        except UserError as error:
+            refused[name] = str(error)
+    return served, refused
+
+
+def _steps(config: Config, steps: int) -> dict[str, Any]:
+    """Seconds of each of `steps` optimizer steps on random tokens, of the compilation, and peak bytes per device."""
+    layout = Layout(make_mesh(config), rule_table(config.layout))
+    # Any end of text will do, since the tokens are random.
+    task = Pretrain(config, jax.default_backend(), layout, load_tokenizer("bytes"))
+    shardings = layout.shardings(abstract_state(config, task.init))
+    state = init_state(config, task.init, layout)
+    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
+    rows = np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape, np.int32)
+    tokens = jax.make_array_from_callback(shape, layout.sharding((None, "batch", None)), lambda part: rows[part])
+    step_tokens = config.train.batch_size * config.model.seq_len
+
+    def scalars(i: int) -> tuple[Any, ...]:
+        return np.float32(learning_rate(config.optimizer, i * step_tokens)), np.int32(shape[0]), np.int32(i)
+
+    started = time.perf_counter()
+    # Not from the persistent cache: the time to compile is a figure of the layout.
+    step = make_step(config, task.loss, shardings, layout).lower(state, tokens, *scalars(0)).compile()
+    compile_s = time.perf_counter() - started
+    seconds = []
+    for i in range(WARMUP + steps):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, tokens, *scalars(i)))
+        seconds.append(time.perf_counter() - started)
+    loss = float(metrics["loss"])
+    if not np.isfinite(loss):
+        return {"status": "failed", "reason": f"the loss is {loss} after {WARMUP + steps} steps"}
+    return {
+        "status": "ok",
+        "times_s": seconds[WARMUP:],
+        "compile_s": compile_s,
+        "loss": loss,
+        "attention": task.attention[0],
+        **_peak(step),
+    }
+
+
+def _peak(step: Any) -> dict[str, Any]:
+    """Peak bytes of the fullest device, and who says so: the allocator, or where it keeps no count the program."""
+    m = step.memory_analysis()
+    # Not its own peak, which on CPU leaves out the temporaries (jaxlib 0.10.2).
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [count for count in counts if count]
+    source = "allocator" if known else "compiled program"
+    return {"memory_bytes": max(known, default=held), "memory_source": source, "program_bytes": held}
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,353 @@
+"""`gptjax bench layouts`: what is run, what becomes of a setting that does not end well, and what is said of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptjax import cli
+from gptjax.bench import layouts, trial
+from gptjax.bench.compare import changes
+from gptjax.bench.layouts import Options, attached, calibrate, figures, select, settings
+from gptjax.bench.layouts_report import summary
+from gptjax.config import Config, LayoutConfig, to_json
+from gptjax.errors import UserError
+from gptjax.model.accounting import train_flops_per_token
+from gptjax.planner.cost import Estimate, Place
+
+FACTS = {
+    "device": "cpu",
+    "platform": "cpu",
+    "count": 8,
+    "local_count": 8,
+    "first": True,
+    "dtype": "float32",
+    "versions": {"jax": "0.10.2"},
+    "date": "2026-01-01",
+    "limits": {"flops": 8e9, "bytes": 4e9, "gather": 1e8},
+    "memory_bytes": 16e9,
+    "attention": ["blockwise", "reference"],
+    "attention_refused": {"splash": "it runs on TPU and this is cpu"},
+}
+
+
+def guess(place: Place) -> Estimate:
+    """A predictor that any reader can check: 1 ms, and as much again for every way of the tensor axis."""
+    config = place.config
+    return Estimate({"parameters": 5e6}, {"products": 1e-3, "exposed": 1e-3 * max(config.layout.tensor, 1)}, ())
+
+
+def answer(seconds: float) -> dict[str, Any]:
+    times = [seconds, 0.9 * seconds, 1.2 * seconds]
+    return {
+        "status": "ok", "times_s": times, "compile_s": 2.0, "loss": 5.0, "memory_bytes": 7e6,
+        "memory_source": "compiled program",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Without any child: the answer of each layout by its name, 40 ms where the test gives none."""
+    answers: dict[str, dict[str, Any]] = {}
+
+    def measure(config: Config, steps: int, timeout: float, distributed: bool) -> dict[str, Any]:
+        return answers.get(layouts._layout(config, config.layout, 8).name, answer(0.04))
+
+    monkeypatch.setattr(layouts, "estimate", guess)
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS)
+    monkeypatch.setattr(trial, "measure", measure)
+    return answers
+
+
+@pytest.fixture
+def file(tiny: Config, tmp_path: Path) -> str:
+    """The tiny config as a user's file."""
+    path = tmp_path / "tiny.py"
+    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
+    path.write_text(text)
+    return str(path)
+
+
+def test_layouts_of_eight_devices(tiny: Config) -> None:
+    made = {setting.name: setting for setting in settings(replace(tiny, layout=LayoutConfig(data=2)), FACTS)}
+    assert " ".join(made) == (
+        "dp2_fsdp4 dp8 fsdp8 fsdp4_tp2 fsdp4_tp2_seq fsdp2_tp4 fsdp2_tp4_seq tp8 tp8_seq pp2_fsdp4 pp4_fsdp2 pp8 "
+        "fsdp4_cp2 fsdp2_cp4 cp8 replica2_fsdp4"
+    )
+    assert [name for name, s in made.items() if s.refused] == ["pp4_fsdp2", "pp8", "fsdp2_cp4", "cp8"]
+    assert "does not divide the 2 repeats of the pattern; nearest 2" in made["pp8"].refused
+    assert made["fsdp2_tp4_seq"].config.layout == LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True)
+
+
+def test_own_layout_that_does_not_fit_is_a_row(tiny: Config) -> None:
+    first = next(settings(replace(tiny, layout=LayoutConfig(fsdp=3)), FACTS))
+    assert first.name == "own"
+    assert "layout.fsdp = 3: fsdp 3 does not match 8 device(s)" in first.refused
+
+
+def test_sweep_of_one_device(tiny: Config) -> None:
+    made = {setting.name: setting for setting in settings(tiny, FACTS | {"count": 1})}
+    remats = ["", "+remat=dots", "+remat=full"]
+    assert list(made) == [
+        "own", "unroll", "remat=dots", "remat=dots+unroll", "remat=full", "remat=full+unroll",
+        *(f"micro={n}{remat}" for n in (4, 16) for remat in remats), "attention=reference", "attention=splash",
+    ]  # fmt: skip
+    assert [name for name, setting in made.items() if setting.refused] == ["attention=splash"]
+    config = made["micro=16+remat=full"].config
+    assert (config.train.batch_size, config.micro_batch_size, config.model.remat) == (16, 16, "full")
+    whole = replace(tiny, train=replace(tiny.train, micro_batch_size=0))
+    double = next(s for s in settings(whole, FACTS | {"count": 1}) if s.name == "batch=32")
+    assert (double.config.train.batch_size, double.config.micro_batch_size) == (32, 32)  # 32 does not divide 16
+
+
+def test_names_select_with_and_without_numbers(tiny: Config) -> None:
+    every = list(settings(tiny, FACTS))
+    assert [s.name for s in select(every, "tp8,fsdp_tp,fsdp4_tp2")] == ["tp8", "fsdp4_tp2", "fsdp2_tp4"]
+    with pytest.raises(UserError, match=r"--layouts tq: no such setting here; choose from all, fsdp8.*nearest tp8"):
+        select(every, "dp,tq")
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "reason"),
+    [
+        ("import time; time.sleep(60)", "timeout", "not done within 1 s"),
+        ("import sys; sys.exit('RESOURCE_EXHAUSTED: wants 9 GB\\nlast words')", "out of memory", "wants 9 GB"),
+        ("import os; os.kill(os.getpid(), 9)", "out of memory", "killed by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 11)", "failed", "killed by SIGSEGV"),
+        ("import sys; sys.exit('no such\\nlast words')", "failed", "exit status 1: last words"),
+        ("pass", "failed", "exit status 0: no message"),
+        ('print("noise"); print(\'{"status": "ok", "loss": 1}\')', "ok", None),
+    ],
+)
+def test_a_child_that_ends_in_any_way_is_an_answer(
+    program: str, status: str, reason: str | None, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", program))
+    found = trial.measure(tiny, 1, 1)
+    assert found["status"] == status
+    assert reason is None or reason in found["reason"]
+
+
+def test_an_interrupt_ends_the_child(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "pid"
+    program = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", program))
+    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        trial.measure(tiny, 1, 30)
+    assert ended(int(note.read_text()))
+
+
+def ended(pid: int) -> bool:
+    """Within 5 seconds, whether or not somebody has asked for its status."""
+    for _ in range(50):
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                return True
+        except ChildProcessError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_rows_table_and_plot(file: str, stand_in: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stand_in["fsdp8"] = answer(0.03)
+    stand_in["tp8"] = answer(0.02)
+    stand_in["fsdp4_tp2"] = {"status": "out of memory", "reason": "wants 9 GB"}
+    stand_in["replica2_fsdp4"] = {"status": "timeout", "reason": "not done within 600 s"}
+    names = "dp,fsdp,tp,fsdp4_tp2,replica_fsdp,pp8"
+    out = tmp_path / "out"
+    assert cli.run(["bench", "layouts", file, "--model.dropout", "0.1", "--layouts", names, "--out", str(out)]) == 0
+    result = json.loads((out / "layouts.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["tp8", "fsdp8", "dp8", "fsdp4_tp2", "pp8", "replica2_fsdp4"]
+    assert [row["status"] for row in rows.values()] == ["ok"] * 3 + ["out of memory", "skipped", "timeout"]
+    assert result["config"]["model"]["dropout"] == 0.1
+    # dp8 was named first, so it fixes the factor: 40 ms against the 2 of the predictor, who says 9 of tp8.
+    assert result["calibration"]["reference"] == "dp8"
+    assert result["calibration"]["factor"] == pytest.approx(20)
+    assert rows["tp8"]["predicted_s"] == pytest.approx(0.18)
+    assert rows["tp8"]["error"] == pytest.approx(8)
+    assert rows["fsdp8"]["error"] == pytest.approx(1 / 3)
+    assert rows["tp8"]["tokens_per_s"] == pytest.approx(16 * 16 / 0.02)
+    printed = capsys.readouterr().out
+    assert "pp8: skipped: layout.pipeline = 8: does not divide" in printed
+    assert "fsdp4_tp2: out of memory: wants 9 GB" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"{out / 'layouts.json'}, {out / 'layouts.png'}; median error of 2 predictions 417%")
+    assert last.endswith("predicted best fsdp8, dp8 alike, measured best tp8 (2.00x as fast as the slowest of these)")
+    assert (out / "layouts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_is_judged_by_tokens() -> None:
+    def row(name: str, measured: float, predicted: float, tokens: int) -> dict[str, Any]:
+        figures = {"median_s": measured, "predicted_s": predicted, "tokens_per_s": tokens / measured}
+        return {"name": name, "error": predicted / measured - 1} | figures
+
+    rows = [row("own", 1.0, 1.0, 100), row("twice", 1.6, 1.8, 200)]
+    text = summary({"rows": rows, "calibration": {"reference": "own"}})
+    assert text == "median error of 1 predictions 12%; predicted best twice, measured best twice: the same"
+    assert "not judged" in summary({"rows": rows[:1], "calibration": {"reference": "own"}})
+
+
+def test_figures_and_limits(tiny: Config) -> None:
+    facts = FACTS | {"device": "NVIDIA H100 80GB HBM3", "platform": "gpu", "count": 2}
+    found = figures(tiny, [0.1, 0.3, 0.2], facts)
+    assert (found["median_s"], found["p10_s"], found["p90_s"]) == pytest.approx((0.2, 0.12, 0.28))
+    assert found["mfu"] == pytest.approx(16 * 16 / 0.2 * train_flops_per_token(tiny.model) / (2 * 9.89e14))
+    assert figures(tiny, [0.1], FACTS)["mfu"] is None
+    gpu = attached(facts)
+    assert (gpu.num_devices, gpu.chip.flops, gpu.chip.platform) == (2, 9.89e14, "gpu")
+    assert (gpu.chip.flops * gpu.chip.matmul, gpu.chip.hbm_rate, gpu.chip.link) == pytest.approx((8e9, 4e9, 1e8))
+    cpu = attached(FACTS).chip  # eight virtual devices share the machine; the gather was measured on all at once
+    assert (cpu.flops * cpu.matmul, cpu.hbm_rate, cpu.hbm, cpu.link) == pytest.approx((1e9, 5e8, 2e9, 1e8))
+
+
+def test_nothing_measured_is_still_a_result() -> None:
+    rows = [{"name": "own", "status": "failed", "reason": "no", "uncalibrated_s": 0.5, "predicted_bytes": 1.0}]
+    calibration = calibrate(rows, FACTS, attached(FACTS))
+    assert (calibration["reference"], calibration["factor"], rows[0]["predicted_s"]) == (None, 1.0, 0.5)
+
+
+def ok(name: str, median_s: float, p90_s: float) -> dict[str, Any]:
+    return {"name": name, "status": "ok", "median_s": median_s, "p90_s": p90_s}
+
+
+def test_regressions() -> None:
+    old = [ok("a", 1.0, 1.2), ok("b", 1.0, 1.02), ok("c", 1.0, 1.02), ok("d", 1.0, 1.0), ok("e", 1.0, 1.0)]
+    new = [
+        ok("a", 1.15, 2),  # slower, but the earlier run was so, too, at times
+        ok("b", 1.04, 2),  # beyond the earlier spread, by too little
+        ok("c", 1.06, 2),
+        {"name": "d", "status": "out of memory", "reason": ""},
+        ok("f", 9.0, 9.0),
+    ]
+    found = {change.name: change for change in changes({"rows": old}, {"rows": new})}
+    assert {name: change.worse for name, change in found.items()} == {
+        "a": False, "b": False, "c": True, "d": True, "e": False, "f": False
+    }  # fmt: skip
+    assert found["c"].text.startswith("1.06x the time (1000 -> 1060 ms)")
+    assert found["d"].text == "was measured, now out of memory"
+    assert found["e"].text == "not measured this time"
+
+
+def test_compare_ends_with_status_one(file: str, stand_in: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["bench", "layouts", file, "--layouts", "dp,fsdp", "--out", str(tmp_path)]
+    assert cli.run(arguments) == 0
+    again = [*arguments, "--compare", str(tmp_path / "layouts.json")]
+    assert cli.run(again) == 0
+    assert (
+        "0 regression(s); the devices' measured limits now: matrix product 1.00x, copy 1.00x, gather 1.00x"
+        in capsys.readouterr().out
+    )
+    stand_in["dp8"] = answer(0.06)
+    assert cli.run(again) == 1  # it compares with the file that it then replaces
+    assert "1.50x the time (40 -> 60 ms)  REGRESSION" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "TPU v4"}, "its device is TPU v4, here it is cpu"),
+        ({"count": 4}, "its count is 4, here it is 8"),
+        ({"benchmark": "attention"}, "not a result of gptjax bench layouts"),
+        ({"config": "deeper"}, r"its model.num_layers is 8, here it is 4; compare runs of the same devices and config"),
+    ],
+)
+def test_another_result_is_refused(
+    change: dict, message: str, file: str, tiny: Config, stand_in: dict, tmp_path: Path
+) -> None:
+    if "config" in change:
+        change = {"config": asdict(replace(tiny, model=replace(tiny.model, num_layers=8)))}
+    about = {name: FACTS[name] for name in ("device", "platform", "count", "dtype")}
+    earlier = {"benchmark": "layouts", "config": asdict(tiny), "rows": []} | about | change
+    (tmp_path / "old.json").write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match=message):
+        cli.run(["bench", "layouts", file, "--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.num_layer", "4"], "no such field; did you mean --model.num_layers?"),
+        (["--lengths", "8"], "--lengths: no such field"),
+        (["--steps", "0"], "--steps and --timeout must be positive"),
+        (["--layouts", "xx"], "--layouts xx: no such setting here"),
+        (["--compare", "nowhere.json"], "--compare nowhere.json: No such file"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str, file: str, stand_in: dict) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.run(["bench", "layouts", file, *arguments])
+
+
+def test_attention_takes_no_fields() -> None:
+    with pytest.raises(UserError, match=r"--model\.window: gptjax bench has no such argument"):
+        cli.run(["bench", "attention", "--model.window", "4"])
+
+
+def test_only_the_first_host_reports(
+    file: str, stand_in: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def measure(config: Config, steps: int, timeout: float, distributed: bool) -> dict[str, Any]:
+        asked.append(distributed)
+        return answer(0.04)
+
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS | {"first": False})
+    monkeypatch.setattr(trial, "measure", measure)
+    out = tmp_path / "out"
+    assert cli.run(["bench", "layouts", file, "--layouts", "dp,fsdp", "--distributed", "--out", str(out)]) == 0
+    assert (asked, capsys.readouterr().out, out.exists()) == ([True, True], "", False)
+
+
+PARENT = """
+import runpy, sys
+from gptjax import cli
+from gptjax.bench import trial
+tests = runpy.run_path(sys.argv[1])
+trial.facts_of_devices = lambda config, timeout, distributed: tests["FACTS"]
+trial.measure = lambda config, steps, timeout, distributed: tests["answer"](0.04)
+sys.exit(cli.run(["bench", "layouts", *sys.argv[2:]]))
+"""
+
+
+def test_the_parent_leaves_the_devices_alone(file: str, tmp_path: Path) -> None:
+    """It would fail if it asked for the only platform there is said to be."""
+    command = [sys.executable, "-c", PARENT, __file__, file, "--layouts", "dp,fsdp_tp", "--out", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, (tmp_path / "layouts.png").exists()) == (0, True), done.stderr
+
+
+@pytest.mark.slow
+def test_eight_virtual_devices(file: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.run(["bench", "layouts", file, "--layouts", "dp,fsdp4_tp2", "--steps", "3", *out]) == 0
+    result = json.loads((tmp_path / "out" / "layouts.json").read_text())
+    assert (result["count"], result["platform"]) == (8, "cpu")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"]
+    assert all(len(row["times_s"]) == 3 and row["compile_s"] > 0 and 4 < row["loss"] < 7 for row in rows.values())
+    assert rows["dp8"]["memory_bytes"] > 1.5 * rows["fsdp4_tp2"]["memory_bytes"]  # it holds the whole state
+    assert result["calibration"]["measured_limits"]["gather"] > 0
+    assert rows["dp8"]["predicted_bytes"] > 1.5 * rows["fsdp4_tp2"]["predicted_bytes"]
+
+
+@pytest.mark.slow
+def test_a_model_beyond_any_memory_is_a_row(tiny: Config) -> None:
+    huge = replace(tiny, model=replace(tiny.model, embed_dim=2**20, num_layers=2))  # 26 million million parameters
+    found = trial.measure(huge, 1, Options().timeout)
+    assert found["status"] == "out of memory"
+    assert "\n" not in found["reason"]
