@@ -75,5 +75,6 @@ def _row_facts(row: Row) -> dict[str, Any]:
         "compiler_peak": compiled.peak if compiled else None,
         "compile_seconds": compiled.seconds if compiled else None,
         "ramp_start": row.candidate.config.train.ramp_start,
+        "surprises": row.surprises,
         "transfers": [vars(t) for t in row.transfers],
     }

@@ -44,6 +44,11 @@ class Compiled:
     seconds: float = 0.0
     collectives: tuple[Collective, ...] = ()
 
+    @property
+    def allocated(self) -> float:
+        """What a device sets aside: more than the peak, since memory falls into pieces."""
+        return max(self.peak, self.arguments + self.temporaries)
+
 
 # What the CUDA compiler must know of a GPU that is not there; figures of the H100 SXM from its data sheet.
 GPU_TARGETS = {
@@ -156,8 +161,9 @@ def devices_of(topology: chips.Topology) -> list[Any]:
     return list(described.devices)
 
 
-def lower(config: Config, topology: chips.Topology) -> tuple[Any, dict[str, int]]:
-    """The train step, lowered for devices that are not there, and the sizes of its mesh."""
+def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[Any, dict[str, int]]:
+    """The train step, lowered for devices that are not there, and the sizes of its mesh; `rules` tries another
+    table."""
     import jax
     import numpy as np
 
@@ -166,7 +172,7 @@ def lower(config: Config, topology: chips.Topology) -> tuple[Any, dict[str, int]
     from gptjax.tasks.pretrain import Pretrain
     from gptjax.train.step import abstract_state, make_step, placed
 
-    layout = Layout(make_mesh(config, devices_of(topology)), rule_table(config.layout))
+    layout = Layout(make_mesh(config, devices_of(topology)), rules or rule_table(config.layout))
     task = Pretrain(config, topology.chip.platform, layout)
     boxed = abstract_state(config, task.init)
     shardings = layout.shardings(boxed)
@@ -184,12 +190,12 @@ def _child(cache: Path, job: dict[str, Any]) -> str:
     name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), _versions())
     program = cache / name
     if not program.with_suffix(".json").exists():
-        facts = _compile(lowered, program.with_suffix(".hlo.gz")) | {"mesh": mesh}
+        facts = _compile(lowered, topology.chip.platform, program.with_suffix(".hlo.gz")) | {"mesh": mesh}
         write_whole(program.with_suffix(".json"), json.dumps(facts).encode())
     return json.dumps({"program": name})
 
 
-def _compile(lowered: Any, text: Path) -> dict[str, Any]:
+def _compile(lowered: Any, platform: str, text: Path) -> dict[str, Any]:
     import jax
 
     started = time.perf_counter()
@@ -202,9 +208,10 @@ def _compile(lowered: Any, text: Path) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     write_whole(text, gzip.compress(compiled.as_text().encode()))
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
-    whole = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
-    return _plain(Compiled(peak or whole, arguments, temporaries, seconds=seconds))
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The CPU's own figure of the peak leaves temporaries out.
+    peak = 0 if platform == "cpu" else memory.peak_memory_in_bytes
+    return _plain(Compiled(peak or arguments + outputs + temporaries, arguments, temporaries, seconds=seconds))
 
 
 def _plain(compiled: Compiled) -> dict[str, Any]:

@@ -94,10 +94,7 @@ class Place:
     topology: Topology
     mesh: dict[str, int]
     arrays: tuple[Array, ...]
-
-    @cached_property
-    def rules(self) -> Rules:
-        return rule_table(self.config.layout)
+    rules: Rules
 
     def ways(self, axis: str) -> int:
         """Parts into which the rules cut a logical axis."""
@@ -190,11 +187,15 @@ def estimate(place: Place) -> Estimate:
     return Estimate(memory(place), times(place, transfers), tuple(transfers))
 
 
-def place(config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None) -> Place:
-    """Raises UserError where the layout does not fit the devices or the model."""
+def place(
+    config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None, rules: Rules | None = None
+) -> Place:
+    """`arrays` saves deriving the parameters again, `rules` tries another table. Raises UserError where the layout does
+    not fit the devices or the model."""
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
-    return Place(config, topology, dict(zip(MESH_AXES, sizes, strict=True)), arrays or parameters(config))
+    mesh = dict(zip(MESH_AXES, sizes, strict=True))
+    return Place(config, topology, mesh, arrays or parameters(config), rules or rule_table(config.layout))
 
 
 def memory(place: Place) -> dict[str, float]:

@@ -10,9 +10,10 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner import cost
+from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import Compiled, available, compile_all
-from gptjax.planner.search import Candidate, Search, finalists, priced, search, smaller
+from gptjax.planner.search import Candidate, Search, finalists, fits, priced, search, smaller
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,25 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.chip.hbm and (self.compiled is None or not self.compiled.error)
+        if self.compiled is None:
+            return fits(self.candidate.estimate, self.chip)
+        return self.compiled.allocated <= self.chip.hbm and not self.compiled.error
+
+    @property
+    def surprises(self) -> list[str]:
+        """What neither rules nor formulas ask for."""
+        collectives = self.compiled.collectives if self.compiled else ()
+        return replicated(self.candidate.place) + unexpected(self.candidate.place, collectives)
 
     @property
     def status(self) -> str:
         """What is known, in a word or a line."""
         if self.compiled is None:
             return "by formula"
-        if not self.compiled.error:
+        if not self.compiled.error and self.fits:
             return "compiled"
-        if self.compiled.peak > self.chip.hbm:
-            over = (self.compiled.peak - self.chip.hbm) / 1e9
+        if self.compiled.allocated > self.chip.hbm:
+            over = (self.compiled.allocated - self.chip.hbm) / 1e9
             return f"needs {over:.1f} GB more than there is; most goes to {blame(self.candidate)}"
         return self.compiled.error
 

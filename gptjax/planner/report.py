@@ -81,6 +81,7 @@ def details(row: Row) -> str:
     )
     lines.append(f"time     {', '.join(f'{name} {_seconds(s)}' for name, s in row.seconds.items() if s)}")
     lines += [f"traffic  {_transfer(t)}" for t in row.transfers if t.bytes > 1e6]
+    lines += [f"surprise {text}" for text in row.surprises]
     return "\n".join(lines)
 
 
@@ -145,8 +146,10 @@ def _bill(row: Row) -> str:
         for t in row.transfers
         if t.bytes > 1e6
     )
+    surprises = "".join(f"<p>Surprise: {html.escape(text)}</p>" for text in row.surprises)
     return (
-        "<table><tr><th>kind</th><th>mesh axes</th><th>times</th><th>arrays</th><th>network</th><th>time</th>"
+        surprises
+        + "<table><tr><th>kind</th><th>mesh axes</th><th>times</th><th>arrays</th><th>network</th><th>time</th>"
         f"<th>in the way</th><th></th></tr>{lines}</table>"
     )
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from gptjax.config import LAYOUT_PRESETS, Config, LayoutConfig, validate
 from gptjax.errors import UserError
-from gptjax.planner.chips import Topology
+from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.cost import Array, Estimate, Place, estimate, parameters, place
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 
 MOST_TENSOR, MOST_PIPELINE, MOST_CONTEXT = 16, 16, 8
+PIECES = 1.2  # what compilers set aside over the peak: 1.2 to 1.4 for the small, 1.2 for those that fill a device
 LONG = 8192
 """Positions from which splitting the sequence is tried: below, its attention costs more than it saves."""
 SHORT = {"replica": "replica", "pipeline": "pp", "data": "dp", "fsdp": "fsdp", "context": "cp", "tensor": "tp"}
@@ -51,10 +52,15 @@ def search(config: Config, topology: Topology) -> Search:
     for layout in layouts(config, topology):
         for tried in variants(config, layout, topology, refused):
             candidate = priced(tried, topology, arrays)
-            (fitting if candidate.estimate.peak <= topology.chip.hbm else crowded).append(candidate)
+            (fitting if fits(candidate.estimate, topology.chip) else crowded).append(candidate)
     fitting.sort(key=lambda c: (c.estimate.step_seconds, c.estimate.peak))
     crowded.sort(key=lambda c: c.estimate.peak)
     return Search(tuple(fitting), tuple(crowded), refused)
+
+
+def fits(estimate: Estimate, chip: Chip) -> bool:
+    """Whether the peak leaves room for the pieces that memory falls into."""
+    return estimate.peak * PIECES <= chip.hbm
 
 
 def priced(config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None) -> Candidate:

@@ -1,0 +1,52 @@
+"""What a plan did not expect: parameters that no rule cuts, and collectives that no formula asks for."""
+
+from collections import defaultdict
+
+from gptjax.planner.bill import Collective
+from gptjax.planner.cost import FLOAT, Array, Place, traffic
+from gptjax.sharding.rules import TOLERANCE
+
+EXCESS = 1.25  # times the formula's bytes over the same mesh axes
+SHARE = 0.02  # of all that the step sends: below, a surprise does not matter
+
+
+def replicated(place: Place) -> list[str]:
+    """Parameters whose copies cost a device more than TOLERANCE of its share of the whole."""
+    ways = place.mesh["fsdp"] * place.mesh["tensor"]
+    total = sum(_size(array) for array in place.arrays) / ways
+    lines = []
+    for array in place.arrays:
+        here = place.local(array)
+        if here - _size(array) / ways > TOLERANCE * total and ways > 1:
+            rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
+            lines.append(f"{array.name}: {FLOAT * here / 1e6:,.1f} MB on every device; its rules are {rules}")
+    return lines
+
+
+def unexpected(place: Place, collectives: tuple[Collective, ...]) -> list[str]:
+    """Traffic of a compiled program beyond the formulas, with the largest collective behind it."""
+    expected: dict[tuple[str, ...], float] = defaultdict(float)
+    for transfer in traffic(place):
+        expected[transfer.axes] += transfer.bytes
+    billed: dict[tuple[str, ...], list[Collective]] = defaultdict(list)
+    for collective in collectives:
+        billed[collective.axes].append(collective)
+    everything = sum(c.total for c in collectives)
+    lines = []
+    for axes, found in billed.items():
+        sent = sum(c.total for c in found)
+        if sent > EXCESS * expected[axes] and sent - expected[axes] > SHARE * everything:
+            most = max(found, key=lambda c: c.total)
+            lines.append(
+                f"over {' x '.join(axes)} the program sends {sent / 1e9:,.2f} GB where the formulas ask for "
+                f"{expected[axes] / 1e9:,.2f}; most of it {most.count:,} x {most.kind} of {most.bytes / 1e6:,.1f} MB"
+                + (f" for {'/'.join(most.source.split('/')[-4:])}" if most.source else "")
+            )
+    return lines
+
+
+def _size(array: Array) -> float:
+    size = 1.0
+    for dimension in array.shape:
+        size *= dimension
+    return size
