@@ -456,7 +456,7 @@ from gptjax.tasks.launch import train
 from gptjax.tasks.pretrain import Pretrain
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 2, 1, 2, 1), MESH_AXES, axis_types=AUTO)
+mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1, 2, 1, 2), MESH_AXES, axis_types=AUTO)
 layout = Layout(mesh, rule_table(LayoutConfig(fsdp=2, tensor=2)))
 for head_dim, mask in itertools.product((64, 80, 96, 128), (Mask(), Mask(256))):
     name, _ = choose("auto", Need("tpu", jnp.dtype("bfloat16"), head_dim, 2048, (mask,)))

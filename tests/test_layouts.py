@@ -17,7 +17,11 @@ from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.errors import UserError
 from gptjax.loading import load_config
 from gptjax.model.accounting import num_params
-from gptjax.sharding.mesh import abstract_mesh, make_mesh
+from gptjax.model.gpt import forward
+from gptjax.planner.bill import read
+from gptjax.planner.chips import Chip, Topology
+from gptjax.planner.compile import lower
+from gptjax.sharding.mesh import MESH_AXES, abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
 from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import abstract_state, init_state, make_step
@@ -33,7 +37,16 @@ LAYOUTS = {
     "fsdp2_tp4_sequence": LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True),
     "fsdp4_context2": LayoutConfig(fsdp=4, context=2),
     "fsdp2_context2_tp2_sequence": LayoutConfig(fsdp=2, context=2, tensor=2, sequence_sharding=True),
+    "replica2_fsdp2_tp2": LayoutConfig(replica=2, fsdp=2, tensor=2),
+    "pipeline2_fsdp4": LayoutConfig(pipeline=2, fsdp=4),
+    "pipeline2_fsdp2_tp2_sequence": LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True),
 }
+DEEP = {
+    "pipeline4_dp2": LayoutConfig(pipeline=4, data=2, fsdp=1),
+    "pipeline2_rounds2_replica2_fsdp2": LayoutConfig(replica=2, pipeline=2, pipeline_rounds=2, fsdp=2),
+    "pipeline2_context2_fsdp2_chunks2": LayoutConfig(pipeline=2, pipeline_chunks=2, context=2, fsdp=2),
+}
+"""Those that need more than two repeats of the pattern."""
 
 
 def build(config: Config, num_devices: int) -> tuple[Pretrain, Layout]:
@@ -54,6 +67,7 @@ def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
     for i in range(STEPS):
         state, metrics = step(state, tokens[i], np.float32(1e-3), np.int32(2), np.int32(i))
         losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1, "a step compiled again"
     return np.array(losses), jax.device_get(state.params)
 
 
@@ -74,6 +88,76 @@ def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np
     assert single[0][-1] < single[0][0] - 0.5
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, single[1])
+
+
+@pytest.fixture(scope="module")
+def deep(steady: Config) -> Config:
+    return replace(steady, model=replace(steady.model, num_layers=8))
+
+
+@pytest.fixture(scope="module")
+def deep_single(deep: Config) -> tuple[np.ndarray, dict]:
+    return run(deep, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_layout_equals_single_device(name: str, deep: Config, deep_single: tuple[np.ndarray, dict]) -> None:
+    remat = "full" if "rounds" in name else "none"
+    losses, params = run(replace(deep, layout=DEEP[name], model=replace(deep.model, remat=remat)), 8)
+    np.testing.assert_allclose(losses, deep_single[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, deep_single[1])
+
+
+def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
+    """What goes with each chunk through the stages: its document numbers, and its own dropout."""
+    config = replace(tiny, layout=LayoutConfig(pipeline=2, fsdp=2), model=replace(tiny.model, dropout=0.5))
+    task, layout = build(config, 4)
+    params = init_state(config, task.init, layout).params
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 261, (8, 16)).astype(np.int32)
+    segments = np.sort(rng.integers(0, 3, (8, 16)), axis=1).astype(np.int32)
+    staged, _, _ = jax.jit(lambda p, t, s: forward(task.model, p, t, segments=s))(params, tokens, segments)
+    plain, _, _ = forward(task.plain_model, jax.device_get(params), tokens, segments=segments)
+    np.testing.assert_allclose(staged, plain, rtol=1e-5, atol=1e-5)
+    # Equal rows: without dropout equal outputs, and with it none, wherever a row is in the batch.
+    loss = jax.jit(lambda p, key: forward(task.model, p, tokens[:1].repeat(8, 0), deterministic=False, rngs=key)[0])
+    first, again, other = (np.array(loss(params, {"dropout": jax.random.key(k)})) for k in (0, 0, 1))
+    assert len(np.unique(first[:, -1, 0])) == 8
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_gradients_of_stages_cross_the_network_once(tiny: Config) -> None:
+    """Their sums over fsdp, in the whole step, are as many as without stages: none turns with the schedule."""
+    config = replace(tiny, layout=LayoutConfig(pipeline=2, fsdp=2), train=replace(tiny.train, batch_size=8))
+    config = replace(config, train=replace(config.train, ramp_start=0, ramp_tokens=0))
+    lowered, mesh = lower(config, Topology("cpu-4", "cpu", Chip("CPU", 1, 1, 1, 1, 1, 1, "cpu"), (4,)))
+    sums = [c for c in read(lowered.compile().as_text(), mesh) if c.kind == "all-reduce" and "fsdp" in c.axes]
+    assert sums
+    assert {c.count for c in sums} == {1}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "message"),
+    [
+        ({"pipeline": 3}, {"num_layers": 8}, "layout.pipeline = 3: does not divide the 4 repeats of the pattern; near"),
+        ({"pipeline": 2}, {"scan_layers": False}, "set model.scan_layers true"),
+        ({"pipeline": 2, "pipeline_rounds": 3}, {"num_layers": 8}, "rounds = 3: 4 repeats .* 1, 2 times; nearest 2"),
+        (
+            {"pipeline": 2, "pipeline_chunks": 3},
+            {},
+            "chunks = 3: must be a multiple of .* nearest 2",
+        ),
+        ({"pipeline": 2, "fsdp": 8}, {}, "use a multiple of 2 rows"),
+        ({"replica": 3}, {}, "not divisible by replica x data x fsdp = 3"),
+    ],
+)
+def test_stages_that_do_not_divide(layout: dict, model: dict, message: str, tiny: Config) -> None:
+    given = {"fsdp": 1} | layout
+    config = replace(tiny, layout=LayoutConfig(**given), model=replace(tiny.model, **model))
+    with pytest.raises(UserError, match=message):
+        abstract_mesh(config, int(np.prod([given.get(axis, 1) for axis in MESH_AXES])))
 
 
 @pytest.mark.parametrize("name", ["fsdp8", "dp2_fsdp2_tp2"])
