@@ -86,7 +86,7 @@ def table_row(record_property: Callable[[str, object], None]) -> Callable[[str],
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole-table", action="store_true", help="every cell of the attention table")
+    parser.addoption("--whole", action="store_true", help="every cell of the attention table, every config compiled")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,7 +3,7 @@
 Errors are the largest deviation, of the output and of the three gradients, in units of the largest value among the
 four; TOLERANCE says what is allowed. The reference works row by row on picked keys and shares nothing with the code
 under test. By default head size 64 in float32 meets every T and W and the other sizes and types meet SOME;
-`pytest tests/test_attention.py --whole-table` takes all 1,440 cells (864 programs to compile).
+`pytest tests/test_attention.py --whole` takes all 1,440 cells (864 programs to compile).
 """
 
 import itertools
@@ -91,7 +91,7 @@ def test_backend_equals_float64(
     backend: str, head_dim: int, dtype: str, table_row: Callable[[str], None], request: pytest.FixtureRequest
 ) -> None:
     """Prints one row of the table for dense and one for banded masks."""
-    every = request.config.getoption("--whole-table") or (head_dim, dtype) == (64, "float32")
+    every = request.config.getoption("--whole") or (head_dim, dtype) == (64, "float32")
     cells = list(itertools.product(LENGTHS, WINDOWS)) if every else SOME
     errors: dict[tuple[int, Mask], list[float]] = {}
     worst: dict[str, list] = {"dense": [], "banded": []}

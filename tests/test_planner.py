@@ -26,9 +26,9 @@ from gptjax.planner import cost
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology, topology, wiring
-from gptjax.planner.compile import Compiled, compile_all, lower, needed
+from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, needed
 from gptjax.planner.explain import diff, explain
-from gptjax.planner.plan import Row, Settings, plan
+from gptjax.planner.plan import Row, Settings, for_compiler, plan
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
 from gptjax.sharding.mesh import MESH_AXES
 
@@ -459,3 +459,37 @@ def test_published_runs(row: tuple, record_property) -> None:  # type: ignore[no
     found = priced(dense(layout, sequences), where)
     speed = sequences * 2048 / found.estimate.step_seconds / where.num_devices
     assert (abs(speed / measured - 1) <= 0.15) == close, f"{title}: {speed:.0f} predicted, {measured} published"
+
+
+# Shipped configs
+
+QUICK = ("gpt3_125m", "shakespeare_gpu")
+
+
+def target(path: Path) -> tuple[str, float]:
+    """The topology that a config's header names, and the peak in GB recorded beside it."""
+    found = re.search(r"Compiled for (\S+): ([\d.]+) GB a device", path.read_text())
+    assert found, f"{path.name} names no topology"
+    return found[1], float(found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """By the real compiler, with the peak that the header records, within 5%."""
+    where, peak = target(path)
+    if path.stem not in QUICK and not request.config.getoption("--whole"):
+        return  # half an hour for all of them
+    config = load_config(str(path), [])
+    if where == "cpu-1":
+        lowered, _ = lower(config, replace(CPU, shape=(1,)))
+        memory = lowered.compile().memory_analysis()
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        found = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+    else:
+        pod = topology(where)
+        pytest.importorskip(COMPILERS[pod.chip.platform], reason="needs the extras tpu and cuda-aot")
+        ((_, result),) = compile_all({path.stem: for_compiler(config, pod)}, pod, tmp_path, 1800, 1)
+        assert not result.error
+        found = result.peak
+    assert found / 1e9 == pytest.approx(peak, rel=0.05)

@@ -25,9 +25,8 @@ from gptjax.hardware import peak_flops
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.cost import estimate, place
-from gptjax.sharding.mesh import MESH_AXES, check, degrees
-
-SHORT = {"replica": "replica", "pipeline": "pp", "data": "dp", "fsdp": "fsdp", "context": "cp", "tensor": "tp"}
+from gptjax.planner.search import layout_name
+from gptjax.sharding.mesh import check, degrees
 
 
 class Setting(NamedTuple):
@@ -121,15 +120,10 @@ def layouts(config: Config, count: int) -> Iterator[Setting]:
 def _layout(config: Config, layout: LayoutConfig, count: int, otherwise: str = "") -> Setting:
     """A setting named by its degrees, such as fsdp4_tp2."""
     try:
-        sizes = degrees(layout, count)
+        name = layout_name(layout, count)
     except UserError as error:
         return Setting(otherwise, replace(config, layout=layout), str(error))
-    order = [(axis, n) for axis, n in zip(MESH_AXES, sizes, strict=True) if n > 1]
-    order.sort(key=lambda pair: pair[0] in ("tensor", "context"))  # as it is said: fsdp4_tp2, pp2_fsdp4
-    words = [f"{SHORT[axis]}{n}" for axis, n in order] + (["seq"] if layout.sequence_sharding else [])
-    if layout.pipeline_rounds > 1 or layout.pipeline_chunks:
-        words.append(f"r{layout.pipeline_rounds}c{layout.pipeline_chunks}")
-    return Setting("_".join(words), replace(config, layout=layout))
+    return Setting(name, replace(config, layout=layout))
 
 
 def sweep(config: Config, facts: dict[str, Any]) -> Iterator[Setting]:

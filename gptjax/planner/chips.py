@@ -21,22 +21,21 @@ class Chip:
     flops: float
     """Dense bfloat16 peak."""
     hbm: float
-    """Bytes that a program may use: what the compiler grants (TPU), or 92% of the memory (GPU)."""
+    """Bytes that a program may use: what the compiler grants (TPU), or all but 8% or so (GPU)."""
     hbm_rate: float
     link: float
     """One ICI axis of a TPU, both directions together; one GPU's NVLink, one direction."""
     slow: float
     """This device's share of the network between slices or nodes, one direction."""
     matmul: float
-    """Share of the bfloat16 peak that large matrix products reach; see RATES."""
+    """Share of the bfloat16 peak that large matrix products reach; see below."""
     platform: str = "tpu"
 
 
 GIB = 2.0**30
-# `matmul` is the one calibrated figure. v6e and H100 are set so that one published bfloat16 run each comes out right
-# (175B with full remat: v6e-256 at 357.6 tok/s, MaxText's tpu-recipes; 256 H100 at 408 tok/s, NVIDIA's Pax); v5p so
-# that MaxText's int8 run on v5p-1024 does (369 tok/s, against the int8 peak). v4, v5e, tpu7x, A100 and H200: as the
-# nearest of these, not checked.
+# `matmul` is the one figure that no data sheet has. Round numbers, with which published runs of GPT-3 175B come out as
+# follows (tests/test_planner.py): v5p +1% (MaxText, int8), v6e +8% (MaxText), H100 +14% and A100 +5% (NVIDIA's Pax).
+# v4, v5e, tpu7x and H200 are like the nearest of these, and not checked.
 CHIPS = {
     "v4": Chip("TPU v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 0.70),
     "v5e": Chip("TPU v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 9e10, 6.25e9, 0.70),

@@ -160,7 +160,7 @@ def own_layout(config: Config, topology: Topology) -> Candidate | None:
 
 def asked(topology: Topology, settings: Settings) -> str:
     """The compiler that will be asked; 'none: ' and the reason otherwise."""
-    platform, extra = topology.chip.platform, {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
+    platform, extra = topology.chip.platform, {"tpu": "tpu", "gpu": "cuda-aot"}[topology.chip.platform]
     if settings.analytic:
         return "none: --analytic"
     if not available(platform):
@@ -173,7 +173,7 @@ def asked(topology: Topology, settings: Settings) -> str:
 def _compile(chosen: list[Candidate], topology: Topology, settings: Settings, console: Console) -> dict[str, Compiled]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: dict[str, Compiled] = {}
-    jobs = {c.name: _for_compiler(c.config, topology) for c in chosen}
+    jobs = {c.name: for_compiler(c.config, topology) for c in chosen}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for name, result in compile_all(
@@ -184,7 +184,7 @@ def _compile(chosen: list[Candidate], topology: Topology, settings: Settings, co
     return results
 
 
-def _for_compiler(config: Config, topology: Topology) -> Config:
+def for_compiler(config: Config, topology: Topology) -> Config:
     """cuDNN is called through a library that only a machine with a GPU has: there blockwise stands in."""
     if topology.chip.platform == "gpu" and config.model.attention == "auto":
         return replace(config, model=replace(config.model, attention="blockwise"))

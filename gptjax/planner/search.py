@@ -152,15 +152,20 @@ def kind(candidate: Candidate) -> tuple[int, ...]:
 
 
 def name(config: Config, num_devices: int) -> str:
-    """fsdp64_tp8_seq/full/4 x 256: degrees over 1, remat, micro-batches of so many sequences."""
-    layout = config.layout
-    sizes = dict(zip(MESH_AXES, degrees(layout, num_devices), strict=True))
-    parts = [f"{SHORT[axis]}{size}" for axis, size in sizes.items() if size > 1] or ["single"]
-    if sizes["pipeline"] > 1 and layout.pipeline_rounds > 1:
+    """fsdp64_tp8_seq/full/256: the layout, remat, and the sequences of a micro-batch."""
+    return f"{layout_name(config.layout, num_devices)}/{config.model.remat}/{config.micro_batch_size}"
+
+
+def layout_name(layout: LayoutConfig, num_devices: int) -> str:
+    """pp2_rounds2_fsdp64_tp8_seq: degrees over 1, slowest network first, and what else differs from the default."""
+    parts = [f"{SHORT[axis]}{n}" for axis, n in zip(MESH_AXES, degrees(layout, num_devices), strict=True) if n > 1]
+    if layout.pipeline_rounds > 1:
         parts.append(f"rounds{layout.pipeline_rounds}")
+    if layout.pipeline_chunks:
+        parts.append(f"chunks{layout.pipeline_chunks}")
     if layout.sequence_sharding:
         parts.append("seq")
-    return f"{'_'.join(parts)}/{config.model.remat}/{config.micro_batch_size}"
+    return "_".join(parts) or "single"
 
 
 def named(config: Config, text: str) -> Config:
@@ -174,7 +179,8 @@ def named(config: Config, text: str) -> Config:
         layout = LAYOUT_PRESETS[mesh]
     else:
         values: dict[str, int | bool] = {"fsdp": 1}
-        fields = {short: axis for axis, short in SHORT.items()} | {"rounds": "pipeline_rounds"}
+        fields = {short: axis for axis, short in SHORT.items()}
+        fields |= {"rounds": "pipeline_rounds", "chunks": "pipeline_chunks"}
         for part in mesh.split("_"):
             match = re.fullmatch(r"([a-z]+)(\d+)", part)
             if part == "seq":
