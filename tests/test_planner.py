@@ -22,14 +22,15 @@ from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.loading import load_config
 from gptjax.model.accounting import train_flops_per_token
-from gptjax.planner import cost
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology, topology, wiring
 from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, needed
 from gptjax.planner.explain import diff, explain
+from gptjax.planner.place import place
 from gptjax.planner.plan import Row, Settings, for_compiler, plan
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
+from gptjax.planner.traffic import traffic
 from gptjax.sharding.mesh import MESH_AXES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -239,7 +240,7 @@ def test_formulas_are_what_the_program_sends(layout: str) -> None:
     lowered, mesh = lower(config, CPU)
     program = read(lowered.compile().as_text(), mesh, config.max_accumulation)
     billed = by_axes((c.axes, c.total) for c in program)
-    formula = by_axes((t.axes, t.bytes) for t in cost.traffic(cost.place(config, CPU)))
+    formula = by_axes((t.axes, t.bytes) for t in traffic(place(config, CPU)))
     for axes in billed.keys() | formula.keys():
         if billed[axes] > 0.005 * billed.total():
             assert formula[axes] == pytest.approx(billed[axes], rel=0.05), axes
@@ -250,10 +251,10 @@ def test_formulas_are_what_the_program_sends(layout: str) -> None:
 def test_a_broken_rule_is_named() -> None:
     """An MLP that a table forgets: the weight is named before, and what it costs on the network after compiling."""
     config = replace(SMALL, layout=LayoutConfig(fsdp=4, tensor=2))
-    right = cost.place(config, CPU)
+    right = place(config, CPU)
     assert replicated(right) == []
     assert unexpected(right, _program(config)) == []
-    broken = cost.place(config, CPU, rules=right.rules | {"mlp": ()})
+    broken = place(config, CPU, rules=right.rules | {"mlp": ()})
     (line, *more) = replicated(broken)
     assert line.startswith("units/block_0/mlp_up/kernel: ")
     assert "mlp -> nothing" in line

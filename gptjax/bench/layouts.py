@@ -24,7 +24,8 @@ from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import Chip, Topology
-from gptjax.planner.cost import estimate, place
+from gptjax.planner.cost import estimate
+from gptjax.planner.place import place
 from gptjax.planner.search import layout_name
 from gptjax.sharding.mesh import check, degrees
 

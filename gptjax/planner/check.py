@@ -3,7 +3,8 @@
 from collections import defaultdict
 
 from gptjax.planner.bill import Collective
-from gptjax.planner.cost import FLOAT, Array, Place, traffic
+from gptjax.planner.place import FLOAT, Array, Place
+from gptjax.planner.traffic import traffic
 from gptjax.sharding.rules import TOLERANCE
 
 EXCESS = 1.25  # times the formula's bytes over the same mesh axes

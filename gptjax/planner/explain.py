@@ -12,7 +12,7 @@ from jax import Array
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.planner.chips import Topology
-from gptjax.planner.cost import parameters
+from gptjax.planner.place import parameters
 from gptjax.planner.search import Candidate, named, priced
 from gptjax.sharding.mesh import abstract_mesh
 from gptjax.sharding.rules import Axes, Layout, partition_spec, rule_table

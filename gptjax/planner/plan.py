@@ -9,11 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
-from gptjax.planner import cost
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import Compiled, available, compile_all
+from gptjax.planner.cost import times
+from gptjax.planner.memory import arrays_at_peak
 from gptjax.planner.search import Candidate, Search, finalists, fits, priced, search, smaller
+from gptjax.planner.traffic import Transfer, billed
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class Row:
         return self.candidate.place.topology.chip
 
     @property
-    def transfers(self) -> tuple[cost.Transfer, ...]:
+    def transfers(self) -> tuple[Transfer, ...]:
         """Of the compiled program, or by formula."""
         if self.compiled is None or self.compiled.error:
             return self.candidate.estimate.transfers
-        return tuple(cost.billed(self.candidate.place, self.compiled.collectives))
+        return tuple(billed(self.candidate.place, self.compiled.collectives))
 
     @property
     def seconds(self) -> dict[str, float]:
         """Parts of a step; the network's as compiled."""
-        return cost.times(self.candidate.place, self.transfers)
+        return times(self.candidate.place, self.transfers)
 
     @property
     def step_seconds(self) -> float:
@@ -123,7 +125,7 @@ class Plan:
 
 def blame(candidate: Candidate) -> str:
     """The largest array at the highest moment."""
-    _, what, size = max(cost.arrays_at_peak(candidate.place), key=lambda item: item[2])
+    _, what, size = max(arrays_at_peak(candidate.place), key=lambda item: item[2])
     return f"{what} ({size / 1e9:.1f} GB)"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from gptjax.planner.cost import Transfer
 from gptjax.planner.plan import Plan, Row
+from gptjax.planner.traffic import Transfer
 
 PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
 TITLES = (
@@ -129,8 +129,8 @@ def page(plan: Plan, out: Path) -> None:
 {best.mfu:.0%} MFU, {best.days:,.1f} days for {best.candidate.config.train.total_tokens:,} tokens.</p>
 <table><tr>{head}</tr>{body}</table>
 <p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which
-nothing but the network works. Predictions, not measurements: rates and assumptions are in <code>planner/chips.py</code>
-and <code>planner/cost.py</code>.</p>
+nothing but the network works. Predictions, not measurements: rates and assumptions are in <code>planner/chips.py</code>,
+<code>arithmetic.py</code> and <code>traffic.py</code>.</p>
 {pictures}
 <h2>what each step sends</h2>{bills}
 {f"<h2>combinations that do not divide</h2><ul>{refused}</ul>" if refused else ""}

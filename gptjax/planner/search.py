@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from gptjax.config import LAYOUT_PRESETS, Config, LayoutConfig, validate
 from gptjax.errors import UserError
 from gptjax.planner.chips import Chip, Topology
-from gptjax.planner.cost import Array, Estimate, Place, estimate, parameters, place
+from gptjax.planner.cost import Estimate, estimate
+from gptjax.planner.place import Array, Place, parameters, place
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 
 MOST_TENSOR, MOST_PIPELINE, MOST_CONTEXT = 16, 16, 8

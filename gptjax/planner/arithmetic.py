@@ -1,0 +1,34 @@
+"""Seconds of a step in which a device computes, or moves its own memory."""
+
+from gptjax.model.accounting import mean_keys
+from gptjax.planner.place import FLOAT, Place
+
+ATTENTION_RATE = 0.5  # of the matrix rate: its products are small, and exponentials wait in between
+KERNEL_BLOCK = 256  # keys that a kernel computes beyond the mask's edge, on average
+UNFUSED = 0.7  # share of the traffic between operations that no fusion saves
+
+
+def computation(place: Place) -> dict[str, float]:
+    """Seconds of a step's arithmetic and of its own memory traffic, without the bubble."""
+    model, chip, tensor = place.config.model, place.topology.chip, place.mesh["tensor"]
+    rate, micro = chip.flops * chip.matmul, place.config.max_accumulation
+    work = place.tokens * place.layers * micro  # tokens x layers
+    unit = len(model.attention_pattern)
+    product = 24 * model.embed_dim**2 / tensor * work / rate  # the forward pass
+    kinds = model.layer_kinds
+    keys = sum(mean_keys(kind, model.seq_len, model.window) + KERNEL_BLOCK for kind in kinds) / len(kinds)
+    attention = 4 * model.embed_dim / tensor * min(keys, model.seq_len) * work / (rate * ATTENTION_RATE)
+    again = 1.0 if model.remat == "full" else 0.0
+    residual_ways = place.length / place.residual_length
+    # Reads and writes of a layer's forward pass between its products: 12 of [T, D], 27 split over tensor.
+    between = UNFUSED * place.width * model.embed_dim * (12 / residual_ways + 27 / tensor) * work / chip.hbm_rate
+    passes = 3 + (0.5 if model.remat == "dots" else again)
+    head = 6 * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens * micro / rate
+    state = FLOAT * place.local_parameters / chip.hbm_rate
+    return {
+        "matrix products": 3 * product + head,
+        "recomputation": again * (product * (12 * unit - 4) / (12 * unit) + attention),
+        "attention": 3.5 * attention,
+        "memory traffic": passes * between,
+        "optimizer": state * (8 + (3 * micro if micro > 1 else 0)),
+    }

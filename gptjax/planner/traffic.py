@@ -1,0 +1,178 @@
+"""What a step sends, by formula and by a compiled program's bill, and how long that takes.
+
+Every formula is checked against what compilers make of the same step (tests/test_planner.py). M is the micro-batches of
+a step; p, r and m the stages, rounds and chunks of a pipeline; W the bytes of a layer's 12 D² in the compute dtype.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gptjax.planner.arithmetic import computation
+from gptjax.planner.bill import Collective
+from gptjax.planner.chips import wiring
+from gptjax.planner.place import FLOAT, Place
+
+HIDDEN_WEIGHTS = 0.9  # of the computation, behind which weights and gradients travel
+HIDDEN_RESIDUAL = 0.5  # of the traffic of tensor parallelism: collective products and neighbouring work
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of traffic over some mesh axes in a step."""
+
+    kind: str
+    axes: tuple[str, ...]
+    what: str
+    """Which arrays: weights, gradients, residual, keys and values, stages."""
+    bytes: float
+    """Of whole arrays, as in the bill."""
+    seconds: float
+    exposed: float
+    """Seconds that no computation hides."""
+    network: str
+    """fast (within a slice or node) or slow (between them)."""
+    count: int = 0
+    """How many, where a program was read."""
+
+
+def traffic(place: Place) -> list[Transfer]:
+    """What a step sends, in bytes of whole arrays, with times."""
+    model, layout, mesh = place.config.model, place.config.layout, place.mesh
+    micro, stages = place.config.max_accumulation, mesh["pipeline"]
+    rates = Rates(place)
+    unit = len(model.attention_pattern)
+    compute = sum(computation(place).values())
+    made: list[tuple[str, tuple[str, ...], str, float, float]] = []  # kind, axes, what, bytes, share hidden
+
+    def add(kind: str, axes: tuple[str, ...], what: str, size: float, hidden: float = 0.0) -> None:
+        used = tuple(axis for axis in axes if mesh[axis] > 1)
+        if used and size:
+            made.append((kind, used, what, size, hidden))
+
+    weights = place.matrices * place.layers * micro
+    if stages > 1:
+        add("all-gather", ("fsdp",), "weights", weights, 0.0)
+    else:
+        # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
+        # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
+        again = (12 * unit - 9) / (12 * unit) if model.remat == "full" else 0.0
+        add("all-gather", ("fsdp",), "weights", weights * (2 + again), 1.0)
+    fsdp = mesh["fsdp"]
+    copies = ("replica", "data", "context")
+    behind = 1.0 if stages == 1 else 0.0
+    add("reduce-scatter", ("fsdp",), "gradients", weights, behind)
+    add("all-reduce", copies, "gradients", weights / fsdp, behind)
+    # The embedding, whole over fsdp, once a step; its gradient from the head and from the lookup, and the positions'.
+    positions = model.seq_len * model.embed_dim * place.width
+    rows = ("replica", "pipeline", "data", "fsdp", "context")
+    add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
+    add("all-reduce", rows, "embedding's gradient", (2 * place.embedding + positions) * micro)
+
+    residual = place.residual * place.layers * micro * place.stretch
+    ends = place.residual / stages * micro
+    recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
+    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + micro))
+    add("all-gather", ("tensor",), "tokens looked up", ends)
+    add("all-reduce", ("tensor",), "the loss's gradient", ends)
+    if layout.sequence_sharding:
+        gathers = 6 if model.remat == "full" else 4
+        add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
+        add("reduce-scatter", ("tensor",), "residual", residual * (4 + recomputed), HIDDEN_RESIDUAL)
+    else:
+        add("all-reduce", ("tensor",), "residual", residual * (4 + recomputed), HIDDEN_RESIDUAL)
+
+    add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
+
+    if stages > 1:
+        chunk = place.rows / place.chunks * place.residual_length * model.embed_dim * place.width
+        add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * chunk * micro, 0.0)
+        ends = place.rows * place.residual_length * model.embed_dim * place.width
+        add("all-gather", ("pipeline",), "batch in and out", 4 * ends * micro, 0.0)
+    return [
+        Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
+        for kind, axes, what, size, hidden in made
+        for seconds in [rates.seconds(kind, axes, size)]
+    ]
+
+
+def _exposed(seconds: float, hidden: float, compute: float) -> float:
+    """What is left of a transfer: all but a share of itself, or what does not fit behind the computation."""
+    if hidden == 1.0:
+        return max(0.0, seconds - HIDDEN_WEIGHTS * compute)
+    return seconds * (1 - hidden)
+
+
+def _context_bytes(place: Place) -> float:
+    """Keys and values round the ring (dense) or over the chunks' edges (banded), forward and backward, one step."""
+    model, ways = place.config.model, place.mesh["context"]
+    if ways == 1:
+        return 0.0
+    pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
+    ring = pair * place.length * ((ways - 1) * place.width + ways * (FLOAT + place.width))
+    halo = 2 * 2 * pair * (model.window - 1) * place.width
+    each = {"dense": ring, "banded": halo if model.window < model.seq_len else ring}
+    return sum(each[kind] for kind in model.layer_kinds) / place.mesh["pipeline"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the networks of a topology are for a mesh."""
+
+    place: Place
+
+    @cached_property
+    def _across(self) -> dict[str, int]:
+        """Slices or nodes that each mesh axis crosses: the outer axes cross first."""
+        left, across = self.place.topology.num_slices, {}
+        for axis, size in self.place.mesh.items():
+            across[axis] = math.gcd(size, left)
+            left //= across[axis]
+        return across
+
+    @cached_property
+    def _wires(self) -> dict[str, tuple[float, int]]:
+        return wiring(self.place.topology, {a: n // self._across[a] for a, n in self.place.mesh.items()})
+
+    def padded(self, axis: str) -> bool:
+        """Whether an all-gather becomes an all-reduce of zero-padded parts: the TPU compiler gathers along at most
+        two axes of the torus."""
+        return self._wires[axis][1] > 2
+
+    def network(self, axes: tuple[str, ...]) -> str:
+        """Which network carries traffic over these mesh axes; see Transfer."""
+        return "slow" if any(self._across[axis] > 1 for axis in axes) else "fast"
+
+    def seconds(self, kind: str, axes: tuple[str, ...], size: float) -> float:
+        """Of moving arrays of so many bytes in all."""
+        mesh, chip = self.place.mesh, self.place.topology.chip
+        slow = math.prod(self._across[axis] for axis in axes)
+        fast = math.prod(mesh[axis] for axis in axes) // slow
+        if kind == "collective-permute":  # one neighbour, one direction
+            one_way = min(self._wires[axis][0] for axis in axes) / (1 if chip.platform == "gpu" else 2)
+            return size / (chip.slow if slow > 1 else one_way)
+        twice = kind == "all-reduce" or (kind == "all-gather" and any(map(self.padded, axes)))
+        rate = sum(self._wires[axis][0] for axis in axes if mesh[axis] > self._across[axis])
+        rate = chip.link if chip.platform == "gpu" else rate
+        inner = size * (fast - 1) / fast / rate if fast > 1 else 0.0
+        outer = size * (slow - 1) / slow / (chip.slow * fast) if slow > 1 else 0.0
+        return (2 if twice else 1) * (max(inner, outer) if chip.platform == "gpu" else inner + outer)
+
+
+def billed(place: Place, collectives: Sequence[Collective]) -> list[Transfer]:
+    """The transfers of a compiled program. What it does not overlap is exposed whole; what it overlaps, as far as it
+    does not fit behind the computation."""
+    rates, compute = Rates(place), sum(computation(place).values())
+    grouped: dict[tuple[str, tuple[str, ...], bool, bool], list[Collective]] = {}
+    for c in collectives:
+        grouped.setdefault((c.kind, c.axes, c.overlapped, c.disguised), []).append(c)
+    found = []
+    for (kind, axes, overlapped, disguised), same in grouped.items():
+        size, count = float(sum(c.total for c in same)), sum(c.count for c in same)
+        seconds = rates.seconds("all-reduce" if disguised else kind, axes, size)
+        what = "overlapped" if overlapped else "not overlapped"
+        exposed = max(0.0, seconds - HIDDEN_WEIGHTS * compute) if overlapped else seconds
+        what += ", as an all-reduce" if disguised else ""
+        found.append(Transfer(kind, axes, what, size, seconds, exposed, rates.network(axes), count))
+    return sorted(found, key=lambda t: -t.bytes)
