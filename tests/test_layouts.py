@@ -150,6 +150,7 @@ def test_gradients_of_stages_cross_the_network_once(tiny: Config) -> None:
             "chunks = 3: must be a multiple of .* nearest 2",
         ),
         ({"pipeline": 2, "fsdp": 8}, {}, "use a multiple of 2 rows"),
+        ({"pipeline_rounds": 2}, {}, "pipeline_rounds = 2: there is one stage; nearest 1"),
         ({"replica": 3}, {}, "not divisible by replica x data x fsdp = 3"),
     ],
 )

@@ -8,6 +8,7 @@ import jax
 
 from gptjax.config import Config
 from gptjax.planner.chips import Topology
+from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
 from gptjax.tasks.pretrain import Pretrain
@@ -81,18 +82,17 @@ class Place:
     @property
     def chunks(self) -> int:
         """Parts of the micro-batch in the pipeline; 1 without one."""
-        return (self.config.layout.pipeline_chunks or self.rows) if self.mesh["pipeline"] > 1 else 1
+        return pipeline.num_chunks(self.config, self.ways("batch")) if self.mesh["pipeline"] > 1 else 1
 
     @property
     def ticks(self) -> int:
         """Times at which the stages work on a micro-batch: m r + p - 1."""
-        rounds = self.config.layout.pipeline_rounds if self.mesh["pipeline"] > 1 else 1
-        return self.chunks * rounds + self.mesh["pipeline"] - 1
+        return self.chunks * self.config.layout.pipeline_rounds + self.mesh["pipeline"] - 1
 
     @property
     def stretch(self) -> float:
-        """Work done, bubble included, over work that counts: (m r + p - 1) / (m r)."""
-        return self.ticks / (self.ticks - self.mesh["pipeline"] + 1)
+        """Work done, bubble included, over work that counts."""
+        return 1 / (1 - pipeline.bubble(self.mesh["pipeline"], self.config.layout.pipeline_rounds, self.chunks))
 
     @property
     def matrices(self) -> float:

@@ -129,7 +129,7 @@ def page(plan: Plan, out: Path) -> None:
 {best.mfu:.0%} MFU, {best.days:,.1f} days for {best.candidate.config.train.total_tokens:,} tokens.</p>
 <table><tr>{head}</tr>{body}</table>
 <p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which
-nothing but the network works. Predictions, not measurements: rates and assumptions are in <code>planner/chips.py</code>,
+nothing but the network works. Predictions, not measurements; assumptions are in <code>planner/chips.py</code>,
 <code>arithmetic.py</code> and <code>traffic.py</code>.</p>
 {pictures}
 <h2>what each step sends</h2>{bills}

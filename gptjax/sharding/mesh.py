@@ -63,8 +63,7 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         )
     if mesh["context"] > 1:
         _check_context(config, mesh["context"])
-    if mesh["pipeline"] > 1:
-        _check_pipeline(config, mesh["pipeline"], micro // batch_ways)
+    _check_pipeline(config, mesh["pipeline"], micro // batch_ways)
     parts = mesh["context"] * mesh["tensor"]
     if config.layout.sequence_sharding and model.seq_len % parts:
         near = nearest_divisor(model.seq_len, parts) // mesh["context"]
@@ -92,6 +91,11 @@ def _check_context(config: Config, ways: int) -> None:
 def _check_pipeline(config: Config, stages: int, rows: int) -> None:
     """Every stage gets as many groups of layers as there are rounds, and every device `rows` of the batch."""
     model, layout = config.model, config.layout
+    if stages == 1:
+        for name, value, default in (("rounds", layout.pipeline_rounds, 1), ("chunks", layout.pipeline_chunks, 0)):
+            if value != default:
+                raise UserError(f"layout.pipeline_{name} = {value}: there is one stage; nearest {default}")
+        return
     if not model.scan_layers:
         raise UserError(f"layout.pipeline = {stages}: stages are dealt scanned layers; set model.scan_layers true")
     units, rounds = model.num_layers // len(model.attention_pattern), layout.pipeline_rounds

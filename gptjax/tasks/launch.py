@@ -18,6 +18,7 @@ from gptjax.errors import UserError
 from gptjax.hardware import compiler_options
 from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
+from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
@@ -42,7 +43,7 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
         # Whatever is wrong with the text shows here, before there is a run folder.
         require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
     task = Pretrain(config, jax.default_backend(), layout, tokenizer)
-    facts = _facts(task, tokenizer)
+    facts = _facts(task, tokenizer, layout)
     weights = _first_weights(config) if config.init_from and not resume else None  # refused before a folder, too
     run = resume or new_run(config, tokenizer)
     facts |= {"run": str(run)} | ({"weights": config.init_from} if weights else {})
@@ -130,10 +131,10 @@ def describe_data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _facts(task: Pretrain, tokenizer: Tokenizer) -> dict[str, Any]:
+def _facts(task: Pretrain, tokenizer: Tokenizer, layout: Layout) -> dict[str, Any]:
     config, platform = task.config, task.platform
     source = open_source(config.data, config.data.train_split)
-    return {
+    return _stages(config, layout) | {
         "attention": ": ".join(task.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
@@ -141,3 +142,13 @@ def _facts(task: Pretrain, tokenizer: Tokenizer) -> dict[str, Any]:
         f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
         f"(padded to {config.model.padded_vocab_size:,})",
     }
+
+
+def _stages(config: Config, layout: Layout) -> dict[str, Any]:
+    """The pipeline, if there is one, and the share of its time in which a stage waits."""
+    stages, rounds = layout.mesh.shape[pipeline.AXIS], config.layout.pipeline_rounds
+    if stages == 1:
+        return {}
+    chunks = pipeline.num_chunks(config, layout.ways(layout.rules["batch"]))
+    idle = pipeline.bubble(stages, rounds, chunks)
+    return {"pipeline": f"{stages} stages, {rounds} round(s) of {chunks} chunks, bubble {idle:.0%}"}
