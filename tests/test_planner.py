@@ -166,17 +166,17 @@ TPU_TEXT = """HloModule m
 
 %piece.1 (p: bf16[16,8]) -> bf16[64,8] {
   %p = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0)
+  ROOT %g.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8]
 }
 
 %piece.2 (p: bf16[16,8]) -> bf16[64,8] {
   %p = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0)
+  ROOT %g.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8]
 }
 
 %all-reduce-scatter.1 (p: f32[64,8]) -> f32[16,8] {
   %p = f32[64,8]{1,0} parameter(0)
-  %r = f32[64,8]{1,0} all-reduce(%p), channel_id=8, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  %r = f32[64,8]{1,0} all-reduce(%p), channel_id=8, replica_groups=mesh['s'=2,'a'=4] {'a'}, to_apply=%add
   ROOT %d = f32[16,8]{1,0} dynamic-slice(%r, %c, %c), dynamic_slice_sizes={16,8}
 }
 
@@ -193,7 +193,7 @@ TPU_TEXT = """HloModule m
   %b = bf16[64,8] fusion(%t), kind=kCustom, calls=%piece.2
   %c = f32[16,8] fusion(%t), kind=kCustom, calls=%all-reduce-scatter.1
   %z = f32[64,8] dynamic-update-slice(%o, %q, %i, %k)
-  %w = f32[64,8] all-reduce(%z), channel_id=9, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %w = f32[64,8] all-reduce(%z), channel_id=9, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %r = (s32[], f32[64,8]) tuple(%i, %w)
 }
 
@@ -207,16 +207,23 @@ TPU_TEXT = """HloModule m
 }
 
 ENTRY %main (p: f32[64,8]) -> f32[64,8] {
+  %s = (bf16[64,8], u32[], token[]) send(%p, %t), SLICES
   %w = (s32[], s32[], f32[64,8]) while(%p), condition=%open, body=%outer
 }
 """
 
 
+SLICES = 'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+
+
 def test_the_forms_of_the_tpu_compiler() -> None:
     """A gather repeated in the fusions that hide it, a reduce-scatter inside a fusion, a gather written as a sum of
-    zero-padded parts, groups in three notations, and trips from a condition or from the caller."""
-    found = {(c.kind, c.disguised): c for c in read(TPU_TEXT, {"a": 4, "b": 2}, dynamic_trips=3)}
-    assert len(found) == 3
+    zero-padded parts, a send between slices, groups in three notations, trips from a condition or from the caller."""
+    bill = read(TPU_TEXT.replace("SLICES", SLICES), {"slices": 2, "a": 4, "b": 1}, dynamic_trips=3)
+    found = {(c.kind, c.disguised): c for c in bill}
+    assert len(found) == 4
+    between = found["all-reduce", False]
+    assert (between.axes, between.bytes, between.count, between.overlapped) == (("slices",), 64 * 8 * 2, 1, True)
     gather, scatter, padded = found["all-gather", False], found["reduce-scatter", False], found["all-gather", True]
     assert (gather.axes, gather.bytes, gather.count, gather.overlapped) == (("a",), 64 * 8 * 2, 15, True)
     assert (scatter.axes, scatter.bytes, scatter.count, scatter.overlapped) == (("a",), 64 * 8 * 4, 15, False)
@@ -415,6 +422,8 @@ def test_plan_by_formulas_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "none: --analytic" in said
     assert facts["rows"] == sorted(facts["rows"], key=lambda row: (not row["fits"], row["step_seconds"]))
     assert best["days"] == pytest.approx(300e9 / 2**20 * best["step_seconds"] / 86400)
+    again = load_config(words[1], best["flags"].split())
+    assert name(again, 16) == best["name"]
     page = (tmp_path / "gpt3_1_3b-v5e-16.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page

@@ -73,6 +73,9 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
     for name, times in counts.items():
         body = {i.name: i for i in computations[name]}
         for instruction in computations[name]:
+            if between := _between_slices(instruction, mesh, times):
+                bill[f"{name} {instruction.name}"] = between
+                continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
@@ -138,12 +141,35 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]], dynami
     return dynamic_trips
 
 
+def _between_slices(instruction: Instruction, mesh: dict[str, int], times: int) -> Collective | None:
+    """Traffic between TPU slices, which the compiler writes as a send to the hosts' network."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if instruction.opcode != "send" or kind is None:
+        return None
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', instruction.rest)
+    count = len(slices[1].split(",")) if slices else 1
+    axes, product = [], 1
+    for axis, size in mesh.items():  # the outer axes cross slices
+        if product < count and size > 1:
+            axes.append(axis)
+            product *= size
+    names = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"}
+    size = _shown(instruction.shape.split(", u32[]")[0])
+    named = names.get(kind[1], "collective-permute")
+    return Collective(named, tuple(axes), product, size, times, True, _source(instruction.rest))
+
+
+def _shown(shape: str) -> int:
+    """Bytes of all arrays in a shape as text."""
+    return sum(
+        WIDTHS.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
+        for dtype, dims in re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]", shape)
+    )
+
+
 def _bytes(instruction: Instruction, kind: str, ways: int) -> int:
     """Of the whole array; the result of a start, except of an all-reduce, has the operands as well."""
-    shown = sum(
-        WIDTHS.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
-        for dtype, dims in re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]", instruction.shape)
-    )
+    shown = _shown(instruction.shape)
     if not instruction.opcode.endswith("-start") or kind == "all-reduce":
         return shown * ways if kind == "reduce-scatter" else shown
     return shown * ways // (ways + 1) if kind in ("all-gather", "reduce-scatter") else shown // 2

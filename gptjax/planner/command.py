@@ -1,6 +1,7 @@
 """What `gptjax plan` prints and writes."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ from rich.console import Console
 from gptjax.config import Config
 from gptjax.files import write_whole
 from gptjax.planner import chips
+from gptjax.planner.compile import versions
 from gptjax.planner.explain import diff, explain
 from gptjax.planner.plan import Plan, Row, Settings, plan
-from gptjax.planner.report import details, headline, page, table
+from gptjax.planner.report import details, flags, headline, page, table
 
 WIDTH = 140  # characters that the table needs; a narrower terminal wraps its lines
 
@@ -50,6 +52,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "devices": plan.topology.num_devices,
         "hbm": plan.topology.chip.hbm,
         "compiler": plan.compiler,
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
         "searched": {
             "fitting": len(plan.found.fitting),
             "crowded": len(plan.found.crowded),
@@ -74,7 +78,7 @@ def _row_facts(row: Row) -> dict[str, Any]:
         "analytic_peak": row.candidate.estimate.peak,
         "compiler_peak": compiled.peak if compiled else None,
         "compile_seconds": compiled.seconds if compiled else None,
-        "ramp_start": row.candidate.config.train.ramp_start,
+        "flags": flags(row.candidate.config),
         "surprises": row.surprises,
         "transfers": [vars(t) for t in row.transfers],
     }

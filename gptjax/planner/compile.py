@@ -88,11 +88,12 @@ def compile_all(
 def _in_process(config: Config, topology: chips.Topology, cache: Path, timeout: float) -> Compiled:
     """One compile, or what is known of it from before."""
     request = (
-        cache / f"{_digest(to_json(config), topology.name, str(topology.num_slices), _versions(), _sources())}.json"
+        cache / f"{_digest(to_json(config), topology.name, str(topology.num_slices), versions(), _sources())}.json"
     )
     if not request.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        job = {"config": to_json(config), "topology": topology.name, "num_slices": topology.num_slices}
+        slices = topology.num_slices if topology.chip.platform == "tpu" else 1  # GPU nodes are in the name
+        job = {"config": to_json(config), "topology": topology.name, "num_slices": slices}
         command = [sys.executable, "-m", "gptjax.planner.compile", str(cache)]
         started = time.perf_counter()
         try:
@@ -123,7 +124,7 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
-def _versions() -> str:
+def versions() -> str:
     """Of everything that turns a config into a program."""
     found = []
     for name in ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin"):
@@ -187,7 +188,7 @@ def _child(cache: Path, job: dict[str, Any]) -> str:
     """Compile one job into the cache, unless the program is there; returns JSON that names it."""
     topology = chips.topology(job["topology"], job["num_slices"])
     lowered, mesh = lower(from_json(job["config"]), topology)
-    name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), _versions())
+    name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), versions())
     program = cache / name
     if not program.with_suffix(".json").exists():
         facts = _compile(lowered, topology.chip.platform, program.with_suffix(".hlo.gz")) | {"mesh": mesh}

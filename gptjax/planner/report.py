@@ -1,12 +1,14 @@
 """A plan as people read it: a table in the terminal, and one HTML page with plots."""
 
 import base64
+import dataclasses
 import html
 import io
 from pathlib import Path
 
 from rich.table import Table
 
+from gptjax.config import Config
 from gptjax.planner.plan import Plan, Row
 from gptjax.planner.traffic import Transfer
 
@@ -82,7 +84,19 @@ def details(row: Row) -> str:
     lines.append(f"time     {', '.join(f'{name} {_seconds(s)}' for name, s in row.seconds.items() if s)}")
     lines += [f"traffic  {_transfer(t)}" for t in row.transfers if t.bytes > 1e6]
     lines += [f"surprise {text}" for text in row.surprises]
+    lines.append(f"train    {flags(row.candidate.config)}")
     return "\n".join(lines)
+
+
+def flags(config: Config) -> str:
+    """The layout as fields to train with, ready to paste."""
+    layout, train = config.layout, config.train
+    given = {f"layout.{f.name}": getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    plain = {f"layout.{f.name}": f.default for f in dataclasses.fields(layout)}
+    words = {name: value for name, value in given.items() if value != plain[name]}
+    words |= {"model.remat": config.model.remat, "train.micro_batch_size": config.micro_batch_size}
+    words |= {"train.ramp_start": train.ramp_start, "data.lanes": config.data.lanes}
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
 
 
 def _transfer(t: Transfer) -> str:
@@ -127,6 +141,7 @@ def page(plan: Plan, out: Path) -> None:
 <p>{html.escape(headline(plan)).replace(chr(10), "<br>")}</p>
 <p>Best: <code>{html.escape(best.candidate.name)}</code>, {_seconds(best.step_seconds)} for {best.tokens:,} tokens,
 {best.mfu:.0%} MFU, {best.days:,.1f} days for {best.candidate.config.train.total_tokens:,} tokens.</p>
+<p>To train with it: <code>{flags(best.candidate.config)}</code></p>
 <table><tr>{head}</tr>{body}</table>
 <p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which
 nothing but the network works. Predictions, not measurements; assumptions are in <code>planner/chips.py</code>,
