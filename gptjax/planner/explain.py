@@ -115,7 +115,7 @@ def _why(layout: Layout, axes: Axes) -> str:
 def diff(config: Config, topology: Topology, first: str, second: str) -> str:
     """Two layouts side by side: memory, time and traffic; see search.named for their names."""
     a, b = (priced(named(config, text), topology) for text in (first, second))
-    lines = [f"{'':40}{a.name:>28}{b.name:>28}"]
+    lines = [f"{'':54}{a.name:>28}{b.name:>28}"]
 
     def section(title: str, left: dict[str, float], right: dict[str, float], unit: float, form: str) -> None:
         lines.append(title)
@@ -123,7 +123,7 @@ def diff(config: Config, topology: Topology, first: str, second: str) -> str:
             x, y = left.get(key, 0.0) / unit, right.get(key, 0.0) / unit
             if x or y:
                 change = f"{y / x - 1:+.0%}" if x else "new"
-                lines.append(f"  {key:38}{form.format(x):>28}{form.format(y):>28}  {'' if x == y else change}")
+                lines.append(f"  {key:52}{form.format(x):>28}{form.format(y):>28}  {'' if x == y else change}")
 
     total = "together"
     x, y = a.estimate, b.estimate

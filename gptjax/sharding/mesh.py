@@ -29,7 +29,8 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
         fixed *= 1 if name in free else degree
     if num_devices % fixed or (not free and fixed != num_devices):
         name = max((n for n in given if n not in free), key=lambda n: given[n])
-        near = nearest_divisor(num_devices * given[name] // fixed or 1, given[name])
+        whole, rest = divmod(num_devices * given[name], fixed)
+        near = whole if not (free or rest) else nearest_divisor(whole or 1, given[name])
         shape = " x ".join(f"{n} {d}" for n, d in given.items() if d != 1) or f"{name} 1"
         raise UserError(
             f"layout.{name} = {given[name]}: {shape} does not match {num_devices} device(s); nearest {near}"
