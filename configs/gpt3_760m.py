@@ -1,6 +1,8 @@
 """GPT-3 760M: 24 layers of width 1536. Hardware: 16 x TPU v5e.
 
 gptjax train configs/gpt3_760m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for v5e-16: 3.43 GB a device.
 """
 
 from dataclasses import replace

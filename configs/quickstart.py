@@ -1,6 +1,8 @@
 """The main job in small: learns Python from the standard library's own source. 2 CPU cores, under 3 minutes.
 
 gptjax train configs/quickstart.py
+
+Compiled for cpu-1: 0.0817 GB a device.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

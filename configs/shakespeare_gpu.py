@@ -1,6 +1,8 @@
 """Tiny Shakespeare, character by character, for one GPU: 6 layers of width 384, context 256, dropout 0.2.
 
 gptjax train configs/shakespeare_gpu.py --data.source PATH/tinyshakespeare.txt
+
+Compiled for h100-1x1: 2.43 GB a device.
 """
 
 from dataclasses import replace
