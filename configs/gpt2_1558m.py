@@ -1,6 +1,8 @@
 """GPT-2 1558M: 48 layers of width 1600. Hardware: 1 x H200 or 8 x H100.
 
 gptjax train configs/gpt2_1558m.py --data.source 'text/*.jsonl' --data.tokenizer gpt2:DIR
+
+Compiled for h100-8x1: 15.18 GB a device.
 """
 
 from dataclasses import replace
