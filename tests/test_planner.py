@@ -399,6 +399,7 @@ def test_what_does_not_fit_says_by_how_much_and_why(six: Config) -> None:
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (24.51G) exceeds"
     )
     assert needed(message) == pytest.approx(24.51 * 2**30)
+    assert needed("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 63.99M of 63.94M vmem.") == 0
     candidate = priced(named(six, "fsdp16/none/64"), topology("v5e-16"))
     row = Row(candidate, Compiled(needed(message), fits=False, error=message))
     assert not row.fits

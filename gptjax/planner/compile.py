@@ -221,9 +221,12 @@ def _plain(compiled: Compiled) -> dict[str, Any]:
 
 
 def needed(message: str) -> float:
-    """Bytes that a compiler says a program would need: 'memory required for ... (24.51G)', 'Used X of'."""
+    """Bytes that a compiler says a program would need: 'memory required for ... (24.51G)', 'Used X of'; 0 where it is
+    not the device's main memory that is too small."""
     match = re.search(r"(?:required for [^(]*\(|Used |requires? )([\d.]+)\s*([KMGT])", message)
-    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) + 1) if match else 0.0
+    if match is None or "vmem" in message:
+        return 0.0
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) + 1)
 
 
 if __name__ == "__main__":
