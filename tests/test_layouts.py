@@ -270,7 +270,7 @@ def test_spec_of_a_stacked_kernel(tiny: Config) -> None:
     layout = Layout(abstract_mesh(replace(tiny, layout=LAYOUTS["fsdp2_tp4"]), 8), rule_table(LAYOUTS["fsdp2_tp4"]))
     task = Pretrain(tiny, "cpu")
     params = layout.shardings(abstract_state(tiny, task.init).params)
-    assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", None, "tensor", None)
+    assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec("pipeline", "fsdp", None, "tensor", None)
     assert params["embedding"].spec == PartitionSpec("tensor", "fsdp")
 
 
