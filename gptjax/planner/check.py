@@ -31,8 +31,10 @@ def unexpected(place: Place, collectives: tuple[Collective, ...]) -> list[str]:
     not count.
     """
     expected: dict[tuple[str, ...], float] = defaultdict(float)
+    of_kind: dict[tuple[tuple[str, ...], str], float] = defaultdict(float)
     for transfer in traffic(place):
         expected[transfer.axes] += transfer.bytes
+        of_kind[transfer.axes, transfer.kind] += transfer.bytes
     billed: dict[tuple[str, ...], list[Collective]] = defaultdict(list)
     for collective in collectives:
         ring = collective.kind == "collective-permute" and not {"context", "pipeline"} & set(collective.axes)
@@ -43,10 +45,14 @@ def unexpected(place: Place, collectives: tuple[Collective, ...]) -> list[str]:
     for axes, found in billed.items():
         sent = sum(c.total for c in found)
         if sent > EXCESS * expected[axes] and sent - expected[axes] > SHARE * everything:
-            most = max(found, key=lambda c: c.total)
+            excess = {c.kind: -of_kind[axes, c.kind] for c in found}
+            for c in found:
+                excess[c.kind] += c.total
+            worst = max(excess, key=lambda kind: excess[kind])
+            most = max((c for c in found if c.kind == worst), key=lambda c: c.total)
             lines.append(
                 f"over {' x '.join(axes)} the program sends {sent / 1e9:,.2f} GB where the formulas ask for "
-                f"{expected[axes] / 1e9:,.2f}; most of it {most.count:,} x {most.kind} of {most.bytes / 1e6:,.1f} MB"
+                f"{expected[axes] / 1e9:,.2f}; among it {most.count:,} x {most.kind} of {most.bytes / 1e6:,.1f} MB"
                 + (f" for {'/'.join(most.source.split('/')[-4:])}" if most.source else "")
             )
     return lines

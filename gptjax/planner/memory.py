@@ -62,7 +62,7 @@ def saved(place: Place, remat: str | None = None) -> float:
     whole = place.tokens * model.embed_dim * place.width  # [rows, length, D]
     shared = whole / place.length * place.residual_length
     normaliser = place.tokens * model.num_heads / tensor * FLOAT
-    heads = whole
+    heads = float(whole)
     if place.topology.chip.platform == "tpu":  # whose registers have 128 lanes: smaller heads are padded to them
         heads *= -(-model.head_dim // 128) * 128 / model.head_dim
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner product
