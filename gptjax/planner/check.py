@@ -1,9 +1,10 @@
 """What a plan did not expect: parameters that no rule cuts, and collectives that no formula asks for."""
 
+import math
 from collections import defaultdict
 
 from gptjax.planner.bill import Collective
-from gptjax.planner.place import FLOAT, Array, Place
+from gptjax.planner.place import FLOAT, Place
 from gptjax.planner.traffic import traffic
 from gptjax.sharding.rules import TOLERANCE
 
@@ -14,11 +15,11 @@ SHARE = 0.02  # of all that the step sends: below, a surprise does not matter
 def replicated(place: Place) -> list[str]:
     """Parameters whose copies cost a device more than TOLERANCE of its share of the whole."""
     ways = place.mesh["fsdp"] * place.mesh["tensor"]
-    total = sum(_size(array) for array in place.arrays) / ways
+    total = sum(math.prod(array.shape) for array in place.arrays) / ways
     lines = []
     for array in place.arrays:
         here = place.local(array)
-        if here - _size(array) / ways > TOLERANCE * total and ways > 1:
+        if here - math.prod(array.shape) / ways > TOLERANCE * total and ways > 1:
             rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
             lines.append(f"{array.name}: {FLOAT * here / 1e6:,.1f} MB on every device; its rules are {rules}")
     return lines
@@ -56,10 +57,3 @@ def unexpected(place: Place, collectives: tuple[Collective, ...]) -> list[str]:
                 + (f" for {'/'.join(most.source.split('/')[-4:])}" if most.source else "")
             )
     return lines
-
-
-def _size(array: Array) -> float:
-    size = 1.0
-    for dimension in array.shape:
-        size *= dimension
-    return size

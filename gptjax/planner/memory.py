@@ -19,13 +19,12 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
     unit, or in the loss."""
     model, mesh, accumulates = place.config.model, place.mesh, place.config.max_accumulation > 1
     state, unit = FLOAT * place.local_parameters, len(model.attention_pattern)
-    inputs = place.rows * place.residual_length * model.embed_dim * place.width  # of one unit
     found = [
         ("parameters", "float32 weights", state),
         ("optimizer", "Adam's two moments", 2 * state),
         ("gradients", "float32 gradients", state),
         ("gradients", "their sum over micro-batches", state if accumulates else 0.0),
-        ("activations", "inputs of the units", place.ticks / place.chunks * place.layers / unit * inputs),
+        ("activations", "inputs of the units", place.ticks / place.chunks * place.layers / unit * place.resting),
         ("activations", f"kept by remat {model.remat}", place.ticks / place.chunks * place.layers * saved(place)),
     ]
     working = unit * saved(place, "none") * (1 if model.remat == "full" else 0.5) * WORKING / place.chunks

@@ -7,6 +7,7 @@ from functools import cached_property
 import jax
 
 from gptjax.config import Config
+from gptjax.model.gpt import compute_dtype
 from gptjax.planner.chips import Topology
 from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
@@ -49,8 +50,7 @@ class Place:
     @property
     def width(self) -> int:
         """Bytes of a number in the compute dtype."""
-        dtype = self.config.model.dtype
-        return 2 if dtype == "bfloat16" or (dtype == "auto" and self.topology.chip.platform != "cpu") else 4
+        return compute_dtype(self.config.model, self.topology.chip.platform).itemsize
 
     @property
     def rows(self) -> int:
@@ -103,6 +103,11 @@ class Place:
     def residual(self) -> float:
         """Bytes of the residual stream of a micro-batch, whole over tensor."""
         return self.tokens * self.config.model.embed_dim * self.width
+
+    @property
+    def resting(self) -> float:
+        """Bytes of the residual stream of a micro-batch as a device holds it between layers."""
+        return self.rows * self.residual_length * self.config.model.embed_dim * self.width
 
     @property
     def embedding(self) -> float:

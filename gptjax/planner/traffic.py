@@ -86,10 +86,8 @@ def traffic(place: Place) -> list[Transfer]:
     add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
 
     if stages > 1:
-        chunk = place.rows / place.chunks * place.residual_length * model.embed_dim * place.width
-        add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * chunk * micro, 0.0)
-        ends = place.rows * place.residual_length * model.embed_dim * place.width
-        add("all-gather", ("pipeline",), "batch in and out", 4 * ends * micro, 0.0)
+        add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * place.resting / place.chunks * micro, 0.0)
+        add("all-gather", ("pipeline",), "batch in and out", 4 * place.resting * micro, 0.0)
     return [
         Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
         for kind, axes, what, size, hidden in made
