@@ -157,6 +157,8 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are kept for good; 0 is off."""
     profile_steps: tuple[int, ...] = ()
     """First and last step of a profiler trace, such as 10,13; empty is off."""
+    deterministic: bool = False
+    """On a GPU only kernels that always give the same bits, so that a resumed run is bit-identical there, too."""
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSON-lines log."""
     compile_cache: str = "~/.cache/gptjax/xla"

@@ -23,12 +23,16 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str]:
     """Options for the train step that pay on a platform and that the installed compiler knows.
 
+    GPU: none until `gptjax bench single --options` has shown one to pay. `deterministic` leaves out kernels whose sums
+    depend on timing, and the autotuning that may choose another kernel after a restart; CPUs and TPUs need nothing.
     CPU: all but reductions off the YNNPACK path, 10-15% of a step of width 256 (jaxlib 0.10.2). The option is
     experimental, so it is tried on an empty program first.
     """
+    if platform == "gpu" and deterministic:
+        return {"xla_gpu_deterministic_ops": "True"}
     if platform != "cpu":
         return {}
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}

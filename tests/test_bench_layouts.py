@@ -16,8 +16,9 @@ import pytest
 from gptjax import cli
 from gptjax.bench import layouts, trial
 from gptjax.bench.compare import changes
-from gptjax.bench.layouts import Options, attached, calibrate, figures, select, settings
+from gptjax.bench.layouts import Options, attached, calibrate, select, settings
 from gptjax.bench.layouts_report import summary
+from gptjax.bench.measure import figures
 from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token

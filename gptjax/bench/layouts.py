@@ -9,20 +9,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from gptjax.bench import trial
 from gptjax.bench.compare import changes, open_result, require_same
 from gptjax.bench.layouts_report import change_lines, plot, progress, summary, table
-from gptjax.bench.measure import save
+from gptjax.bench.measure import figures, save
 from gptjax.config import Config, LayoutConfig, validate
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.cost import estimate
 from gptjax.planner.place import place
@@ -225,20 +222,6 @@ def _measure(setting: Setting, options: Options, facts: dict[str, Any]) -> dict[
         return {"status": "skipped", "reason": setting.refused}
     answer = trial.measure(setting.config, options.steps, options.timeout, options.distributed)
     return answer | figures(setting.config, answer["times_s"], facts) if answer["status"] == "ok" else answer
-
-
-def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[str, Any]:
-    """Median and spread in seconds, tokens per second over all devices, and MFU where the devices' peak is known."""
-    low, high = np.percentile(times, (10, 90))
-    rate = config.train.batch_size * config.model.seq_len / median(times)
-    peak = peak_flops(facts["device"])
-    return {
-        "median_s": median(times),
-        "p10_s": float(low),
-        "p90_s": float(high),
-        "tokens_per_s": rate,
-        "mfu": rate * train_flops_per_token(config.model) / (peak * facts["count"]) if peak else None,
-    }
 
 
 def calibrate(rows: list[dict[str, Any]], facts: dict[str, Any], topology: Topology) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.hardware import peak_flops
+from gptjax.model.accounting import train_flops_per_token, train_flops_per_token_6n
 
 ROUND_SECONDS = 0.2  # long enough for the clock and for the scheduler of a shared machine
 
@@ -38,11 +43,27 @@ def limits(dtype: jnp.dtype) -> dict[str, float]:
     (bytes/s, read and written)."""
     on_cpu = jax.default_backend() == "cpu"
     size, words = (2048, 1 << 25) if on_cpu else (8192, 1 << 28)
-    square = jnp.ones((size, size), dtype)
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)  # a GPU is faster on constants than on data
     line = jnp.ones((words,), jnp.float32)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1)
     product_s, copy_s = times([lambda: product(square), lambda: copy(line)])
     return {"flops": 2 * size**3 / product_s, "bytes": 2 * line.nbytes / copy_s}
+
+
+def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[str, Any]:
+    """Median and spread in seconds, tokens per second over all devices, and MFU where the devices' peak is known: by
+    the exact count of FLOPs, and by 6 N + 12 L T D."""
+    low, high = np.percentile(times, (10, 90))
+    rate = config.train.batch_size * config.model.seq_len / median(times)
+    peak = peak_flops(facts["device"])
+    return {
+        "median_s": median(times),
+        "p10_s": float(low),
+        "p90_s": float(high),
+        "tokens_per_s": rate,
+        "mfu": rate * train_flops_per_token(config.model) / (peak * facts["count"]) if peak else None,
+        "mfu_6n": rate * train_flops_per_token_6n(config.model) / (peak * facts["count"]) if peak else None,
+    }
 
 
 def provenance() -> dict[str, Any]:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,21 +21,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.bench.measure import limits, provenance
+from gptjax.bench.work import WARMUP, Work, num_bytes, peak
 from gptjax.config import Config, from_json, to_json
-from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.kernels import BACKENDS
-from gptjax.sharding.mesh import make_mesh
-from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain
-from gptjax.train.schedule import learning_rate
-from gptjax.train.step import abstract_state, init_state, make_step
+from gptjax.train.step import init_state
 
 COMMAND = (sys.executable, "-m", "gptjax.bench.trial")
-WARMUP = 2  # steps that are not measured: the first also places what the allocator will keep
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "MemoryError")
 LINE = 300  # characters of an error that a table and a JSON row keep
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What `bench single` wants to know beside the times of the steps."""
+
+    options: dict[str, str] | None = None
+    """Compiler options in place of the platform's own."""
+    parts: bool = False
+    """Also seconds of a step by part, from a profiler's trace."""
+    stream: bool = False
+    """Also the times of steps that are fed by the config's own data."""
 
 
 def facts_of_devices(config: Config, timeout: float, distributed: bool = False) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def facts_of_devices(config: Config, timeout: float, distributed: bool = False) 
     """
     answer = _in_process({"what": "facts", "config": to_json(config), "distributed": distributed}, timeout)
     if answer["status"] != "ok":
-        raise UserError(f"bench layouts: the devices could not be measured: {answer['reason']}")
+        raise UserError(f"bench: the devices could not be measured: {answer['reason']}")
     return answer
 
 
@@ -54,9 +63,23 @@ def measure(config: Config, steps: int, timeout: float, distributed: bool = Fals
     return _in_process(job, timeout)
 
 
-def _in_process(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+def measure_single(config: Config, steps: int, timeout: float, **extras: Any) -> dict[str, Any]:
+    """`measure` on the first device alone, with the Extras that are named."""
+    job = {"what": "steps", "config": to_json(config), "steps": steps, "extras": asdict(Extras(**extras))}
+    return _in_process(job, timeout)
+
+
+def measure_peer(script: Path, config: Config, steps: int, timeout: float) -> dict[str, Any]:
+    """The same work by another program: it reads the job and answers in the same form."""
+    job = {"config": json.loads(to_json(config)), "micro_batch_size": config.micro_batch_size, "steps": steps}
+    return _in_process(job, timeout, (sys.executable, str(script)))
+
+
+def _in_process(job: dict[str, Any], timeout: float, command: tuple[str, ...] | None = None) -> dict[str, Any]:
     try:  # subprocess.run kills the child at a timeout and at Ctrl-C alike
-        done = subprocess.run(COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command or COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=timeout
+        )
     except subprocess.TimeoutExpired:
         return {"status": "timeout", "reason": f"not done within {timeout:g} s; give more with --timeout"}
     if done.returncode == 0 and done.stdout.strip():
@@ -78,11 +101,12 @@ def _child() -> None:
     job = json.loads(sys.stdin.read())
     config = from_json(job["config"])
     try:
-        if job["distributed"]:
+        if job.get("distributed"):
             from gptjax.tasks.launch import join
 
             join(os.environ)
-        answer = _facts(config) if job["what"] == "facts" else _steps(config, job["steps"])
+        extras = Extras(**job["extras"]) if "extras" in job else None
+        answer = _facts(config) if job["what"] == "facts" else _steps(config, job["steps"], extras)
     except UserError as error:
         answer = {"status": "failed", "reason": str(error)}
     except Exception as error:  # whatever it is, the other settings go on
@@ -147,52 +171,35 @@ def _backends(config: Config, platform: str) -> tuple[list[str], dict[str, str]]
     return served, refused
 
 
-def _steps(config: Config, steps: int) -> dict[str, Any]:
-    """Seconds of each of `steps` optimizer steps on random tokens, of the compilation, and peak bytes per device."""
-    layout = Layout(make_mesh(config), rule_table(config.layout))
-    # Any end of text will do, since the tokens are random.
-    task = Pretrain(config, jax.default_backend(), layout, load_tokenizer("bytes"))
-    shardings = layout.shardings(abstract_state(config, task.init))
-    state = init_state(config, task.init, layout)
-    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
-    rows = np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape, np.int32)
-    tokens = jax.make_array_from_callback(shape, layout.sharding((None, "batch", None)), lambda part: rows[part])
-    step_tokens = config.train.batch_size * config.model.seq_len
+def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
+    """Seconds of each of `steps` optimizer steps on random tokens, of the compilation, and peak bytes per device.
 
-    def scalars(i: int) -> tuple[Any, ...]:
-        return np.float32(learning_rate(config.optimizer, i * step_tokens)), np.int32(shape[0]), np.int32(i)
-
+    With `extras` on the first device alone, and what they ask for.
+    """
+    work = Work.prepare(config, jax.devices() if extras is None else jax.devices()[:1])
+    state = init_state(config, work.task.init, work.layout)
     started = time.perf_counter()
-    # Not from the persistent cache: the time to compile is a figure of the layout.
-    step = make_step(config, task.loss, shardings, layout).lower(state, tokens, *scalars(0)).compile()
+    step = work.compile(state, extras.options if extras else None)
     compile_s = time.perf_counter() - started
-    seconds = []
-    for i in range(WARMUP + steps):
-        started = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, tokens, *scalars(i)))
-        seconds.append(time.perf_counter() - started)
-    loss = float(metrics["loss"])
+    state, seconds, loss = work.timed(step, state, [work.random_tokens()] * (WARMUP + steps))
     if not np.isfinite(loss):
         return {"status": "failed", "reason": f"the loss is {loss} after {WARMUP + steps} steps"}
-    return {
+    answer = {
         "status": "ok",
-        "times_s": seconds[WARMUP:],
+        "times_s": seconds,
         "compile_s": compile_s,
         "loss": loss,
-        "attention": task.attention[0],
-        **_peak(step),
+        "attention": work.task.attention[0],
+        "compute_width": work.task.plain_model.dtype.itemsize,
+        "state_bytes": {name: num_bytes(getattr(state, name)) for name in ("params", "opt_state")},
+        **peak(step),
     }
-
-
-def _peak(step: Any) -> dict[str, Any]:
-    """Peak bytes of the fullest device, and who says so: the allocator, or where it keeps no count the program."""
-    m = step.memory_analysis()
-    # Not its own peak, which on CPU leaves out the temporaries (jaxlib 0.10.2).
-    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    known = [count for count in counts if count]
-    source = "allocator" if known else "compiled program"
-    return {"memory_bytes": max(known, default=held), "memory_source": source, "program_bytes": held}
+    if extras is not None and extras.stream:
+        with work.stream(WARMUP + steps) as batches:
+            state, answer["stream_s"], _ = work.timed(step, state, batches)
+    if extras is not None and extras.parts:
+        answer["parts_s"] = work.parts(state, extras.options)
+    return answer
 
 
 if __name__ == "__main__":

@@ -33,3 +33,8 @@ def train_flops_per_token_palm(config: ModelConfig) -> float:
     """The PaLM and Megatron convention, for comparison with older papers: every layer attends to all T keys."""
     matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
     return 6 * matrices + 12 * config.embed_dim * config.num_layers * config.seq_len
+
+
+def train_flops_per_token_6n(config: ModelConfig) -> float:
+    """6 N + 12 L T D, which nanoGPT and llm.c count by (N with the embeddings; all T keys)."""
+    return 6 * num_params(config) + 12 * config.num_layers * config.seq_len * config.embed_dim

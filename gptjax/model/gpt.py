@@ -193,26 +193,28 @@ class Block(nn.Module):
         h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
         qkv = Heads(heads, head_dim, c.qkv_bias, self.parallelism.merge_rows, name="qkv")(h)
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
-        if cache is None:
-            h = self.parallelism.attend(q, k, v, mask, scale, segments)
-        else:
-            keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            cache = keys, values
-            h = reference(q, keys, values, mask, scale, start=start)
+        with jax.named_scope("attention"):
+            if cache is None:
+                h = self.parallelism.attend(q, k, v, mask, scale, segments)
+            else:
+                keys, values = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
+                cache = keys, values
+                h = reference(q, keys, values, mask, scale, start=start)
         h = constrain(h, ("batch", "length", "heads", None))
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
         x = constrain(x + self._dropout(h), RESIDUAL)
 
         h = constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
-        h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
-        # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
-        gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=not c.scan_layers)
-        h = gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
-        h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
+        with jax.named_scope("mlp"):
+            h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
+            # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
+            gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=not c.scan_layers)
+            h = gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
+            h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
         return constrain(x + self._dropout(h), RESIDUAL), cache
 
     def _dropout(self, x: Array) -> Array:

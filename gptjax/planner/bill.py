@@ -63,7 +63,7 @@ class Collective:
 
 def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collective]:
     """The collectives of a compiled module; mesh: axis -> size, in the order of the devices."""
-    computations, entry = _split(text)
+    computations, entry = split(text)
     counts: dict[str, int] = defaultdict(int)
     fused = {CALLED.findall(i.rest)[0] for body in computations.values() for i in body if i.opcode == "fusion"}
     for name, times in _walk(computations, entry, 1, dynamic_trips):
@@ -86,18 +86,19 @@ def read(text: str, mesh: dict[str, int], dynamic_trips: int = 1) -> list[Collec
             scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
             disguised = kind == "all-reduce" and not scattered and _is_padded_part(instruction, body, computations)
             kind = "reduce-scatter" if scattered else "all-gather" if disguised else kind
-            overlapped, source = instruction.opcode.endswith("-start"), _source(instruction.rest)
+            overlapped, operation = instruction.opcode.endswith("-start"), source(instruction.rest)
             # The TPU compiler repeats a collective in each fusion with work that hides it: one channel, one bill.
             channel = re.search(r"channel_id=(\d+)", instruction.rest) if name in fused else None
             key = f"channel {channel[1]}" if channel else f"{name} {instruction.name}"
             if key in bill:
                 bill[key] = replace(bill[key], overlapped=True)
             else:
-                bill[key] = Collective(kind, axes, ways, size, times, overlapped, source, disguised)
+                bill[key] = Collective(kind, axes, ways, size, times, overlapped, operation, disguised)
     return list(bill.values())
 
 
-def _split(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def split(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The computations of a compiled module by name, and the name of the one that runs first."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -156,7 +157,7 @@ def _between_slices(instruction: Instruction, mesh: dict[str, int], times: int) 
     names = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"}
     size = _shown(instruction.shape.split(", u32[]")[0])
     named = names.get(kind[1], "collective-permute")
-    return Collective(named, tuple(axes), product, size, times, True, _source(instruction.rest))
+    return Collective(named, tuple(axes), product, size, times, True, source(instruction.rest))
 
 
 def _shown(shape: str) -> int:
@@ -227,6 +228,7 @@ def _is_padded_part(
     return made.opcode == "dynamic-update-slice"
 
 
-def _source(rest: str) -> str:
+def source(rest: str) -> str:
+    """The operation of the model that an instruction belongs to, as JAX names it; empty where it is not said."""
     match = re.search(r'op_name="([^"]*)"', rest)
     return match[1] if match else ""

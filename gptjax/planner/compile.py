@@ -22,6 +22,7 @@ from typing import Any
 
 from gptjax.config import Config, from_json, to_json
 from gptjax.files import write_whole
+from gptjax.hardware import compiler_options
 from gptjax.planner import chips
 from gptjax.planner.bill import Collective, read
 
@@ -186,9 +187,10 @@ def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[
 
 def _child(cache: Path, job: dict[str, Any]) -> str:
     """Compile one job into the cache, unless the program is there; returns JSON that names it."""
-    topology = chips.topology(job["topology"], job["num_slices"])
-    lowered, mesh = lower(from_json(job["config"]), topology)
-    name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), versions())
+    topology, config = chips.topology(job["topology"], job["num_slices"]), from_json(job["config"])
+    lowered, mesh = lower(config, topology)
+    options = compiler_options(topology.chip.platform, config.train.deterministic)
+    name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), versions(), str(options))
     program = cache / name
     if not program.with_suffix(".json").exists():
         facts = _compile(lowered, topology.chip.platform, program.with_suffix(".hlo.gz")) | {"mesh": mesh}

@@ -134,9 +134,11 @@ def describe_data(config: Config) -> str:
 def _facts(task: Pretrain, tokenizer: Tokenizer, layout: Layout) -> dict[str, Any]:
     config, platform = task.config, task.platform
     source = open_source(config.data, config.data.train_split)
+    options = compiler_options(platform, config.train.deterministic)
     return _stages(config, layout) | {
         "attention": ": ".join(task.attention),
-        "compiler": " ".join(f"{k}={v}" for k, v in compiler_options(platform).items()) or "default options",
+        "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",
+        "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
         f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "

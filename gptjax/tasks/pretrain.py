@@ -91,7 +91,8 @@ class Pretrain:
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
             hidden, targets = hidden.reshape(*parts, c.embed_dim), targets.reshape(parts)
-        nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
+        with jax.named_scope("loss"):
+            nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
         return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
 
     @property

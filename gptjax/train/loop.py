@@ -124,8 +124,8 @@ def _loop(
     clock = Clock()
     meter = Meter(config, reporter, clock, position)
     ended = position.tokens >= train.total_tokens
-    batches = _batches(config, task, batch_sharding, share, position)
-    with Prefetcher(lambda: next(batches), PREFETCH) as ahead:
+    made = batches(config, task, batch_sharding, share, position)
+    with Prefetcher(lambda: next(made), PREFETCH) as ahead:
         step_fn = None
         while not ended:
             batch = next(ahead)
@@ -171,7 +171,7 @@ def _compile(config: Config, task: Task, shardings: Any, layout: Layout, argumen
     return compiled
 
 
-def _batches(
+def batches(
     config: Config, task: Task, sharding: NamedSharding, share: tuple[int, int], position: Position
 ) -> Iterator[Batch]:
     """Every step's batch, on the devices; runs in the prefetch thread."""

@@ -90,24 +90,30 @@ def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) 
     return make(jax.random.key(config.train.seed))
 
 
-def make_step(config: Config, loss_fn: LossFn, shardings: Any, layout: Layout) -> Any:
+def make_step(
+    config: Config, loss_fn: LossFn, shardings: Any, layout: Layout, options: dict[str, str] | None = None
+) -> Any:
     """jit of (state, tokens [M, b, T+1], lr, num_micro, step) -> (state, metrics); the state is donated.
 
-    Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape.
+    Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. `options` are
+    the compiler's, in place of those of the platform.
     """
+    if options is None:
+        options = compiler_options(layout.mesh.devices.flat[0].platform, config.train.deterministic)
     optimizer = make_optimizer(config.optimizer)
 
     def step(state: TrainState, tokens: Array, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), index)
         loss, grads = _mean_gradient(loss_fn, state.params, tokens, num_micro, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-        grad_norm = optax.tree.norm(grads)
-        mean, square = _moments(state, loss)
-        new = state.replace(
-            params=params, opt_state=opt_state, accepted=state.accepted + 1, loss_mean=mean, loss_square=square
-        )
-        new = _guard(config.optimizer, state, new, loss, grad_norm)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+            grad_norm = optax.tree.norm(grads)
+            mean, square = _moments(state, loss)
+            new = state.replace(
+                params=params, opt_state=opt_state, accepted=state.accepted + 1, loss_mean=mean, loss_square=square
+            )
+            new = _guard(config.optimizer, state, new, loss, grad_norm)
         return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped}
 
     scalar = layout.sharding(())
@@ -117,7 +123,7 @@ def make_step(config: Config, loss_fn: LossFn, shardings: Any, layout: Layout) -
         in_shardings=(shardings, batch, scalar, scalar, scalar),
         out_shardings=(shardings, scalar),
         donate_argnums=0,
-        compiler_options=compiler_options(layout.mesh.devices.flat[0].platform),
+        compiler_options=options,
     )
 
 

@@ -1,0 +1,89 @@
+"""A `bench single` result as tables in Markdown, for a terminal and for the README alike."""
+
+from typing import Any
+
+from gptjax.bench.measure import si
+
+Row = dict[str, Any]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The figures, the parts of a step, and the compiler options that were tried."""
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    tables = [_title(result), _figures(result["rows"]), _parts(rows), _options(rows)]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _title(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    for row in result["rows"]:
+        if how := row.get("peer", {}).get("how"):
+            versions += f"; peer: {how}"
+            break
+    limits = result["limits"]
+    measured = f"measured limits {si(limits['flops'])}FLOP/s in products, {si(limits['bytes'])}B/s in copies"
+    return f"{result['device']}, {result['dtype']}, {versions}, {result['date']}; {measured}"
+
+
+def _figures(rows: list[Row]) -> str:
+    """One line a config; what did not run says why."""
+    head = ["config", "tokens/s", "ms a step (p10-p90)", "MFU", "MFU 6N+12LTD", "peak memory", "micro-batch, remat"]
+    with_peer = any("peer" in row for row in rows)
+    with_stream = any("stream_ratio" in row for row in rows)
+    head += ["peer tokens/s", "ratio"] if with_peer else []
+    head += ["real data / one batch"] if with_stream else []
+    lines = []
+    for row in rows:
+        cells = [row["name"]]
+        if row["status"] == "ok":
+            config, spread = row["config"], f"{1e3 * row['p10_s']:,.1f}-{1e3 * row['p90_s']:,.1f}"
+            layers = "" if config["model"]["scan_layers"] else ", unrolled"
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{1e3 * row['median_s']:,.1f} ({spread})"]
+            cells += [_percent(row["mfu"]), _percent(row["mfu_6n"]), f"{si(row['memory_bytes'])}B"]
+            cells += [f"{config['train']['micro_batch_size']}, {config['model']['remat']}{layers}"]
+        else:
+            cells += [f"{row['status']}: {row['reason']}"] + [""] * 5
+        if with_peer:
+            other = row.get("peer", {})
+            cells += [_number(other, "tokens_per_s", "{:,.0f}"), _number(row, "ratio", "{:.2f}")]
+        if with_stream:
+            cells += [_number(row, "stream_ratio", "{:.3f}")]
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _parts(rows: list[Row]) -> str:
+    """Share of the step in each part, and what its floor would be of the same step."""
+    if not rows:
+        return ""
+    head = ["share of the step (floor)", *rows[0]["parts"]]
+    lines = []
+    for row in rows:
+        shown = [f"{part['share']:.0%} ({part['floor']:.0%})" for part in row["parts"].values()]
+        lines.append([row["name"], *shown])
+    return _table(head, lines)
+
+
+def _options(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        for tried in row.get("options", ())[1:]:
+            gain = f"{tried['gain']:+.1%}" if "gain" in tried else f"{tried['status']}: {tried.get('reason', '')}"
+            lines.append([row["name"], f"`{tried['option']}`", gain])
+        if drift := row.get("options", [{}])[0].get("drift"):
+            lines.append([row["name"], "the same again", f"{drift:+.1%}"])
+    return _table(["config", "compiler option", "tokens/s"], lines) if lines else ""
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
+    shown = [head, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in shown)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(row: Row, field: str, shown: str) -> str:
+    return shown.format(row[field]) if field in row else "-"

@@ -1,0 +1,122 @@
+"""A config's train step on the devices of this process, to be timed, traced and weighed."""
+
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from gptjax.bench.parts import seconds_by_part
+from gptjax.config import Config
+from gptjax.data.stream import Prefetcher
+from gptjax.data.tokenizers import load_tokenizer
+from gptjax.hardware import compiler_options
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.pretrain import Pretrain
+from gptjax.train.checkpoint import Position
+from gptjax.train.loop import PREFETCH, batches, process_share
+from gptjax.train.schedule import learning_rate
+from gptjax.train.step import TrainState, abstract_state, make_step
+
+WARMUP = 2  # steps that are not measured: the first also places what the allocator will keep
+TRACED = 2  # steps in a profiler's trace
+
+
+@dataclass(frozen=True)
+class Work:
+    """A config's train step on some devices, and what it is fed."""
+
+    config: Config
+    layout: Layout
+    task: Pretrain
+    shardings: Any
+
+    @classmethod
+    def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
+        layout = Layout(make_mesh(config, devices), rule_table(config.layout))
+        # Any end of text will do for random tokens.
+        task = Pretrain(config, jax.default_backend(), layout, load_tokenizer("bytes"))
+        return cls(config, layout, task, layout.shardings(abstract_state(config, task.init)))
+
+    @property
+    def _tokens(self) -> NamedSharding:
+        return self.layout.sharding((None, "batch", None))
+
+    def random_tokens(self) -> jax.Array:
+        """[M, b, T+1]"""
+        c = self.config
+        shape = (c.max_accumulation, c.micro_batch_size, c.model.seq_len + 1)
+        rows = np.random.default_rng(c.train.seed).integers(0, c.model.vocab_size, shape, np.int32)
+        return jax.make_array_from_callback(shape, self._tokens, lambda part: rows[part])
+
+    def compile(self, state: TrainState, options: dict[str, str] | None) -> Any:
+        """Not from the persistent cache: the time to compile is a figure."""
+        step = make_step(self.config, self.task.loss, self.shardings, self.layout, options)
+        return step.lower(state, self.random_tokens(), *self._scalars(0)).compile()
+
+    def timed(
+        self, step: Any, state: TrainState, batches: Iterable[jax.Array]
+    ) -> tuple[TrainState, list[float], float]:
+        """(state, seconds of each step after the warm-up, last loss)."""
+        seconds = []
+        started = time.perf_counter()
+        for i, tokens in enumerate(batches):
+            state, metrics = jax.block_until_ready(step(state, tokens, *self._scalars(i)))
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+        return state, seconds[WARMUP:], float(metrics["loss"])
+
+    def _scalars(self, i: int) -> tuple[Any, ...]:
+        c = self.config
+        lr = learning_rate(c.optimizer, i * c.train.batch_size * c.model.seq_len)
+        return np.float32(lr), np.int32(c.max_accumulation), np.int32(i)
+
+    @contextmanager
+    def stream(self, count: int) -> Iterator[Iterator[jax.Array]]:
+        """The first batches of the config's own text, prefetched as in training."""
+        task = replace(self.task, tokenizer=load_tokenizer(self.config.data.tokenizer))
+        share = process_share(self._tokens, self.config.micro_batch_size)
+        made = batches(self.config, task, self._tokens, share, Position())
+        with Prefetcher(lambda: next(made), PREFETCH) as ahead:
+            yield (next(ahead).tokens for _ in range(count))
+
+    def parts(self, state: TrainState, options: dict[str, str] | None) -> dict[str, float]:
+        """Seconds of one step in each part, from a trace of TRACED steps."""
+        platform = jax.default_backend()
+        if platform == "gpu":  # kernels launched as a graph are not traced by their instruction's name
+            own = compiler_options(platform, self.config.train.deterministic) if options is None else options
+            options = own | {"xla_gpu_enable_command_buffer": ""}
+        step = self.compile(state, options)
+        tokens = [self.random_tokens()] * (WARMUP + TRACED)
+        state, _, _ = self.timed(step, state, tokens[TRACED:])
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                self.timed(step, state, tokens[:TRACED])
+            text = step.as_text()
+            module = re.match(r"HloModule ([\w.\-]+)", text)
+            assert module
+            seconds = seconds_by_part(Path(folder), text, module[1])
+        return {part: spent / TRACED for part, spent in seconds.items()}
+
+
+def num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def peak(step: Any) -> dict[str, Any]:
+    """Peak bytes of the fullest device, and who says so: the allocator, or where it keeps no count the program."""
+    m = step.memory_analysis()
+    # Not its own peak, which on CPU leaves out the temporaries (jaxlib 0.10.2).
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [count for count in counts if count]
+    source = "allocator" if known else "compiled program"
+    return {"memory_bytes": max(known, default=held), "memory_source": source, "program_bytes": held}

@@ -1,0 +1,280 @@
+"""`gptjax bench single`: what is measured, what is chosen, and that the peer does the same work."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from gptjax import cli
+from gptjax.bench import trial
+from gptjax.bench.parts import PARTS, floors, instructions, part_of, seconds_by_part
+from gptjax.bench.single import Options, alone, climb, search
+from gptjax.bench.single_report import markdown
+from gptjax.config import Config, ModelConfig, to_json
+from gptjax.errors import UserError
+from gptjax.model.accounting import train_flops_per_token
+from gptjax.tasks.pretrain import Pretrain
+
+ROOT = Path(__file__).parents[1]
+FACTS = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "platform": "gpu",
+    "dtype": "bfloat16",
+    "versions": {"jax": "0.11.2"},
+    "date": "2026-01-01",
+    "limits": {"flops": 8e14, "bytes": 3e12},
+}
+
+
+@pytest.fixture
+def file(tiny: Config, tmp_path: Path) -> str:
+    """The tiny config as a user's file."""
+    path = tmp_path / "tiny.py"
+    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
+    path.write_text(text)
+    return str(path)
+
+
+def answer(config: Config, rate: float) -> dict[str, Any]:
+    """Of a process that trained at so many tokens per second."""
+    seconds = config.train.batch_size * config.model.seq_len / rate
+    parts = {part: seconds / 10 for part in PARTS}
+    return {
+        "status": "ok", "times_s": [seconds] * 3, "compile_s": 2.0, "loss": 5.0, "memory_bytes": 7e6,
+        "memory_source": "allocator", "compute_width": 2, "state_bytes": {"params": 100, "opt_state": 200},
+        "parts_s": parts, "stream_s": [1.25 * seconds] * 3,
+    }  # fmt: skip
+
+
+OUT_OF_MEMORY = {"status": "out of memory", "reason": "RESOURCE_EXHAUSTED: 81 GB"}
+
+
+def test_operations_belong_to_parts() -> None:
+    names = {
+        "jit(step)/while/body/jvp(GPT)/unit_3/block_0/attention/dot_general": "attention",
+        "jit(step)/while/body/jvp(GPT)/unit_3/block_0/norm_attention/sub": "rest",
+        "jit(step)/transpose(jvp(GPT))/unit_3/block_0/qkv/dot_general": "projections",
+        "jit(step)/transpose(jvp(GPT))/unit_3/block_0/projection/reduce_sum": "projections",
+        "jit(step)/jvp(GPT)/unit_0/block_1/mlp/checkpoint/tanh": "MLP",
+        "jit(step)/jvp(loss)/while/body/closed_call/exp": "head and loss",
+        "jit(step)/optimizer/mul": "optimizer",
+        "jit(step)/while/body/add": "rest",
+        "": "rest",
+    }
+    assert {name: part_of(name) for name in names} == names
+
+
+@pytest.mark.slow
+def test_every_part_of_a_real_step_has_instructions(tiny: Config) -> None:
+    """The scopes that PARTS names are those that the model and the step open."""
+    work = trial.Work.prepare(alone(tiny), jax.devices()[:1])
+    state = trial.init_state(work.config, work.task.init, work.layout)
+    found = instructions(work.compile(state, None).as_text())
+    assert set(found.values()) == set(PARTS)
+
+
+def test_a_trace_is_summed_by_part(tmp_path: Path) -> None:
+    """Products of 400 x 400 in one scope cost far more than a sum in another, and loops are not counted twice."""
+
+    def heavy(x: jax.Array) -> jax.Array:
+        def turn(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            with jax.named_scope("mlp"):
+                return jnp.tanh(x @ x), None
+
+        x, _ = jax.lax.scan(turn, x, None, length=20)
+        with jax.named_scope("optimizer"):
+            return x.sum()
+
+    x = jnp.ones((400, 400))
+    step = jax.jit(heavy).lower(x).compile()
+    step(x).block_until_ready()
+    with jax.profiler.trace(str(tmp_path)):
+        step(x).block_until_ready()
+    seconds = seconds_by_part(tmp_path, step.as_text(), "jit_heavy")
+    assert seconds["MLP"] > 5 * (sum(seconds.values()) - seconds["MLP"]) > 0
+    assert seconds_by_part(tmp_path, step.as_text(), "jit_other") == dict.fromkeys(PARTS, 0.0)
+
+
+def test_floors_are_the_products_and_the_bytes() -> None:
+    model = ModelConfig(2, 4, 64, seq_len=128, vocab_size=1000, attention_pattern=("dense", "banded"), window=16)
+    config = Config("c", model, train=replace(Config("c", model).train, batch_size=3))
+    flops = {"flops": 1e6, "bytes": 1e30}
+    least = floors(config, flops, 2, {"params": 10, "opt_state": 20})
+    whole = train_flops_per_token(model) * 3 * 128 / 1e6
+    assert sum(least.values()) == pytest.approx(whole)
+    moved = floors(config, {"flops": 1e30, "bytes": 1.0}, 2, {"params": 10, "opt_state": 20})
+    tokens = 3 * 128
+    assert moved["optimizer"] == 2 * 30 + 10
+    assert moved["attention"] == 2 * tokens * 64 * (4 + 8) * 2
+    assert moved["rest"] == tokens * 64 * 5 * 6 * 2
+    assert max(moved["MLP"], moved["projections"], moved["head and loss"]) < 1e-20
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "full"),
+    [
+        ({8: 1.0, 16: 1.5, 32: 1.6, 64: 1.6}, 32, False),  # 64 fits and gives nothing
+        ({8: 1.0, 16: 1.5}, 16, True),  # 32 does not fit
+        ({2: 0.5}, 2, True),  # 8 and 4 do not fit
+        ({}, 1, True),  # nothing does
+        ({8: 1.0, 16: 1.1, 32: 1.3, 64: 1.7, 128: 9.9}, 64, False),  # 128 does not divide the batch of 64
+    ],
+)
+def test_micro_batch_climbs_while_it_pays(tiny: Config, rates: dict[int, float], best: int, full: bool) -> None:
+    config = alone(replace(tiny, train=replace(tiny.train, batch_size=64, micro_batch_size=8)))
+    tried = []
+
+    def rate(candidate: Config) -> float:
+        tried.append(candidate.micro_batch_size)
+        return rates.get(candidate.micro_batch_size, 0.0)
+
+    found, found_rate, was_full = climb(config, rate)
+    assert (found.micro_batch_size, found_rate, was_full) == (best, rates.get(best, 0.0), full)
+    assert len(set(tried)) == len(tried)
+
+
+def test_search_takes_remat_only_for_memory(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without remat 8 sequences fit, with dots 32, with full all; unrolled layers are faster."""
+    most = {"none": 8, "dots": 32, "full": 64}
+    speed = {"none": 1.0, "dots": 0.9, "full": 0.7}
+
+    def measured(config: Config, steps: int, timeout: float, **extras: Any) -> dict[str, Any]:
+        micro, model = config.micro_batch_size, config.model
+        assert config.train.batch_size in (micro, 2 * micro)
+        if micro > most[model.remat]:
+            return OUT_OF_MEMORY
+        gain = micro / (micro + 4) * (1.0 if model.scan_layers else 1.1)
+        return answer(config, 1e6 * speed[model.remat] * gain)
+
+    monkeypatch.setattr(trial, "measure_single", measured)
+    config = alone(replace(tiny, train=replace(tiny.train, batch_size=64, micro_batch_size=8)))
+    best, rows = search(config, FACTS, Options())
+    assert (best.micro_batch_size, best.model.remat, best.model.scan_layers) == (32, "dots", False)
+    assert best.train.batch_size == 64
+    assert {row["remat"] for row in rows} == {"none", "dots", "full"}
+    assert [row["status"] for row in rows if row["micro_batch_size"] == 64] == ["out of memory", "ok"]
+
+    most["none"] = 64  # now memory stops nothing, and remat is not even tried
+    best, rows = search(config, FACTS, Options())
+    assert (best.micro_batch_size, {row["remat"] for row in rows}) == (64, {"none"})
+
+
+def test_table_and_file_say_what_was_measured(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def measured(config: Config, steps: int, timeout: float, **extras: Any) -> dict[str, Any]:
+        option = (extras.get("options") or {}).get("xla_gpu_enable_triton_gemm")
+        return answer(config, 5e5 * (1.1 if option else 1.0))
+
+    def by_peer(script: Path, config: Config, steps: int, timeout: float) -> dict[str, Any]:
+        return answer(config, 4e5) | {"how": "PyTorch 9"}
+
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout: FACTS)
+    monkeypatch.setattr(trial, "measure_single", measured)
+    monkeypatch.setattr(trial, "measure_peer", by_peer)
+    out = tmp_path / "out"
+    flags = ["--peer", file, "--stream", "--options", "--out", str(out)]
+    assert cli.run(["bench", "single", file, *flags, "--model.window", "8"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "single.json").read_text())
+    (row,) = result["rows"]
+    assert row["config"]["model"]["window"] == 8
+    assert row["ratio"] == pytest.approx(1.25)
+    model = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["config"]["model"].items()})
+    assert row["mfu"] == pytest.approx(5e5 * train_flops_per_token(model) / 9.89e14)
+    assert row["parts"]["MLP"]["share"] == pytest.approx(0.1)
+    assert row["parts"]["idle"]["share"] == pytest.approx(0.4)
+    assert row["stream_ratio"] == pytest.approx(1.25)
+    gains = {tried["option"]: tried.get("gain") for tried in row["options"]}
+    assert gains["xla_gpu_enable_triton_gemm=False"] == pytest.approx(0.1)
+    for shown in ("500,000", "400,000", "1.25", "1.250", "+10.0%", "NVIDIA H100", "0.11.2", "2026-01-01", "PyTorch 9"):
+        assert shown in printed
+    assert (out / "single.md").read_text().strip() in printed
+
+
+def test_what_does_not_run_is_a_row(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout: FACTS)
+    monkeypatch.setattr(trial, "measure_single", lambda *_, **__: OUT_OF_MEMORY)
+    assert cli.run(["bench", "single", file, "--out", str(tmp_path / "out")]) == 0
+    assert "out of memory: RESOURCE_EXHAUSTED: 81 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer", "none.py"], r"--peer none.py: no such file; name a script such as tests/peers/gpt2_torch.py"),
+        (["--steps", "0"], "--steps and --timeout must be positive; nearest 1"),
+        (["--model.windo", "3"], "model.windo"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str, file: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        cli.run(["bench", "single", file, *arguments, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_real_device_with_its_stream(file: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.run(["bench", "single", file, "--steps", "2", "--stream", "--out", str(out)]) == 0
+    (row,) = json.loads((out / "single.json").read_text())["rows"]
+    assert (row["status"], len(row["times_s"]), len(row["stream_s"])) == ("ok", 2, 2)
+    assert all(part["share"] > 0 for name, part in row["parts"].items() if name != "idle")
+    assert sum(part["share"] for part in row["parts"].values()) == pytest.approx(1)
+    assert row["memory_bytes"] > sum(row["state_bytes"].values())
+
+
+def peer_module() -> Any:
+    path = ROOT / "tests" / "peers" / "gpt2_torch.py"
+    spec = importlib.util.spec_from_file_location("gpt2_torch", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_peer_is_the_same_model(tiny: Config) -> None:
+    """With our weights it has our loss, and one job gives an answer of the right form."""
+    torch = pytest.importorskip("torch", reason="the extra `peers` is not installed")
+    model = replace(tiny.model, attention_pattern=("dense",), scan_layers=False, vocab_size=256)
+    config = alone(replace(tiny, model=model))
+    task = Pretrain(config, "cpu")
+    params = nn.unbox(task.init(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: np.asarray(p + rng.normal(0, 0.05, p.shape), np.float32), params)
+    net = peer_module().GPT2(4, 8, 32, 16, 256)
+    ours = {"embedding.weight": params["embedding"], "positions.weight": params["positions"]}
+    ours |= {f"norm_final.{to}": params["norm_final"][name] for to, name in (("weight", "scale"), ("bias", "bias"))}
+    for i in range(4):
+        block = params[f"unit_{i}"]["block_0"]
+        for norm in ("norm_attention", "norm_mlp"):
+            ours[f"blocks.{i}.{norm}.weight"] = block[norm]["scale"]
+            ours[f"blocks.{i}.{norm}.bias"] = block[norm]["bias"]
+        for name, outs in (("qkv", 96), ("projection", 32), ("mlp_up", 128), ("mlp_down", 32)):
+            ours[f"blocks.{i}.{name}.weight"] = block[name]["kernel"].reshape(-1, outs).T
+            ours[f"blocks.{i}.{name}.bias"] = block[name]["bias"].reshape(-1)
+    net.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in ours.items()})
+    tokens = rng.integers(0, 256, (3, 17))
+    nats, count = jax.jit(lambda p: task.loss(p, jnp.asarray(tokens), None))(params)
+    assert net(torch.tensor(tokens)).item() == pytest.approx(float(nats / count), rel=1e-5)
+
+    found = trial.measure_peer(ROOT / "tests" / "peers" / "gpt2_torch.py", config, 2, 300)
+    assert (found["status"], len(found["times_s"])) == ("ok", 2)
+    banded = replace(config, model=replace(model, attention_pattern=("dense", "banded")))
+    assert "no banded layers" in trial.measure_peer(ROOT / "tests/peers/gpt2_torch.py", banded, 2, 300)["reason"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gptjax" / "bench" / "results").glob("single-*.json")), ids=str)
+def test_the_readme_shows_what_was_measured(path: Path) -> None:
+    assert markdown(json.loads(path.read_text())) in (ROOT / "README.md").read_text()
