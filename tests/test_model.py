@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gptjax.config import ModelConfig
 from gptjax.model import accounting
 from gptjax.model.attention import reference
-from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward
+from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up
 from gptjax.model.loss import IGNORED, cross_entropy, logits
 
 CONFIG = ModelConfig(
@@ -45,6 +45,32 @@ def test_cross_entropy_and_gradient_equal_float64(length: int, chunk: int, ignor
     np.testing.assert_allclose(chunked(*arguments), value, rtol=1e-5)  # the path without a gradient
     for a, b in zip(got_grads, grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_head_is_exact_far_from_zero() -> None:
+    """Scores near -100, as GPT-2's: rounded to bfloat16 as they are, the loss would be 0.01 nats too high."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=64)
+    hidden = jnp.asarray(rng.normal(size=(4, 256, 64)) - 1.5 * shared, jnp.bfloat16)
+    embedding = jnp.asarray(0.25 * rng.normal(size=(512, 64)) + shared, jnp.bfloat16)
+    targets = rng.integers(0, 500, (4, 256))
+    with jax.enable_x64(True):
+        wide = np.asarray(hidden, np.float64), np.asarray(embedding, np.float64)
+        scores = (wide[0] @ wide[1].T)[..., :500]
+        assert scores.mean() < -80
+        want = -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], -1).mean()
+    got = cross_entropy(hidden, embedding, jnp.asarray(targets), 500, 64) / targets.size
+    assert float(got) == pytest.approx(float(want), abs=2e-3)  # the table is rounded once more
+    rounded = jnp.asarray(jnp.asarray(scores, jnp.bfloat16), jnp.float32)
+    plain = -jnp.take_along_axis(jax.nn.log_softmax(rounded), targets[..., None], -1).mean()
+    assert float(plain) - float(want) > 1e-2
+
+
+def test_gradient_of_a_frequent_token_is_summed_whole() -> None:
+    """4,096 places of one token, each with a gradient of 1: bfloat16 would stop at 256."""
+    table, tokens = jnp.ones((4, 2), jnp.bfloat16), jnp.full((2, 2048), 3)
+    gradient = jax.grad(lambda t: look_up(t, tokens).astype(jnp.float32).sum())(table)
+    np.testing.assert_array_equal(gradient, [[0, 0]] * 3 + [[4096, 4096]])
 
 
 def test_no_full_logits_in_memory() -> None:

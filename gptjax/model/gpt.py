@@ -238,6 +238,27 @@ class Unit(nn.Module):
         return x, None if cache is None else tuple(new_cache)
 
 
+@jax.custom_vjp
+def look_up(table: Array, tokens: Array) -> Array:
+    """table [V', D], tokens [B, T] -> [B, T, D]. The gradient sums a token's places in at least float32: in bfloat16
+    the sum of a frequent token stands still once it is 256 times what each place adds."""
+    return table[tokens]
+
+
+def _look_up_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[tokens], (table, tokens)
+
+
+def _look_up_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    wide = jnp.promote_types(table.dtype, jnp.float32)
+    summed = jnp.zeros(table.shape, wide).at[tokens].add(grad.astype(wide))
+    return summed.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class GPT(nn.Module):
     """Token and position embeddings, U units, a final LayerNorm. The tied head lives in `loss.logits`."""
 
@@ -279,7 +300,7 @@ class GPT(nn.Module):
         # A product with ones: its gradient is a product, too. The sum over B that plain broadcasting gives makes the
         # GPU compiler lay the whole residual stream out with B innermost.
         here = jnp.einsum("b,td->btd", jnp.ones(tokens.shape[:1], self.dtype), here)
-        x = constrain(lookup[tokens] + here, OUTSIDE)
+        x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
         unit = Unit

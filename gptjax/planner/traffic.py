@@ -64,11 +64,13 @@ def traffic(place: Place) -> list[Transfer]:
     behind = 1.0 if stages == 1 else 0.0
     add("reduce-scatter", ("fsdp",), "gradients", weights, behind)
     add("all-reduce", copies, "gradients", weights / fsdp, behind)
-    # The embedding, whole over fsdp, once a step; its gradient from the head and from the lookup, and the positions'.
+    # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup; and the
+    # positions'.
     positions = model.seq_len * model.embed_dim * place.width
     rows = ("replica", "pipeline", "data", "fsdp", "context")
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
-    add("all-reduce", rows, "embedding's gradient", (2 * place.embedding + positions) * micro)
+    looked_up = place.embedding * FLOAT / place.width
+    add("all-reduce", rows, "embedding's gradient", (place.embedding + looked_up + positions) * micro)
 
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro
