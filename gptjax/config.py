@@ -97,8 +97,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule in tokens (GPT-3 paper, appendix B)."""
+    """AdamW, or Muon for the layers, and the schedule in tokens (GPT-3 paper, appendix B)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the momentum of the layers' matrices; embeddings, positions, biases and LayerNorms stay with
+    Adam. Its updates have the size of Adam's (arXiv 2502.16982), so that one learning rate serves both."""
     learning_rate: float = 6e-4
     """Peak learning rate."""
     final_ratio: float = 0.1

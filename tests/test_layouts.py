@@ -21,6 +21,7 @@ from gptjax.model.gpt import forward
 from gptjax.planner.bill import read
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import lower
+from gptjax.planner.place import place
 from gptjax.sharding.mesh import MESH_AXES, abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
 from gptjax.tasks.pretrain import Pretrain
@@ -107,6 +108,26 @@ def test_deep_layout_equals_single_device(name: str, deep: Config, deep_single: 
     losses, params = run(replace(deep, layout=DEEP[name], model=replace(deep.model, remat=remat)), 8)
     np.testing.assert_allclose(losses, deep_single[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, deep_single[1])
+
+
+def test_muon_on_a_layout_equals_single_device(steady: Config) -> None:
+    """And learns: matrices are orthogonalised whole, wherever their parts are."""
+    one_kind = replace(steady.model, attention_pattern=("dense",), num_layers=2)
+    muon = replace(steady, model=one_kind, optimizer=replace(steady.optimizer, kind="muon"))
+    losses, params = run(muon, 1)
+    spread, spread_params = run(replace(muon, layout=LAYOUTS["dp2_fsdp2_tp2"]), 8)
+    assert losses[-1] < losses[0] - 0.5
+    np.testing.assert_allclose(spread, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), spread_params, params)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_planned_moments_are_the_states(kind: str, tiny: Config) -> None:
+    config = replace(tiny, layout=LAYOUTS["fsdp2_tp4"], optimizer=replace(tiny.optimizer, kind=kind))
+    task, layout = build(config, 8)
+    held = sum(row[3] for row in layout.table(abstract_state(config, task.init).opt_state))
+    planned = 4 * place(config, Topology("cpu-8", "cpu", Chip("CPU", 1, 1, 1, 1, 1, 1, "cpu"), (8,))).local_moments
+    assert 0 <= held - planned < 40  # counters and coefficients
 
 
 def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:

@@ -1,5 +1,6 @@
 """Schedules, the step's guards, and runs that are killed, damaged and moved between layouts."""
 
+import functools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import pytest
 from flax import linen as nn
 
 from gptjax.cli import malloc_matters
-from gptjax.config import Config, OptimizerConfig, to_json
+from gptjax.config import Config, LayoutConfig, OptimizerConfig, to_json
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
 from gptjax.loading import load_config
@@ -33,7 +34,15 @@ from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, fingerprint
 from gptjax.train.metrics import read_log
 from gptjax.train.schedule import batch_size, learning_rate, steps, total_steps
-from gptjax.train.step import abstract_state, init_state, is_decayed, make_step
+from gptjax.train.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    is_decayed,
+    make_optimizer,
+    make_step,
+    placed,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -131,6 +140,89 @@ def test_decay_leaves_biases_and_norms_out(tiny: Config) -> None:
     flat = {leaf_name(path): decayed for path, decayed in jax.tree.leaves_with_path(mask)}
     assert {name.split("/")[-1] for name, decayed in flat.items() if decayed} == {"kernel", "embedding", "positions"}
     assert {name.split("/")[-1] for name, decayed in flat.items() if not decayed} == {"bias", "scale"}
+
+
+@pytest.fixture
+def muon(tiny: Config) -> Config:
+    """Two equal layers: half as much to compile."""
+    model = replace(tiny.model, num_layers=2, attention_pattern=("dense",))
+    return replace(tiny, model=model, optimizer=replace(tiny.optimizer, kind="muon"))
+
+
+def newton_schulz(matrix: np.ndarray) -> np.ndarray:
+    """Jordan's quintic, five times, on the side with fewer rows."""
+    x = matrix / np.linalg.norm(matrix)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_is_newton_schulz_in_float64(muon: Config) -> None:
+    """The second update of every kind of matrix, stacked and unstacked alike; Adam's for all else."""
+    config = replace(muon.optimizer, weight_decay=0.0)
+    task, _ = single_device(muon)
+    shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    first, second = (jax.tree.map(lambda p: rng.normal(0, 1e-3, p.shape).astype(np.float32), shapes) for _ in range(2))
+
+    def update(kind: str, trees: list) -> dict:  # norms below 1: nothing is clipped
+        @jax.jit
+        def twice(first: dict, second: dict) -> dict:
+            optimizer = make_optimizer(replace(config, kind=kind))
+            _, state = optimizer.update(first, optimizer.init(first), first)
+            return optimizer.update(second, state, first)[0]
+
+        return twice(*trees)
+
+    def unit(tree: dict, i: int) -> dict:
+        return jax.tree.map(lambda leaf: leaf[i], tree["units"])
+
+    got = update("muon", [first, second])
+    alone = update("muon", [{"unit_1": unit(tree, 1)} for tree in (first, second)])["unit_1"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, unit(got, 1))
+    for name, shape in {"qkv": (32, 96), "projection": (32, 32), "mlp_up": (32, 128), "mlp_down": (128, 32)}.items():
+        old, new, out = (unit(t, 1)["block_0"][name]["kernel"].reshape(shape) for t in (first, second, got))
+        for part in range(3 if name == "qkv" else 1):
+            a, b, c = (np.float64(x[:, 32 * part : 32 * (part + 1)] if name == "qkv" else x) for x in (old, new, out))
+            momentum = 0.95 * (0.05 * a) + 0.05 * b
+            nesterov = 0.95 * momentum / (1 - 0.95**3) + 0.05 * b / (1 - 0.95**2)
+            want = 0.2 * max(a.shape) ** 0.5 * newton_schulz(nesterov)
+            np.testing.assert_allclose(c, want, rtol=1e-3, atol=1e-4)
+            assert 0.1 < np.sqrt(np.mean(c**2)) < 0.3  # as large as Adam's
+    adam = update("adamw", [first, second])
+    for path in (("embedding",), ("norm_final", "scale"), ("units", "block_0", "qkv", "bias")):
+        a, b = (functools.reduce(lambda node, key: node[key], path, tree) for tree in (got, adam))
+        np.testing.assert_array_equal(a, b)
+
+
+def test_muon_goes_on_bit_for_bit_and_moves_to_another_layout(muon: Config, tmp_path: Path) -> None:
+    task, state, step = make(muon)
+
+    def advance(state: TrainState, begin: int) -> TrainState:
+        for i in range(begin, begin + 2):
+            state, _ = step(state, random_tokens(muon, i), np.float32(1e-3), np.int32(2), np.int32(i))
+        return state
+
+    checkpoints = Checkpoints(tmp_path, muon)
+    state = advance(state, 0)
+    checkpoints.save(state, Position(2, 2, None))
+    checkpoints.wait()
+    saved, whole = fingerprint(state), fingerprint(advance(state, 2))
+
+    def restore(layout: Layout) -> TrainState:
+        abstract = abstract_state(muon, task.init)
+        return checkpoints.restore(placed(abstract, layout.shardings(abstract)), pytest.fail)[0]
+
+    assert fingerprint(advance(restore(task.layout), 2)) == whole
+    spread = replace(muon, layout=LayoutConfig(pipeline=2, fsdp=2, tensor=2))
+    moved = restore(Layout(make_mesh(spread, jax.devices()), rule_table(spread.layout)))
+    assert fingerprint(moved) == saved
+    momenta = [leaf for leaf in jax.tree.leaves(moved.opt_state) if leaf.size >= 2 * 32**2 and leaf.ndim > 2]
+    assert len(momenta) == 4
+    assert all(leaf.addressable_shards[0].data.nbytes == leaf.nbytes / 8 for leaf in momenta)
+    checkpoints.close()
 
 
 def test_nonfinite_step_is_skipped_and_counted(tiny: Config) -> None:

@@ -21,7 +21,7 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
     state, unit = FLOAT * place.local_parameters, len(model.attention_pattern)
     found = [
         ("parameters", "float32 weights", state),
-        ("optimizer", "Adam's two moments", 2 * state),
+        ("optimizer", "the optimizer's moments", FLOAT * place.local_moments),
         ("gradients", "float32 gradients", state),
         ("gradients", "their sum over micro-batches", state if accumulates else 0.0),
         ("activations", "inputs of the units", place.ticks / place.chunks * place.layers / unit * place.resting),

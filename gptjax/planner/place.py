@@ -13,6 +13,7 @@ from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
 from gptjax.tasks.pretrain import Pretrain
+from gptjax.train.step import muon_axes
 
 FLOAT = 4  # bytes of a master weight, a moment, a gradient
 
@@ -129,6 +130,12 @@ class Place:
     @cached_property
     def local_parameters(self) -> float:
         return sum(self.local(array) for array in self.arrays)
+
+    @cached_property
+    def local_moments(self) -> float:
+        """Numbers that the optimizer keeps: Adam two a parameter, Muon one."""
+        muon = self.config.optimizer.kind == "muon"
+        return sum(self.local(array) * (1 if muon and muon_axes(array.name) else 2) for array in self.arrays)
 
 
 def place(

@@ -9,10 +9,11 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax import Array
+from optax.contrib import MuonDimensionNumbers
 
 from gptjax.config import Config, OptimizerConfig
 from gptjax.hardware import compiler_options
-from gptjax.sharding.rules import Layout, leaf_name
+from gptjax.sharding.rules import Layout, is_boxed, leaf_name
 
 Params = Any
 Metrics = dict[str, Array]
@@ -38,19 +39,44 @@ class TrainState(struct.PyTreeNode):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""
+    """Clip, Adam or Muon, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""
+    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.kind == "muon":
+        # optax's Muon ends in a product with minus the learning rate, and the step subtracts: hence -1. Its own Adam
+        # for the rest would be Nesterov's, hence the partition. 0.2: the RMS of Adam's updates (arXiv 2502.16982).
+        muon = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=_by_name(muon_axes), consistent_rms=0.2)
+        labels = _by_name(lambda name: "muon" if muon_axes(name) else "adam")
+        direction = optax.partition({"muon": muon, "adam": direction}, labels)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
 
 
+def muon_axes(name: str) -> MuonDimensionNumbers | None:
+    """Input and output axes of a layer's matrix, the others count matrices; None for what Adam updates.
+
+    Counted from the end, since scanned layers are stacked in front. Queries, keys and values are three matrices.
+    """
+    axes = {
+        "qkv": MuonDimensionNumbers(-4, (-2, -1)),  # [D, 3, H, K]
+        "projection": MuonDimensionNumbers((-3, -2), -1),  # [H, K, D]
+        "mlp_up": MuonDimensionNumbers(-2, -1),
+        "mlp_down": MuonDimensionNumbers(-2, -1),
+    }
+    parts = name.split("/")
+    return next((axes[part] for part in parts if part in axes), None) if "kernel" in parts else None
+
+
+def _by_name(choose: Callable[[str], Any]) -> Callable[[Params], Any]:
+    """The tree of what `choose` says of each parameter's name."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: choose(leaf_name(path)), params)
+
+
 def is_decayed(params: Params) -> Any:
     """True for matrices and embeddings, False for biases and LayerNorm scales, whatever the stacking."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: {"bias", "scale"}.isdisjoint(leaf_name(path).split("/")), params
-    )
+    return _by_name(lambda name: {"bias", "scale"}.isdisjoint(name.split("/")))(params)
 
 
 def abstract_state(config: Config, init: Callable[[Array], Params]) -> TrainState:
@@ -59,9 +85,11 @@ def abstract_state(config: Config, init: Callable[[Array], Params]) -> TrainStat
 
 
 def _initial(config: Config, params: Params) -> TrainState:
+    opt_state = make_optimizer(config.optimizer).init(params)
     return TrainState(
         params=params,
-        opt_state=make_optimizer(config.optimizer).init(params),
+        # Of a parameter that one optimizer leaves to another, optax keeps the box with an empty node in it.
+        opt_state=jax.tree.map(lambda x: x if jax.tree.leaves(x) else nn.unbox(x), opt_state, is_leaf=is_boxed),
         accepted=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         loss_mean=jnp.zeros(()),
