@@ -19,8 +19,10 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
     unit, or in the loss."""
     model, mesh, accumulates = place.config.model, place.mesh, place.config.max_accumulation > 1
     state, unit = FLOAT * place.local_parameters, len(model.attention_pattern)
+    narrow = place.width * place.local_parameters if accumulates and place.width < FLOAT else 0.0
     found = [
         ("parameters", "float32 weights", state),
+        ("parameters", "in the compute dtype, for all micro-batches", narrow),
         ("optimizer", "the optimizer's moments", FLOAT * place.local_moments),
         ("gradients", "float32 gradients", state),
         ("gradients", "their sum over micro-batches", state if accumulates else 0.0),
@@ -46,7 +48,7 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
     logits = place.outside_tokens / place.length * min(model.loss_chunk, model.seq_len)
     loss = [
         ("temporaries", "the embedding and its float32 gradient", place.embedding * (1 + FLOAT / place.width)),
-        ("temporaries", "a chunk of logits", logits * model.padded_vocab_size / mesh["tensor"] * (FLOAT + place.width)),
+        ("temporaries", "a chunk of logits", logits * model.padded_vocab_size / mesh["tensor"] * 2 * place.width),
         ("temporaries", "what the loss is computed from", 2 * place.residual / mesh["pipeline"]),
     ]
     return found + max(backward, loss, key=lambda phase: sum(size for _, _, size in phase))
