@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
 
 from gptjax import cli
 from gptjax.bench import trial
 from gptjax.bench.parts import PARTS, floors, instructions, part_of, seconds_by_part
-from gptjax.bench.single import Options, alone, climb, search
+from gptjax.bench.single import OPTIONS, Options, alone, climb, search
 from gptjax.bench.single_report import markdown
 from gptjax.config import Config, ModelConfig, to_json
 from gptjax.errors import UserError
+from gptjax.hardware import compiler_options
 from gptjax.model.accounting import train_flops_per_token
+from gptjax.planner.chips import topology
+from gptjax.planner.compile import devices_of
 from gptjax.tasks.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +80,7 @@ def test_every_part_of_a_real_step_has_instructions(tiny: Config) -> None:
     """The scopes that PARTS names are those that the model and the step open."""
     work = trial.Work.prepare(alone(tiny), jax.devices()[:1])
     state = trial.init_state(work.config, work.task.init, work.layout)
-    found = instructions(work.compile(state, None).as_text())
+    found = instructions(work.compile(state, {}).as_text())
     assert set(found.values()) == set(PARTS)
 
 
@@ -221,6 +225,25 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, file: st
         cli.run(["bench", "single", file, *arguments, "--out", str(tmp_path / "out")])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_step() -> None:
+    """Determinism is the compiler's to promise on a GPU alone, and asked for in the config."""
+    assert "xla_gpu_deterministic_ops" not in compiler_options("gpu")
+    assert compiler_options("gpu", True) == compiler_options("gpu") | {"xla_gpu_deterministic_ops": "True"}
+    assert compiler_options("cpu", True) == compiler_options("cpu")
+
+
+def test_the_cuda_compiler_takes_every_option() -> None:
+    """The step's own and those that --options tries, on a program of one product for an H100 that is not there."""
+    pytest.importorskip("jax_cuda13_plugin", reason="the extra `cuda-aot` is not installed")
+    device = SingleDeviceSharding(devices_of(topology("h100-1x1"))[0])
+    product = jax.jit(lambda x: x @ x, in_shardings=device, out_shardings=device)
+    lowered = product.lower(jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
+    for name, value in (OPTIONS["gpu"] | compiler_options("gpu", True)).items():
+        lowered.compile(compiler_options={name: value})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_gpu_no_such_option": "True"})
 
 
 @pytest.mark.slow

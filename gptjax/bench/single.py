@@ -35,6 +35,7 @@ OPTIONS = {
         "xla_gpu_unsupported_enable_triton_multi_output_fusion": "True",
         "xla_gpu_exhaustive_tiling_search": "True",
         "xla_gpu_cudnn_gemm_fusion_level": "2",
+        "xla_gpu_dot_merger_threshold_mb": "64",  # the compiler's default in place of ours
         "xla_gpu_deterministic_ops": "True",
     },
     "cpu": {"xla_cpu_prefer_vector_width": "512"},
@@ -190,23 +191,20 @@ def _halves(size: int) -> Iterator[int]:
 def compare_options(config: Config, facts: dict[str, Any], options: Options) -> list[Row]:
     """Each option against the platform's own, which is measured first and last: gain in tokens per second."""
 
-    def once(extra: dict[str, str] | None) -> Row:
-        answer = trial.measure_single(config, options.steps, options.timeout, options=extra)
+    def once(**more: str) -> Row:
+        answer = trial.measure_single(config, options.steps, options.timeout, options=more)
         row = _judged(config, answer, facts)
-        _say(f"{config.name} {extra or 'own options'}", row)
+        _say(" ".join([config.name, *(f"{name}={value}" for name, value in more.items())]), row)
         return row
 
-    first = once(None)
-    tried = [{"option": f"{name}={value}"} | _brief(once({name: value})) for name, value in _options(facts)]
-    own = [row["tokens_per_s"] for row in (first, once(None)) if "tokens_per_s" in row]
+    first = once()
+    every = OPTIONS[facts["platform"]]
+    tried = [{"option": f"{name}={value}"} | _brief(once(**{name: value})) for name, value in every.items()]
+    own = [row["tokens_per_s"] for row in (first, once()) if "tokens_per_s" in row]
     for row in tried:
         if own and "tokens_per_s" in row:
             row["gain"] = row["tokens_per_s"] / median(own) - 1
     return [{"option": "own", "drift": own[-1] / own[0] - 1 if own else None}, *tried]
-
-
-def _options(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from OPTIONS[facts["platform"]].items()
 
 
 def peer(config: Config, facts: dict[str, Any], options: Options) -> Row:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,8 +38,8 @@ LINE = 300  # characters of an error that a table and a JSON row keep
 class Extras:
     """What `bench single` wants to know beside the times of the steps."""
 
-    options: dict[str, str] | None = None
-    """Compiler options in place of the platform's own."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Compiler options beside the platform's own."""
     parts: bool = False
     """Also seconds of a step by part, from a profiler's trace."""
     stream: bool = False
@@ -179,7 +179,7 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
     work = Work.prepare(config, jax.devices() if extras is None else jax.devices()[:1])
     state = init_state(config, work.task.init, work.layout)
     started = time.perf_counter()
-    step = work.compile(state, extras.options if extras else None)
+    step = work.compile(state, extras.options if extras else {})
     compile_s = time.perf_counter() - started
     state, seconds, loss = work.timed(step, state, [work.random_tokens()] * (WARMUP + steps))
     if not np.isfinite(loss):

@@ -57,8 +57,10 @@ class Work:
         rows = np.random.default_rng(c.train.seed).integers(0, c.model.vocab_size, shape, np.int32)
         return jax.make_array_from_callback(shape, self._tokens, lambda part: rows[part])
 
-    def compile(self, state: TrainState, options: dict[str, str] | None) -> Any:
-        """Not from the persistent cache: the time to compile is a figure."""
+    def compile(self, state: TrainState, more: dict[str, str]) -> Any:
+        """With more compiler options than the platform's own. Not from the persistent cache: the time to compile is a
+        figure."""
+        options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
         step = make_step(self.config, self.task.loss, self.shardings, self.layout, options)
         return step.lower(state, self.random_tokens(), *self._scalars(0)).compile()
 
@@ -88,13 +90,11 @@ class Work:
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:
             yield (next(ahead).tokens for _ in range(count))
 
-    def parts(self, state: TrainState, options: dict[str, str] | None) -> dict[str, float]:
+    def parts(self, state: TrainState, more: dict[str, str]) -> dict[str, float]:
         """Seconds of one step in each part, from a trace of TRACED steps."""
-        platform = jax.default_backend()
-        if platform == "gpu":  # kernels launched as a graph are not traced by their instruction's name
-            own = compiler_options(platform, self.config.train.deterministic) if options is None else options
-            options = own | {"xla_gpu_enable_command_buffer": ""}
-        step = self.compile(state, options)
+        # Kernels that are launched as a graph are not traced by their instruction's name.
+        alone = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+        step = self.compile(state, more | alone)
         tokens = [self.random_tokens()] * (WARMUP + TRACED)
         state, _, _ = self.timed(step, state, tokens[TRACED:])
         with tempfile.TemporaryDirectory() as folder:
