@@ -49,6 +49,7 @@ def train(run: Path, text: str, steps: int, *extra: str, cpu: bool = False) -> l
     tokens = str(steps * BATCH_TOKENS)
     command = [sys.executable, "-m", "gptjax", "train", "configs/shakespeare_cpu.py", "--data.source", text]
     command += ["--run", str(run), "--train.total_tokens", tokens, "--train.eval_batches", "0", "--data.lanes", "1"]
+    command += ["--train.log_interval", "10"]
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if cpu else {})
     done = subprocess.run([*command, *extra], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -108,10 +109,10 @@ def attention() -> dict[str, Any]:
         for length in LENGTHS:
             for window in WINDOWS:
                 errors = table.measure(backend, Mask(window), length, head_dim, dtype)
-                rows.append({"head_dim": head_dim, "length": length, "window": window, "errors": errors})
-    worst = max(max(row["errors"]) for row in rows)
+                rows.append({"head_dim": head_dim, "length": length, "window": window, "errors": [*map(float, errors)]})
+    worst = float(max(max(row["errors"]) for row in rows))
     says = f"{backend} ({why}): {len(rows)} cells, largest error {worst:.1e} of the largest value"
-    return {"ok": worst <= table.TOLERANCE[dtype], "says": says, "backend": backend, "rows": rows}
+    return {"ok": bool(worst <= table.TOLERANCE[dtype]), "says": says, "backend": backend, "rows": rows}
 
 
 if __name__ == "__main__":
