@@ -44,6 +44,9 @@ class Parallelism:
     merge_rows: bool = True
     """Weight gradients over [B, T] as one axis; False where the length is split, since no layout of the merged axis
     then keeps the rows where they are."""
+    merge_qkv: bool = False
+    """Queries, keys and values from one product: where heads are split over devices, the gradient that three products
+    send back would be summed over them three times."""
     pipeline: Callable[..., Array] | None = None
     """Runs the stacked units in place of a scan; see sharding.pipeline."""
 
@@ -153,13 +156,13 @@ class Linear(nn.Module):
 
 
 class Heads(nn.Module):
-    """x [B, T, D] -> queries, keys and values [B, T, H, K]: one array of weights and a product for each, since a GPU's
-    attention kernel would need copies of the three parts of one product."""
+    """x [B, T, D] -> queries, keys and values [B, T, H, K]: one array of weights, and a product for each, since a GPU's
+    attention kernel would need copies of the three parts of one; or one product where the layout says so."""
 
     num_heads: int
     head_dim: int
     has_bias: bool
-    merge_rows: bool
+    parallelism: Parallelism
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -169,7 +172,12 @@ class Heads(nn.Module):
         biases: Any = (None,) * 3
         if self.has_bias:
             biases = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
-        return tuple(affine(x, kernel[:, i], biases[i], 1, self.merge_rows) for i in range(3))
+        merge_rows = self.parallelism.merge_rows
+        if self.parallelism.merge_qkv:
+            out = multiply(x, kernel.astype(x.dtype), 1, merge_rows)
+            out = out + biases.astype(x.dtype) if self.has_bias else out
+            return out[:, :, 0], out[:, :, 1], out[:, :, 2]
+        return tuple(affine(x, kernel[:, i], biases[i], 1, merge_rows) for i in range(3))
 
 
 class Block(nn.Module):
@@ -191,7 +199,7 @@ class Block(nn.Module):
         scale = head_dim**-0.5 if c.scale_scores else 1.0
 
         h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        qkv = Heads(heads, head_dim, c.qkv_bias, self.parallelism.merge_rows, name="qkv")(h)
+        qkv = Heads(heads, head_dim, c.qkv_bias, self.parallelism, name="qkv")(h)
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
         with jax.named_scope("attention"):
             if cache is None:

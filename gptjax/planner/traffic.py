@@ -64,13 +64,15 @@ def traffic(place: Place) -> list[Transfer]:
     behind = 1.0 if stages == 1 else 0.0
     add("reduce-scatter", ("fsdp",), "gradients", weights, behind)
     add("all-reduce", copies, "gradients", weights / fsdp, behind)
-    # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup; and the
-    # positions'.
+    # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup. The
+    # positions' gradient is a product, and goes as those of matrices.
     positions = model.seq_len * model.embed_dim * place.width
-    rows = ("replica", "pipeline", "data", "fsdp", "context")
+    others = ("replica", "pipeline", "data", "context")
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
-    add("all-reduce", rows, "embedding's gradient", (place.embedding + looked_up + positions) * micro)
+    add("all-reduce", (*others, "fsdp"), "embedding's gradient", (place.embedding + looked_up) * micro)
+    add("reduce-scatter", ("fsdp",), "positions' gradient", positions * micro)
+    add("all-reduce", others, "positions' gradient", positions / fsdp * micro)
 
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro

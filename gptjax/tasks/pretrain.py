@@ -62,7 +62,9 @@ class Pretrain:
             stages = pipeline.on_mesh(self.config, layout, units, self.plain_model.dtype)
             layout = pipeline.inside(layout)
         attend = context.on_mesh(attend, layout)
-        return self.plain_model.clone(parallelism=Parallelism(attend, layout.constrain, self._ways == 1, stages))
+        merge_qkv = layout.mesh.shape["tensor"] > 1
+        how = Parallelism(attend, layout.constrain, self._ways == 1, merge_qkv, stages)
+        return self.plain_model.clone(parallelism=how)
 
     @cached_property
     def plain_model(self) -> GPT:
