@@ -34,6 +34,9 @@ class ModelConfig:
     """Dropout rate on embeddings and residual branches; 0 for pretraining."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Weights are float32."""
+    fp8: bool = False
+    """Products of the layers in float8, one scale a tensor from the tensor itself (arXiv 2209.05433): e4m3 forward,
+    e5m2 gradients. Embedding, head and attention stay in the compute dtype; CPUs emulate it."""
     separate_documents: bool = False
     """A token attends only within its own document; GPT-3 lets it see the whole packed row."""
     attention: Literal["auto", "blockwise", "cudnn", "splash", "reference"] = "auto"

@@ -1,6 +1,11 @@
 """Facts of chips and their compilers."""
 
+import re
+from typing import Any
+
 import jax
+
+from gptjax.errors import UserError
 
 # Dense bfloat16 peak in FLOP/s by a part of jax's `device_kind`: vendor datasheets, and "How to Scale Your
 # Model" for TPUs. The first match wins.
@@ -21,6 +26,17 @@ PEAK_FLOPS = {
 def peak_flops(device_kind: str) -> float | None:
     """Peak of one device, or None for a device that is not listed (its MFU is then not printed)."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def require_float8(device: Any) -> None:
+    """Raises UserError for an NVIDIA GPU before Ada, whose compiler would emulate float8 without a word. CPUs emulate
+    it to show the loss; for TPUs their compiler decides."""
+    capability = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    if capability and (int(capability[1]), int(capability[2])) < (8, 9):
+        raise UserError(
+            f"model.fp8 = true: {device.device_kind} (compute capability {capability[0]}) has no float8 products; "
+            "use false, or a GPU of 8.9 or more"
+        )
 
 
 def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str]:

@@ -1,19 +1,25 @@
 """The model against independent truth: float64 references, closed forms, PyTorch's GPT-2."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.hardware import require_float8
 from gptjax.model import accounting
 from gptjax.model.attention import reference
-from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up
+from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
+from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up, multiply
 from gptjax.model.loss import IGNORED, cross_entropy, logits
 
 CONFIG = ModelConfig(
@@ -120,6 +126,84 @@ def test_scan_unroll_and_remat_are_one_function() -> None:
     np.testing.assert_allclose(unrolled, value, rtol=1e-6)
     grads = unstack(grads, CONFIG)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), unrolled_grads, grads)
+
+
+def rounded(x: np.ndarray, dtype: type) -> np.ndarray:
+    """x as float8 times a power of two has it, in float64."""
+    scale = 2.0 ** np.frexp(np.abs(x).max() / float(ml_dtypes.finfo(dtype).max))[1]
+    return (x / scale).astype(np.float32).astype(dtype).astype(np.float64) * scale
+
+
+@pytest.mark.parametrize("merge_rows", [True, False])
+@pytest.mark.parametrize(("ins", "outs"), [((24,), (4, 6)), ((4, 6), (24,)), ((24,), (96,))])
+def test_float8_products_equal_float64_of_rounded_operands(ins: tuple, outs: tuple, merge_rows: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel, grad = rng.normal(0, 3, (2, 5, *ins)), rng.normal(0, 0.02, (*ins, *outs)), rng.normal(size=(2, 5, *outs))
+    x, kernel, grad = (y.astype(np.float32) for y in (x, kernel, grad * 1e-6))
+
+    @jax.jit
+    def products(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda x, kernel: multiply(x, kernel, len(ins), merge_rows, True), x, kernel)
+        return out, *pull(grad)
+
+    a, b = (rounded(y, ml_dtypes.float8_e4m3fn) for y in (x, kernel))
+    g = rounded(grad, ml_dtypes.float8_e5m2)
+    inner, outer = len(ins), len(outs)
+    want = (
+        np.tensordot(a, b, inner),
+        np.tensordot(g, b, [range(2, 2 + outer), range(inner, inner + outer)]),
+        np.tensordot(a, g, [(0, 1), (0, 1)]),
+    )
+    for got, exact in zip(products(x, kernel, grad), want, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
+    plain = np.tensordot(np.float64(x), np.float64(kernel), inner)
+    assert 1e-3 < np.linalg.norm(want[0] - plain) / np.linalg.norm(plain) < 0.05  # float8, and no worse
+    zeros = (jnp.zeros_like(y) for y in (x, kernel, grad))
+    for y in products(*zeros):
+        np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
+def test_float8_scale_fits_the_largest_number(dtype: jnp.dtype) -> None:
+    for power in range(-40, 60):
+        x = jnp.array([2.0**power, -1.7 * 2.0**power], jnp.bfloat16)
+        values, scale = quantise(x, dtype)
+        largest = np.abs(np.float64(values)).max()
+        assert 0.45 * float(jnp.finfo(dtype).max) < largest <= float(jnp.finfo(dtype).max)
+        np.testing.assert_allclose(np.float64(values) * float(scale), np.float64(x), rtol=2**-3)
+    for wrong in (jnp.nan, jnp.inf):  # for the step's guard to see
+        assert not np.isfinite(np.float32(quantise(jnp.array([1.0, wrong]), dtype).values)).all()
+
+
+def test_float8_model_scanned_unrolled_and_close_to_float32() -> None:
+    small = replace(CONFIG, num_layers=2, attention_pattern=("dense",))
+    model, params = build(small)
+    tokens, config = tokens_of(small), replace(small, fp8=True)
+
+    def run(config: ModelConfig, params: dict) -> tuple[jax.Array, dict]:
+        def loss(params: dict) -> jax.Array:
+            hidden, embedding, _ = forward(model.clone(config=config), params, tokens[:, :-1])
+            return cross_entropy(hidden, embedding, tokens[:, 1:], 200, 7) / tokens[:, 1:].size
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    def apart(one: dict, two: dict) -> float:
+        return float(optax.tree.norm(optax.tree.sub(one, two)) / optax.tree.norm(two))
+
+    value, grads = run(config, params)
+    unrolled, unrolled_grads = run(replace(config, scan_layers=False), unstack(params, small))
+    np.testing.assert_allclose(unrolled, value, rtol=1e-5)
+    plain, plain_grads = run(small, params)
+    np.testing.assert_allclose(value, plain, rtol=1e-2)
+    assert apart(unrolled_grads, unstack(grads, small)) < 1e-2  # a number at the border of two float8 may fall apart
+    assert 1e-3 < apart(grads, plain_grads) < 0.1
+
+
+def test_gpus_without_float8_are_refused() -> None:
+    require_float8(jax.devices()[0])
+    require_float8(SimpleNamespace(device_kind="NVIDIA L4", compute_capability="8.9"))
+    with pytest.raises(UserError, match=r"model.fp8 = true: NVIDIA A100 \(compute capability 8.0\) has no float8"):
+        require_float8(SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0"))
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import KEPT, Attend, Mask, reference
+from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
 
 Axes = tuple[str | None, ...]
@@ -97,42 +98,55 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def multiply(x: Array, kernel: Array, num_in: int, merge_rows: bool) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def multiply(x: Array, kernel: Array, num_in: int, merge_rows: bool, fp8: bool) -> Array:
     """x [..., *in] times kernel [*in, *out] over the num_in axes of `in`: [..., *out], one plain product.
 
     The gradient is spelled out for the form of one product alone: the weight's is [rows, in]ᵀ [rows, out], where
     autodiff contracts several axes and transposes, which costs a fifth of a step of width 256 on CPU. Without
-    `merge_rows` the weight's gradient contracts the axes of rows one by one.
+    `merge_rows` the weight's gradient contracts the axes of rows one by one. With `fp8` all three products are in
+    float8.
     """
-    return jax.lax.dot_general(x, kernel, ((_last(x, num_in), tuple(range(num_in))), ((), ())))
+    return _multiply_forward(x, kernel, num_in, merge_rows, fp8)[0]
 
 
 def _last(x: Array, count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))
 
 
-def _multiply_forward(x: Array, kernel: Array, num_in: int, merge_rows: bool) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x, kernel, num_in, merge_rows), (x, kernel)
+def _multiply_forward(
+    x: Array, kernel: Array, num_in: int, merge_rows: bool, fp8: bool
+) -> tuple[Array, tuple[Scaled, Scaled]]:
+    dims = (_last(x, num_in), tuple(range(num_in))), ((), ())
+    a, b = (quantise(y, FORWARD) if fp8 else Scaled(y) for y in (x, kernel))
+    return dot_general(a, b, dims, x.dtype), (a, b)
 
 
-def _multiply_backward(num_in: int, merge_rows: bool, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _multiply_backward(
+    num_in: int, merge_rows: bool, fp8: bool, saved: tuple[Scaled, Scaled], grad: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    ins, outs = kernel.shape[:num_in], kernel.shape[num_in:]
-    contracted = _last(grad, len(outs)), tuple(range(num_in, kernel.ndim))
-    grad_x = jax.lax.dot_general(grad, kernel, (contracted, ((), ())))
-    lead = (-1,) if merge_rows else x.shape[: x.ndim - num_in]
-    rows = x.reshape(*lead, *ins), grad.reshape(*lead, *outs)  # heads apart: merged, a split of them would be gathered
+    out = quantise(grad, BACKWARD) if fp8 else Scaled(grad)
+    shape = kernel.values.shape
+    ins, outs = shape[:num_in], shape[num_in:]
+    contracted = _last(grad, len(outs)), tuple(range(num_in, len(shape)))
+    grad_x = dot_general(out, kernel, (contracted, ((), ())), grad.dtype)
+    lead = (-1,) if merge_rows else grad.shape[: grad.ndim - len(outs)]
+    rows = x.reshape(*lead, *ins), out.reshape(*lead, *outs)  # heads apart: merged, a split of them would be gathered
     axes = tuple(range(len(lead)))
-    return grad_x, jax.lax.dot_general(*rows, ((axes, axes), ((), ())))
+    return grad_x, dot_general(*rows, ((axes, axes), ((), ())), grad.dtype)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, merge_rows: bool) -> Array:
-    """`multiply` in the dtype of x, plus the bias [*out]."""
-    out = multiply(x, kernel.astype(x.dtype), num_in, merge_rows)
+Product = Callable[[Array, Array, int], Array]
+"""`multiply` for a layout and a number format."""
+
+
+def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, product: Product) -> Array:
+    """The product in the dtype of x, plus the bias [*out]."""
+    out = product(x, kernel.astype(x.dtype), num_in)
     if bias is None:
         return out
     return (out.reshape(*x.shape[:-num_in], -1) + bias.astype(x.dtype).reshape(-1)).reshape(out.shape)
@@ -145,14 +159,14 @@ class Linear(nn.Module):
     axes: Axes
     num_in: int
     std: float
-    merge_rows: bool
+    product: Product
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", named(nn.initializers.normal(self.std), self.axes), self.shape)
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
         bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
-        return affine(x, kernel, bias, self.num_in, self.merge_rows)
+        return affine(x, kernel, bias, self.num_in, self.product)
 
 
 class Heads(nn.Module):
@@ -162,7 +176,8 @@ class Heads(nn.Module):
     num_heads: int
     head_dim: int
     has_bias: bool
-    parallelism: Parallelism
+    product: Product
+    merged: bool
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -172,12 +187,11 @@ class Heads(nn.Module):
         biases: Any = (None,) * 3
         if self.has_bias:
             biases = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
-        merge_rows = self.parallelism.merge_rows
-        if self.parallelism.merge_qkv:
-            out = multiply(x, kernel.astype(x.dtype), 1, merge_rows)
+        if self.merged:
+            out = self.product(x, kernel.astype(x.dtype), 1)
             out = out + biases.astype(x.dtype) if self.has_bias else out
             return out[:, :, 0], out[:, :, 1], out[:, :, 2]
-        return tuple(affine(x, kernel[:, i], biases[i], 1, merge_rows) for i in range(3))
+        return tuple(affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(3))
 
 
 class Block(nn.Module):
@@ -192,14 +206,15 @@ class Block(nn.Module):
     def __call__(self, x: Array, cache: Cache, start: Any, segments: Any) -> tuple[Array, Cache]:
         """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]."""
         c, constrain = self.config, self.parallelism.constrain
-        linear = partial(Linear, merge_rows=self.parallelism.merge_rows)
+        product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
+        linear = partial(Linear, product=product)
         heads, head_dim = c.num_heads, c.head_dim
         residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
         mask = layer_mask(c, self.kind)
         scale = head_dim**-0.5 if c.scale_scores else 1.0
 
         h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        qkv = Heads(heads, head_dim, c.qkv_bias, self.parallelism, name="qkv")(h)
+        qkv = Heads(heads, head_dim, c.qkv_bias, product, self.parallelism.merge_qkv, name="qkv")(h)
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
         with jax.named_scope("attention"):
             if cache is None:
@@ -221,7 +236,9 @@ class Block(nn.Module):
             h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
             # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
             gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=not c.scan_layers)
-            h = gelu(checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up"))
+            h = checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up")
+            # XLA would make GELU part of the float8 product and fail on what its gradient needs (jaxlib 0.10.2).
+            h = gelu(jax.lax.optimization_barrier(h) if c.fp8 else h)
             h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
         return constrain(x + self._dropout(h), RESIDUAL), cache
 

@@ -15,7 +15,7 @@ from gptjax.data.sources import open_source
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.hardware import compiler_options
+from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding import pipeline
@@ -37,6 +37,8 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     if distributed:
         join(os.environ)
     layout = Layout(make_mesh(config), rule_table(config.layout))
+    if config.model.fp8:
+        require_float8(jax.devices()[0])
     tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     for split in (config.data.train_split, config.data.eval_split):
@@ -139,7 +141,8 @@ def _facts(task: Pretrain, tokenizer: Tokenizer, layout: Layout) -> dict[str, An
         "attention": ": ".join(task.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
-        "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})",
+        "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
+        + ("; the layers' products in float8" if config.model.fp8 else ""),
         "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
         f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
         f"(padded to {config.model.padded_vocab_size:,})",
