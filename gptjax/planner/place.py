@@ -101,6 +101,12 @@ class Place:
         return 12 * self.config.model.embed_dim**2 * self.width / self.mesh["tensor"]
 
     @property
+    def vectors(self) -> float:
+        """Bytes of the gradients of a stage's biases and LayerNorms, whole."""
+        arrays = [array for array in self.arrays if array.name.endswith(("bias", "scale"))]
+        return FLOAT * sum(math.prod(array.shape) for array in arrays) / self.mesh["pipeline"]
+
+    @property
     def residual(self) -> float:
         """Bytes of the residual stream of a micro-batch, whole over tensor."""
         return self.tokens * self.config.model.embed_dim * self.width

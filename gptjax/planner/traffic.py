@@ -71,6 +71,7 @@ def traffic(place: Place) -> list[Transfer]:
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
     add("all-reduce", (*others, "fsdp"), "embedding's gradient", (place.embedding + looked_up) * micro)
+    add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", place.vectors * micro)
     add("reduce-scatter", ("fsdp",), "positions' gradient", positions * micro)
     add("all-reduce", others, "positions' gradient", positions / fsdp * micro)
 
