@@ -5,7 +5,7 @@
 300B tokens in batches ramped from 32k, warm-up over 375M tokens, cosine to 10% at 260B, dense and banded
 layers in turn. The paper names neither the window (256 is GPT-Neo's) nor the ramp of each size (4-12B).
 
-Compiled for v5e-8: 1.82 GB a device.
+Compiled for v5e-8: 1.59 GB a device.
 """
 
 from gptjax.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig

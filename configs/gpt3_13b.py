@@ -4,7 +4,7 @@
 
 The paper prints a width of 5140; 40 heads of 128 make 5120. The ramp starts at one sequence a chip.
 
-Compiled for v5p-256: 5.85 GB a device.
+Compiled for v5p-256: 5.99 GB a device.
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@
 
 The ramp starts at 32 sequences, one for each chip, where the paper starts at 16.
 
-Compiled for v5p-64: 3.45 GB a device.
+Compiled for v5p-64: 3.29 GB a device.
 """
 
 from dataclasses import replace

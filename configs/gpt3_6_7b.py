@@ -4,7 +4,7 @@
 
 The ramp starts at 64 sequences, one for each chip, where the paper starts at 16.
 
-Compiled for v5p-128: 4.76 GB a device.
+Compiled for v5p-128: 4.95 GB a device.
 """
 
 from dataclasses import replace

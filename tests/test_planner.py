@@ -485,9 +485,9 @@ def target(path: Path) -> tuple[str, float]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("gpt3_*.py")), ids=lambda path: path.stem)
 def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
-    """Within 5% of what the TPU compiler gave most GPT-3s, from 125M on 8 chips to 175B on 512, and 11% for all."""
+    """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512."""
     where, peak = target(path)
-    assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.11)
+    assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
 @pytest.mark.slow

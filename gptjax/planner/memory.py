@@ -67,7 +67,7 @@ def saved(place: Place, remat: str | None = None) -> float:
     if place.topology.chip.platform == "tpu":  # whose registers have 128 lanes: smaller heads are padded to them
         heads *= -(-model.head_dim // 128) * 128 / model.head_dim
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner product
-        return ((3 + 1) * heads + 4 * whole) / tensor + normaliser + shared
+        return (heads + (3 + 4) * whole) / tensor + normaliser + shared
     # q, k and v, attention's output as it leaves the kernel and as the projection takes it, the MLP's inner product and
-    # its activation; both norms' inputs and outputs.
-    return ((3 + 2) * heads + (4 + 4) * whole) / tensor + normaliser + 2 * whole + 2 * shared
+    # its activation; both norms' inputs and outputs. Only what leaves attention's kernel is padded.
+    return (2 * heads + (3 + 4 + 4) * whole) / tensor + normaliser + 2 * whole + 2 * shared
