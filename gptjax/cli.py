@@ -341,10 +341,12 @@ def _bench_single_parser(kinds: Any) -> None:
     parser.add_argument(
         "--peer", default="", metavar="SCRIPT", help="also time this, such as tests/peers/gpt2_torch.py"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="times that we and the peer take turns (default 1)")
 
 
 def _bench_single(known: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.bench.single import Options, run
 
-    options = Options(known.steps, known.timeout, known.search, known.options, known.stream, known.peer)
+    flags = known.search, known.options, known.stream, known.peer, known.rounds
+    options = Options(known.steps, known.timeout, *flags)
     print(run([load_config(path, overrides) for path in known.configs], options, known.out))

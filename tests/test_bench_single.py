@@ -53,7 +53,7 @@ def answer(config: Config, rate: float) -> dict[str, Any]:
     return {
         "status": "ok", "times_s": [seconds] * 3, "compile_s": 2.0, "loss": 5.0, "memory_bytes": 7e6,
         "memory_source": "allocator", "compute_width": 2, "state_bytes": {"params": 100, "opt_state": 200},
-        "parts_s": parts, "stream_s": [1.25 * seconds] * 3,
+        "parts_s": parts, "stream_s": [1.25 * seconds] * 3, "again_s": [seconds] * 3,
     }  # fmt: skip
 
 
@@ -184,13 +184,13 @@ def test_table_and_file_say_what_was_measured(
     monkeypatch.setattr(trial, "measure_single", measured)
     monkeypatch.setattr(trial, "measure_peer", by_peer)
     out = tmp_path / "out"
-    flags = ["--peer", file, "--stream", "--options", "--out", str(out)]
+    flags = ["--peer", file, "--rounds", "2", "--stream", "--options", "--out", str(out)]
     assert cli.run(["bench", "single", file, *flags, "--model.window", "8"]) == 0
     printed = capsys.readouterr().out
     result = json.loads((out / "single.json").read_text())
     (row,) = result["rows"]
     assert row["config"]["model"]["window"] == 8
-    assert row["ratio"] == pytest.approx(1.25)
+    assert row["ratios"] == pytest.approx([1.25, 1.25])
     model = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["config"]["model"].items()})
     assert row["mfu"] == pytest.approx(5e5 * train_flops_per_token(model) / 9.89e14)
     assert row["parts"]["MLP"]["share"] == pytest.approx(0.1)
@@ -198,7 +198,17 @@ def test_table_and_file_say_what_was_measured(
     assert row["stream_ratio"] == pytest.approx(1.25)
     gains = {tried["option"]: tried.get("gain") for tried in row["options"]}
     assert gains["xla_gpu_enable_triton_gemm=False"] == pytest.approx(0.1)
-    for shown in ("500,000", "400,000", "1.25", "1.250", "+10.0%", "NVIDIA H100", "0.11.2", "2026-01-01", "PyTorch 9"):
+    for shown in (
+        "500,000",
+        "400,000",
+        "1.25 (1.25-1.25)",
+        "1.250",
+        "+10.0%",
+        "NVIDIA H100",
+        "0.11.2",
+        "2026-01-01",
+        "PyTorch 9",
+    ):
         assert shown in printed
     assert (out / "single.md").read_text().strip() in printed
 
@@ -216,7 +226,7 @@ def test_what_does_not_run_is_a_row(
     ("arguments", "message"),
     [
         (["--peer", "none.py"], r"--peer none.py: no such file; name a script such as tests/peers/gpt2_torch.py"),
-        (["--steps", "0"], "--steps and --timeout must be positive; nearest 1"),
+        (["--steps", "0"], "--steps, --rounds and --timeout must be positive; nearest 1"),
         (["--model.windo", "3"], "model.windo"),
     ],
 )

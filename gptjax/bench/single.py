@@ -60,6 +60,8 @@ class Options:
     """Also with the config's own text in place of one batch of random tokens."""
     peer: str = ""
     """A script that does the same work; see trial.measure_peer."""
+    rounds: int = 1
+    """Times that we and the peer are measured in turns: more than once where a machine's speed drifts."""
 
 
 def run(configs: list[Config], options: Options, out: Path) -> str:
@@ -67,8 +69,8 @@ def run(configs: list[Config], options: Options, out: Path) -> str:
 
     Raises UserError where an argument is wrong or the device cannot be measured.
     """
-    if options.steps < 1 or options.timeout <= 0:
-        raise UserError("bench single: --steps and --timeout must be positive; nearest 1")
+    if min(options.steps, options.rounds) < 1 or options.timeout <= 0:
+        raise UserError("bench single: --steps, --rounds and --timeout must be positive; nearest 1")
     if options.peer and not Path(options.peer).is_file():
         raise UserError(f"--peer {options.peer}: no such file; name a script such as tests/peers/gpt2_torch.py")
     jax.config.update("jax_platforms", "cpu")  # the children keep the device
@@ -111,14 +113,25 @@ def measure(config: Config, facts: dict[str, Any], options: Options) -> Row:
     if answer["status"] == "ok":
         row["parts"] = parts(config, answer, facts)
         if options.stream:
-            row["stream_ratio"] = median(answer["stream_s"]) / row["median_s"]
+            row["stream_ratio"] = median(answer["stream_s"]) / median(answer["again_s"])
         if options.options:
             row["options"] = compare_options(config, facts, options)
     if options.peer:
         row["peer"] = peer(config, facts, options)
-        if "tokens_per_s" in row and "tokens_per_s" in row["peer"]:
-            row["ratio"] = row["tokens_per_s"] / row["peer"]["tokens_per_s"]
+        row["ratios"] = ratios(config, row, facts, options)
     return row
+
+
+def ratios(config: Config, row: Row, facts: dict[str, Any], options: Options) -> list[float]:
+    """Our tokens per second over the peer's, of each round; none where one of the two does not run."""
+    other = _micro(config, row["peer"]["micro_batch_size"])
+    rates = [(row.get("tokens_per_s"), row["peer"].get("tokens_per_s"))]
+    for _ in range(options.rounds - 1):
+        ours = trial.measure_single(config, options.steps, options.timeout)
+        theirs = trial.measure_peer(Path(options.peer), other, options.steps, options.timeout)
+        judged = _judged(config, ours, facts), _judged(other, theirs, facts)
+        rates.append((judged[0].get("tokens_per_s"), judged[1].get("tokens_per_s")))
+    return [ours / theirs for ours, theirs in rates if ours and theirs]
 
 
 def _judged(config: Config, answer: Row, facts: dict[str, Any]) -> Row:

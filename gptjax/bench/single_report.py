@@ -1,5 +1,6 @@
 """A `bench single` result as tables in Markdown, for a terminal and for the README alike."""
 
+from statistics import median
 from typing import Any
 
 from gptjax.bench.measure import si
@@ -45,7 +46,7 @@ def _figures(rows: list[Row]) -> str:
             cells += [f"{row['status']}: {row['reason']}"] + [""] * 5
         if with_peer:
             other = row.get("peer", {})
-            cells += [_number(other, "tokens_per_s", "{:,.0f}"), _number(row, "ratio", "{:.2f}")]
+            cells += [_number(other, "tokens_per_s", "{:,.0f}"), _ratio(row.get("ratios", []))]
         if with_stream:
             cells += [_number(row, "stream_ratio", "{:.3f}")]
         lines.append(cells)
@@ -83,6 +84,14 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def _ratio(rounds: list[float]) -> str:
+    """The median, and the span of several rounds."""
+    if not rounds:
+        return "-"
+    span = f" ({min(rounds):.2f}-{max(rounds):.2f})" if len(rounds) > 1 else ""
+    return f"{median(rounds):.2f}{span}"
 
 
 def _number(row: Row, field: str, shown: str) -> str:

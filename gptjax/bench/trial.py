@@ -43,7 +43,7 @@ class Extras:
     parts: bool = False
     """Also seconds of a step by part, from a profiler's trace."""
     stream: bool = False
-    """Also the times of steps that are fed by the config's own data."""
+    """Also the times of steps that are fed by the config's own data, and of as many that are not."""
 
 
 def facts_of_devices(config: Config, timeout: float, distributed: bool = False) -> dict[str, Any]:
@@ -197,6 +197,8 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
     if extras is not None and extras.stream:
         with work.stream(WARMUP + steps) as batches:
             state, answer["stream_s"], _ = work.timed(step, state, batches)
+        # Once more right after, for a machine whose speed drifts.
+        state, answer["again_s"], _ = work.timed(step, state, [work.random_tokens()] * (WARMUP + steps))
     if extras is not None and extras.parts:
         answer["parts_s"] = work.parts(state, extras.options)
     return answer
