@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
 
 settings.register_profile("compiling", deadline=None)  # a first example may compile for seconds
 settings.load_profile("compiling")
@@ -77,6 +77,15 @@ def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
             compile_cache=str(tmp_path_factory.mktemp("xla")),
         ),
     )
+
+
+@pytest.fixture
+def file(tiny: Config, tmp_path: Path) -> str:
+    """The tiny config as a user's file."""
+    path = tmp_path / "tiny.py"
+    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
+    path.write_text(text)
+    return str(path)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from gptjax.bench.compare import changes
 from gptjax.bench.layouts import Options, attached, calibrate, select, settings
 from gptjax.bench.layouts_report import summary
 from gptjax.bench.measure import figures
-from gptjax.config import Config, LayoutConfig, to_json
+from gptjax.config import Config, LayoutConfig
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.cost import Estimate, Place
@@ -66,15 +66,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS)
     monkeypatch.setattr(trial, "measure", measure)
     return answers
-
-
-@pytest.fixture
-def file(tiny: Config, tmp_path: Path) -> str:
-    """The tiny config as a user's file."""
-    path = tmp_path / "tiny.py"
-    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
-    path.write_text(text)
-    return str(path)
 
 
 def test_layouts_of_eight_devices(tiny: Config) -> None:

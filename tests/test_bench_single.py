@@ -18,7 +18,7 @@ from gptjax.bench import trial
 from gptjax.bench.parts import PARTS, floors, instructions, part_of, seconds_by_part
 from gptjax.bench.single import OPTIONS, Options, alone, climb, search
 from gptjax.bench.single_report import markdown
-from gptjax.config import Config, ModelConfig, to_json
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options
 from gptjax.model.accounting import train_flops_per_token
@@ -35,15 +35,6 @@ FACTS = {
     "date": "2026-01-01",
     "limits": {"flops": 8e14, "bytes": 3e12},
 }
-
-
-@pytest.fixture
-def file(tiny: Config, tmp_path: Path) -> str:
-    """The tiny config as a user's file."""
-    path = tmp_path / "tiny.py"
-    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
-    path.write_text(text)
-    return str(path)
 
 
 def answer(config: Config, rate: float) -> dict[str, Any]:
