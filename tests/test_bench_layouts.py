@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from gptjax.bench.compare import changes
 from gptjax.bench.layouts import Options, attached, calibrate, select, settings
 from gptjax.bench.layouts_report import summary
 from gptjax.bench.measure import figures
-from gptjax.config import Config, LayoutConfig
+from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.cost import Estimate, Place
@@ -128,26 +127,38 @@ def test_a_child_that_ends_in_any_way_is_an_answer(
     assert reason is None or reason in found["reason"]
 
 
-def test_an_interrupt_ends_the_child(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+INTERRUPTED = """
+import sys
+from gptjax.bench import trial
+from gptjax.config import from_json
+trial.COMMAND = (sys.executable, "-S", "-c", sys.argv[1])
+trial.measure(from_json(sys.stdin.read()), 1, 60)
+"""
+
+
+def test_an_interrupt_ends_the_child(tiny: Config, tmp_path: Path) -> None:
+    """In a parent of its own, once the child says that it is there."""
     note = tmp_path / "pid"
-    program = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", program))
-    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        trial.measure(tiny, 1, 30)
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED, child], **pipes) as parent:
+        assert parent.stdin and parent.stderr
+        parent.stdin.write(to_json(tiny))
+        parent.stdin.close()
+        deadline = time.monotonic() + 60
+        while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        parent.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in parent.stderr.read()
     assert ended(int(note.read_text()))
 
 
 def ended(pid: int) -> bool:
-    """Within 5 seconds, whether or not somebody has asked for its status."""
-    for _ in range(50):
-        try:
-            if os.waitpid(pid, os.WNOHANG)[0] == pid:
-                return True
-        except ChildProcessError:
-            return True
-        time.sleep(0.1)
+    """Whether there is no such process: its parent has killed it and asked for its status."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
     return False
 
 

@@ -650,5 +650,6 @@ def sentencepiece_exported(transformers: Any, tmp_path_factory: pytest.TempPathF
 def test_sentencepiece_ids_survive_the_export(sentencepiece_exported: Any, text: str) -> None:
     ours, again, peer = sentencepiece_exported
     assert ours.encode(text) == again.encode(text)
-    if "\u2581" not in text:
+    spelled = ("\u2581", "<unk>", *ours.special)  # transformers takes a reserved name in a text for the token
+    if not any(name in text for name in spelled):
         assert ours.encode(text) == peer(text).input_ids

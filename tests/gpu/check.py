@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-STEPS, HALF, BATCH_TOKENS = 200, 100, 12 * 64  # those of configs/shakespeare_cpu.py
+LENGTH = 128  # cuDNN takes multiples of it
+STEPS, HALF, BATCH_TOKENS = 200, 100, 12 * LENGTH  # configs/shakespeare_cpu.py has 12 sequences a step
 LENGTHS, WINDOWS, HEAD_DIMS = (128, 256, 1024, 2048), (None, 1, 2, 64, 256, 4096), (64, 80, 96, 128)
 
 
@@ -49,7 +50,7 @@ def train(run: Path, text: str, steps: int, *extra: str, cpu: bool = False) -> l
     tokens = str(steps * BATCH_TOKENS)
     command = [sys.executable, "-m", "gptjax", "train", "configs/shakespeare_cpu.py", "--data.source", text]
     command += ["--run", str(run), "--train.total_tokens", tokens, "--train.eval_batches", "0", "--data.lanes", "1"]
-    command += ["--train.log_interval", "10"]
+    command += ["--train.log_interval", "10", "--model.seq_len", str(LENGTH)]
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if cpu else {})
     done = subprocess.run([*command, *extra], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
