@@ -1,6 +1,7 @@
 """Facts of chips and their compilers."""
 
 import re
+from functools import cache
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, st
     return options | ({"xla_gpu_deterministic_ops": "True"} if deterministic and platform == "gpu" else {})
 
 
+@cache
 def _is_known(name: str, value: str) -> bool:
     """Whether the compiler takes an option, which a version may drop: tried on an empty program."""
     try:

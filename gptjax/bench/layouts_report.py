@@ -37,12 +37,12 @@ def table(result: dict[str, Any]) -> str:
     for row in rows:
         ok = row["status"] == "ok"
         spread = f"{_ms(row['p10_s'])}-{_ms(row['p90_s'])}" if ok else "-"
-        error = "fixed" if row["name"] == calibration["reference"] else _cell(row, "error", "{:+.0%}".format)
+        error = "fixed" if row["name"] == calibration["reference"] else cell(row, "error", "{:+.0%}".format)
         lines.append(
-            f"{row['name']:{width}} {row['status']:13} {_cell(row, 'median_s', _ms):>9} {spread:>15} "
-            f"{_cell(row, 'tokens_per_s', '{:,.0f}'.format):>9} {_cell(row, 'mfu', '{:.1%}'.format):>6} "
-            f"{_cell(row, 'memory_bytes', _bytes):>9} {_cell(row, 'predicted_s', _ms):>12} {error:>7} "
-            f"{_cell(row, 'predicted_bytes', _bytes):>12}"
+            f"{row['name']:{width}} {row['status']:13} {cell(row, 'median_s', _ms):>9} {spread:>15} "
+            f"{cell(row, 'tokens_per_s', '{:,.0f}'.format):>9} {cell(row, 'mfu', '{:.1%}'.format):>6} "
+            f"{cell(row, 'memory_bytes', _bytes):>9} {cell(row, 'predicted_s', _ms):>12} {error:>7} "
+            f"{cell(row, 'predicted_bytes', _bytes):>12}"
         )
     sources = sorted({row["memory_source"] for row in rows if row["status"] == "ok"})
     if sources:
@@ -143,7 +143,8 @@ def _title(result: dict[str, Any]) -> str:
     return f"{config['name']} on {result['count']} x {result['device']}, {result['dtype']}, {batch}"
 
 
-def _cell(row: Row, field: str, shown: Callable[[float], str]) -> str:
+def cell(row: Row, field: str, shown: Callable[[float], str]) -> str:
+    """A figure as it is shown, or a dash where there is none."""
     value = row.get(field)
     return "-" if value is None else shown(value)
 

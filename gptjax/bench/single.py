@@ -115,7 +115,7 @@ def measure(config: Config, facts: dict[str, Any], options: Options) -> Row:
         if options.stream:
             row["stream_ratio"] = median(answer["stream_s"]) / median(answer["again_s"])
         if options.options:
-            row["options"] = compare_options(config, facts, options)
+            row["options"] = compare_options(config, row, facts, options)
     if options.peer:
         row["peer"] = peer(config, facts, options)
         row["ratios"] = ratios(config, row, facts, options)
@@ -161,9 +161,10 @@ def search(config: Config, facts: dict[str, Any], options: Options) -> tuple[Con
         short = replace(candidate, train=replace(candidate.train, batch_size=batch))
         answer = trial.measure_single(short, options.steps, options.timeout)
         row = _judged(short, answer, facts)
-        rows.append({"micro_batch_size": micro, "remat": candidate.model.remat} | _brief(row))
-        rows[-1]["scan_layers"] = candidate.model.scan_layers
-        _say(f"{config.name} micro-batch {micro}, remat {candidate.model.remat}", row)
+        model = candidate.model
+        tried = {"micro_batch_size": micro, "remat": model.remat, "scan_layers": model.scan_layers}
+        rows.append(tried | _brief(row))
+        _say(f"{config.name} micro-batch {micro}, remat {model.remat}", row)
         return float(row.get("tokens_per_s", 0.0))
 
     best, best_rate = config, 0.0
@@ -201,8 +202,9 @@ def _halves(size: int) -> Iterator[int]:
         yield size
 
 
-def compare_options(config: Config, facts: dict[str, Any], options: Options) -> list[Row]:
-    """Each option against the platform's own, which is measured first and last: gain in tokens per second."""
+def compare_options(config: Config, first: Row, facts: dict[str, Any], options: Options) -> list[Row]:
+    """Each option against the platform's own, of which `first` is, and which are measured again at the end: gain in
+    tokens per second."""
 
     def once(**more: str) -> Row:
         answer = trial.measure_single(config, options.steps, options.timeout, options=more)
@@ -210,7 +212,6 @@ def compare_options(config: Config, facts: dict[str, Any], options: Options) -> 
         _say(" ".join([config.name, *(f"{name}={value}" for name, value in more.items())]), row)
         return row
 
-    first = once()
     every = OPTIONS[facts["platform"]]
     tried = [{"option": f"{name}={value}"} | _brief(once(**{name: value})) for name, value in every.items()]
     own = [row["tokens_per_s"] for row in (first, once()) if "tokens_per_s" in row]

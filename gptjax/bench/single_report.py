@@ -3,6 +3,7 @@
 from statistics import median
 from typing import Any
 
+from gptjax.bench.layouts_report import cell
 from gptjax.bench.measure import si
 
 Row = dict[str, Any]
@@ -40,15 +41,20 @@ def _figures(rows: list[Row]) -> str:
             config, spread = row["config"], f"{1e3 * row['p10_s']:,.1f}-{1e3 * row['p90_s']:,.1f}"
             layers = "" if config["model"]["scan_layers"] else ", unrolled"
             cells += [f"{row['tokens_per_s']:,.0f}", f"{1e3 * row['median_s']:,.1f} ({spread})"]
-            cells += [_percent(row["mfu"]), _percent(row["mfu_6n"]), f"{si(row['memory_bytes'])}B"]
+            cells += [
+                cell(row, "mfu", "{:.1%}".format),
+                cell(row, "mfu_6n", "{:.1%}".format),
+                f"{si(row['memory_bytes'])}B",
+            ]
             cells += [f"{config['train']['micro_batch_size']}, {config['model']['remat']}{layers}"]
         else:
             cells += [f"{row['status']}: {row['reason']}"] + [""] * 5
         if with_peer:
             other = row.get("peer", {})
-            cells += [_number(other, "tokens_per_s", "{:,.0f}"), _ratio(row.get("ratios", []))]
+            rate = cell(other, "tokens_per_s", "{:,.0f}".format)
+            cells += [other.get("status", "-") if rate == "-" else rate, _ratio(row.get("ratios", []))]
         if with_stream:
-            cells += [_number(row, "stream_ratio", "{:.3f}")]
+            cells += [cell(row, "stream_ratio", "{:.3f}".format)]
         lines.append(cells)
     return _table(head, lines)
 
@@ -61,6 +67,8 @@ def _parts(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         shown = [f"{part['share']:.0%} ({part['floor']:.0%})" for part in row["parts"].values()]
+        if row["parts"]["idle"]["share"] == 1:
+            shown = ["the trace names no instruction of the step"] + [""] * (len(shown) - 1)
         lines.append([row["name"], *shown])
     return _table(head, lines)
 
@@ -82,17 +90,9 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in shown)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
 def _ratio(rounds: list[float]) -> str:
     """The median, and the span of several rounds."""
     if not rounds:
         return "-"
     span = f" ({min(rounds):.2f}-{max(rounds):.2f})" if len(rounds) > 1 else ""
     return f"{median(rounds):.2f}{span}"
-
-
-def _number(row: Row, field: str, shown: str) -> str:
-    return shown.format(row[field]) if field in row else "-"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Work:
     def _tokens(self) -> NamedSharding:
         return self.layout.sharding((None, "batch", None))
 
+    @cached_property
     def random_tokens(self) -> jax.Array:
         """[M, b, T+1]"""
         c = self.config
@@ -62,7 +64,7 @@ class Work:
         figure."""
         options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
         step = make_step(self.config, self.task.loss, self.shardings, self.layout, options)
-        return step.lower(state, self.random_tokens(), *self._scalars(0)).compile()
+        return step.lower(state, self.random_tokens, *self._scalars(0)).compile()
 
     def timed(
         self, step: Any, state: TrainState, batches: Iterable[jax.Array]
@@ -95,11 +97,10 @@ class Work:
         # Kernels that are launched as a graph are not traced by their instruction's name.
         alone = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
         step = self.compile(state, more | alone)
-        tokens = [self.random_tokens()] * (WARMUP + TRACED)
-        state, _, _ = self.timed(step, state, tokens[TRACED:])
+        state, _, _ = self.timed(step, state, [self.random_tokens] * WARMUP)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                self.timed(step, state, tokens[:TRACED])
+                self.timed(step, state, [self.random_tokens] * TRACED)
             text = step.as_text()
             module = re.match(r"HloModule ([\w.\-]+)", text)
             assert module
