@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from gptjax.config import Config
 from gptjax.data.sources import open_source
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.tasks.join import join
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train.loop import fit
@@ -58,24 +57,6 @@ def train(config: Config, resume: Path | None, *, distributed: bool = False) -> 
     if jax.process_index() == 0:
         print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
     return 128 + number if number else 0
-
-
-def join(environment: Mapping[str, str]) -> None:
-    """Join the other processes: JAX finds them by itself on TPU pods and under SLURM, elsewhere the environment says
-    where. Raises UserError where neither does, or they cannot be reached."""
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    given = [environment[name] for name in names if environment.get(name)]
-    remedy = f"set {', '.join(names)} (host:port, how many, which from 0), or run on a TPU pod or under SLURM"
-    if given and len(given) < len(names):
-        missing = next(name for name in names if not environment.get(name))
-        raise UserError(f"--distributed: {missing} is not set; {remedy}")
-    try:
-        where: dict[str, Any] = {}
-        if given:
-            where = {"coordinator_address": given[0], "num_processes": int(given[1]), "process_id": int(given[2])}
-        jax.distributed.initialize(**where)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: {str(error).splitlines()[0]}; {remedy}") from error
 
 
 def next_commands(run: Path, stopped: bool) -> str:

@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on packed rows. What a stage supplies, and nothing more."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,8 +107,8 @@ class Pretrain:
         ends = inputs == self._tokenizer.eot
         return jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
 
-    def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream:
-        """The training rows from a position on."""
+    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
+        """The training rows from a position on: of every micro-batch those of this process."""
         data = self.config.data
         return TokenStream(
             open_source(data, data.train_split),
@@ -116,18 +116,20 @@ class Pretrain:
             self.config.model.seq_len,
             lanes=data.lanes,
             seed=data.seed,
+            micro_batch=self.config.micro_batch_size,
+            rows=rows,
             threads=data.threads,
-            share=share,
             positions=positions,
         )
 
-    def evaluate(self, params: Any, place: Callable[[np.ndarray], Array], share: tuple[int, int]) -> dict[str, float]:
-        """Loss in nats per token and bits per byte over the evaluation split, in order."""
+    def evaluate(self, params: Any, place: Callable[[np.ndarray], Array], rows: Sequence[int]) -> dict[str, float]:
+        """Loss in nats per token and bits per byte over the evaluation split, in order; `rows` of every batch are this
+        process's to read and `place`."""
         data, limit = self.config.data, self.config.train.eval_batches
         source = open_source(data, data.eval_split)
         size = self.config.micro_batch_size
-        rows = eval_batches(source, self._tokenizer, self.config.model.seq_len, size, limit=limit, share=share)
-        sums = [self._evaluate_batch(params, place(batch)) for batch in rows]
+        batches = eval_batches(source, self._tokenizer, self.config.model.seq_len, size, rows=rows, limit=limit)
+        sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
         nats, targets, size_bytes = (math.fsum(column) for column in zip(*jax.device_get(sums), strict=True))
         return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / size_bytes}
 
