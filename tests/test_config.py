@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import config as c
-from gptjax import loading
+from gptjax.config import load as loading
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import check, degrees
 

@@ -14,8 +14,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, LayoutConfig, to_json
+from gptjax.config.load import load_config
 from gptjax.errors import UserError
-from gptjax.loading import load_config
 from gptjax.model.accounting import num_params
 from gptjax.model.gpt import forward
 from gptjax.planner.bill import read

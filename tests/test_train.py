@@ -23,11 +23,11 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
-from gptjax.cli import malloc_matters
 from gptjax.config import Config, LayoutConfig, OptimizerConfig, to_json
+from gptjax.config.load import load_config
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
-from gptjax.loading import load_config
+from gptjax.malloc import matters as malloc_matters
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.pretrain import Pretrain

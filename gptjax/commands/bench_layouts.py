@@ -12,8 +12,9 @@ from gptjax.config.load import load_config
 
 @frozen
 class Command:
-    """Time a config's train step on every layout of the attached devices, beside the prediction. On one device over batch,
-    remat, scan and attention. Exit status 1: slower than before."""
+    """Time a config's train step on every layout of the attached devices, beside the prediction.
+
+    On one device over batch, remat, scan and attention. Exit status 1: slower than before."""
 
     config: Annotated[str, Positional("CONFIG")]
     """A file of configs/."""

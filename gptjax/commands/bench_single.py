@@ -12,8 +12,9 @@ from gptjax.config.load import load_config
 
 @frozen
 class Command:
-    """Time the train step of configs on one device. Tokens per second, MFU, memory, and the parts of a step beside their
-    floors; fields are set for all of the configs."""
+    """Time the train step of configs on one device.
+
+    Tokens per second, MFU, memory, and the parts of a step beside their floors; fields are set for all the configs."""
 
     configs: Annotated[tuple[str, ...], Positional("CONFIG")]
     """Files of configs/."""

@@ -35,7 +35,5 @@ class Command:
         from gptjax.tasks.launch import sample
 
         how = Sampling(self.temperature, self.top_k, self.top_p)
-        texts = sample(
-            self.folder, self.prompt, how, num_samples=self.samples, num_tokens=self.tokens, seed=self.seed
-        )
+        texts = sample(self.folder, self.prompt, how, num_samples=self.samples, num_tokens=self.tokens, seed=self.seed)
         print("\n---\n".join(self.prompt + text for text in texts))

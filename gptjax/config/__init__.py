@@ -1,5 +1,5 @@
-"""What a run is, and how a user's words become one: the sections (`schema`), how their fields are checked (`fields`) and
-agree with each other (`check`), and the three ways in: Python files and the command line (`load`), saved JSON (`saved`).
+"""What a run is, and how a user's words become one: the sections (`schema`), how their fields are checked (`fields`)
+and agree with each other (`check`), and the ways in: Python files and the command line (`load`), saved JSON (`saved`).
 Nothing here imports JAX, so that a wrong config fails before anything is compiled.
 """
 

@@ -1,5 +1,5 @@
-"""Frozen dataclasses whose fields carry all that is known of them: type, bounds, docstring, and whether a run may change
-them. One mechanism checks values from Python files, the command line and saved JSON: pydantic, at construction.
+"""Frozen dataclasses whose fields carry all that is known of them: type, bounds, docstring, and whether a run may
+change them. One mechanism checks values from Python files, the command line and saved JSON: pydantic, at construction.
 
 What it finds wrong becomes one line that names field, value and the nearest right one.
 """
@@ -22,6 +22,24 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from gptjax.errors import UserError
+
+__all__ = [
+    "FREE",
+    "ROUNDING",
+    "SAME_CONTENT",
+    "Count",
+    "OnResume",
+    "Positive",
+    "Seed",
+    "described",
+    "explain",
+    "explained",
+    "frozen",
+    "infos",
+    "nearest_name",
+    "parse",
+    "walk",
+]
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -154,9 +172,8 @@ def _remedy(error: Any, hint: Any, info: FieldInfo) -> str:
     if kind == "finite_number":
         return "must be a finite number" + _such_as(info)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        text = bounds(info)
-        near = _nearest(value, info)
-        return f"must {text}" + (f"; nearest {_written(near)}" if near is not None else "")
+        closest = _nearest(value, info)
+        return f"must {bounds(info)}" + (f"; nearest {_written(closest)}" if closest is not None else "")
     if kind in ("string_too_short", "too_short", "too_long"):
         return ("has the wrong number of values" if value else "must not be empty") + _such_as(info)
     if kind in ("value_error", "assertion_error"):

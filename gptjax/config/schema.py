@@ -1,5 +1,5 @@
-"""What a run is: the sections of a config. A field carries its bounds, its docstring, which `--help` prints, and whether
-a run that goes on may change it.
+"""What a run is: the sections of a config. A field carries its bounds, its docstring, which `--help` prints, and
+whether a run that goes on may change it.
 """
 
 from dataclasses import field
@@ -249,5 +249,3 @@ class Config:
     def max_accumulation(self) -> int:
         """Micro-batches per step after the ramp."""
         return self.train.batch_size // self.micro_batch_size
-
-

@@ -124,7 +124,7 @@ def reopen(config: DataConfig, folder: Path) -> Corpus:
         digest = (found / DIGEST).read_text().strip()
         return Corpus(config.source, found, digest, "text", True, config.max_chars, builder)
     raise UserError(
-        f"data.source = {config.source}: the data set in {folder} is not there on {socket.gethostname()}; let the hosts "
+        f"data.source = {config.source}: the data set in {folder} is not there on {socket.gethostname()}; let hosts "
         "share data.cache_dir (TFDS_DATA_DIR), or build it first on every host: gptjax data CONFIG"
     )
 

@@ -139,7 +139,15 @@ def versions() -> str:
 def _sources() -> str:
     """This package's own source, which also turns a config into a program."""
     root = Path(__file__).parents[1]
-    parts = ("*.py", "model/**/*.py", "sharding/*.py", "train/step.py", "tasks/pretrain.py", "planner/compile.py")
+    parts = (
+        "*.py",
+        "config/*.py",
+        "model/**/*.py",
+        "sharding/*.py",
+        "train/step.py",
+        "tasks/pretrain.py",
+        "planner/compile.py",
+    )
     return _digest(*(path.read_text() for part in parts for path in sorted(root.glob(part))))
 
 

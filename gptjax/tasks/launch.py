@@ -1,4 +1,4 @@
-"""From a config or a run folder to a running stage: devices, mesh, tokenizer, text and task put together, and everything
+"""From a config or a run folder to a running stage: devices, mesh, tokenizer, text and task put together, and all of it
 checked, on all processes, before there is a run folder."""
 
 import hashlib
@@ -26,11 +26,13 @@ from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.join import join
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train import run as folders
+from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
 from gptjax.train.processes import compare, every, first, is_first, together
 from gptjax.train.step import abstract_state
@@ -71,7 +73,9 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, distr
 
         number = fit(config, task, layout, run, resumed is not None, known, load if config.init_from else None)
         if is_first():
-            print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
+            print(
+                f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True
+            )
     return 128 + number if number else 0
 
 
@@ -94,7 +98,7 @@ def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) 
     task = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
     for source in (task.training_text, task.evaluation_text):
         require_one_row(source, tokenizer, config.model.seq_len)
-    rows_of_process(layout.sharding((None, "batch", None)), config.micro_batch_size)
+    rows_by_process(layout, config.micro_batch_size)
     layout.shardings(abstract_state(config, task.init))
     assert task.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
     return task
@@ -109,8 +113,8 @@ def _tokenizer(config: Config, resumed: Resumed | None) -> Tokenizer:
         given = load_tokenizer(config.data.tokenizer)
         if given.pieces != saved.pieces or given.files != saved.files:
             raise UserError(
-                f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the run "
-                "has its own"
+                f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "
+                "run has its own"
             )
     return saved
 
@@ -130,7 +134,7 @@ def _folder(task: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Pa
 
     def take() -> str:
         if resumed:
-            held.append(folders.lock.RunLock(resumed.folder, warn))
+            held.append(RunLock(resumed.folder, warn))
             _take_over(task, resumed)
             return str(resumed.folder)
         made, lock = folders.claim(config, named, warn)
@@ -159,7 +163,9 @@ def _take_over(task: Pretrain, resumed: Resumed) -> None:
         warn(text)
     if text := folders.changed_data(resumed.folder, config, corpus):
         if not resumed.new_data:
-            raise UserError(f"--resume {resumed.folder}: {text}; give the old text, or --new-data to go on with this one")
+            raise UserError(
+                f"--resume {resumed.folder}: {text}; give the old text, or --new-data to go on with this one"
+            )
         warn(f"{text}: going on with it as --new-data says")
     folders.pin_data(resumed.folder, config, corpus)
     folders.go_on(resumed.folder, resumed.saved, config)
@@ -227,8 +233,8 @@ def facts(task: Pretrain) -> dict[str, Any]:
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{task.corpus.name}, {len(task.training_text):,} training records, {config.data.tokenizer} tokenizer of "
-        f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
+        "data": f"{task.corpus.name}, {len(task.training_text):,} training records, {config.data.tokenizer} tokenizer "
+        f"of {tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
         f"(padded to {config.model.padded_vocab_size:,})",
     }
 

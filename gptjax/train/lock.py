@@ -1,7 +1,7 @@
 """One run folder, one run: a lock that names its holder and beats while the holder lives.
 
-No clocks are compared, for hosts disagree about them: a lock of a process that is gone from this host is stale, and so is
-one whose beat stands still while another start watches it.
+No clocks are compared, for hosts disagree about them: a lock of a process that is gone from this host is stale, and so
+is one whose beat stands still while another start watches it.
 """
 
 import json
@@ -29,7 +29,12 @@ class RunLock:
 
     def __init__(self, folder: Path, warn: Callable[[str], None], patience: float = PATIENCE, beat: float = BEAT):
         self._path, self._warn, self._patience = folder / NAME, warn, patience
-        self._own = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "id": uuid.uuid4().hex}
+        self._own = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "id": uuid.uuid4().hex,
+        }
         self._count = 0
         self._take()
         self._released = threading.Event()
@@ -66,7 +71,7 @@ class RunLock:
             now = _read(self._path)
             if now != holder and now:
                 raise UserError(
-                    f"run {self._path.parent}: {_named(now)} is at work on it; wait for it, stop it, or name another folder"
+                    f"run {self._path.parent}: {_named(now)} is at work on it; wait for it, stop it, or name another"
                 )
             if not self._path.exists():
                 return

@@ -1,13 +1,10 @@
 """The one train loop. A stage brings a `Task`; batches, steps, logs, checkpoints and signals are here."""
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import jax
@@ -22,11 +19,13 @@ from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import num_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
+from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.metrics import Clock, Reporter
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
+from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step, placed, start_state
 
 PREFETCH = 2  # batches ready on the devices ahead of the step
@@ -38,9 +37,9 @@ class Task(Protocol):
     @property
     def loss(self) -> LossFn: ...
     def init(self, key: Array) -> Params: ...
-    def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream: ...
+    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream: ...
     def evaluate(
-        self, params: Params, place: Callable[[np.ndarray], Array], share: tuple[int, int]
+        self, params: Params, place: Callable[[np.ndarray], Array], rows: Sequence[int]
     ) -> dict[str, float]: ...
     def sample(self, params: Params) -> str: ...
 
@@ -86,7 +85,7 @@ def fit(
     )
     try:
         _announce(config, layout, reporter, position, facts)
-        with _signals() as stop:
+        with signals() as stop:
             return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop)
     finally:
         reporter.close()
@@ -103,12 +102,12 @@ def _loop(
     checkpoints: Checkpoints,
     reporter: Reporter,
     run: Path,
-    stop: "StopFlag",
+    stop: StopFlag,
 ) -> int:
     """From `position` on; every periodic action is a function of the step."""
     train = config.train
     batch_sharding = layout.sharding((None, "batch", None))
-    share = process_share(batch_sharding, config.micro_batch_size)
+    mine = rows_by_process(layout, config.micro_batch_size)[jax.process_index()]
     rows_sharding = layout.sharding(("batch", None))
 
     def place_rows(rows: np.ndarray) -> Array:
@@ -117,14 +116,14 @@ def _loop(
 
     def evaluate(step: int) -> None:
         with clock.pause():
-            figures = task.evaluate(state.params, place_rows, share)
+            figures = task.evaluate(state.params, place_rows, mine)
             reporter.record("eval", step, **figures)
             reporter.say(f"step {step}  eval  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
     clock = Clock()
     meter = Meter(config, reporter, clock, position)
     ended = position.tokens >= train.total_tokens
-    made = batches(config, task, batch_sharding, share, position)
+    made = batches(config, task, batch_sharding, mine, position)
     with Prefetcher(lambda: next(made), PREFETCH) as ahead:
         step_fn = None
         while not ended:
@@ -139,7 +138,7 @@ def _loop(
             state, metrics = step_fn(*arguments)
             ended = batch.after.tokens >= train.total_tokens
             meter.add(done, batch.after.tokens, float(lr), metrics)
-            stopping = stop.agreed(done)
+            stopping = stop.agreed()
             if ended or stopping or (train.save_interval and done % train.save_interval == 0):
                 meter.flush()
                 jax.block_until_ready(state)  # the queued steps are training time, not pause
@@ -172,15 +171,16 @@ def _compile(config: Config, task: Task, shardings: Any, layout: Layout, argumen
 
 
 def batches(
-    config: Config, task: Task, sharding: NamedSharding, share: tuple[int, int], position: Position
+    config: Config, task: Task, sharding: NamedSharding, mine: Sequence[int], position: Position
 ) -> Iterator[Batch]:
-    """Every step's batch, on the devices; runs in the prefetch thread."""
-    stream = task.stream(position.data, share)
+    """Every step's batch, on the devices; runs in the prefetch thread. The rows `mine` of each micro-batch are this
+    process's to read."""
+    stream = task.stream(position.data, mine)
     micro, most = config.micro_batch_size, config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
             num_micro = size // micro
-            rows = stream.batch(num_micro, micro)
+            rows = stream.batch(num_micro)
             # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
             rows = np.pad(rows, ((0, most - num_micro), (0, 0), (0, 0)))
             shape = (most, micro, config.model.seq_len + 1)
@@ -203,19 +203,6 @@ def _whole(position: Position) -> Position:
     halves = np.array(position.data, np.int64).view(np.int32)  # JAX moves 32-bit words unless x64 is on
     every = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.int64)
     return replace(position, data=tuple(merge_positions(every.tolist())))
-
-
-def process_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
-    """(index, count): of `count` equal ranges of a micro-batch's rows, this process holds range `index`."""
-    every: Any = sharding.addressable_devices_indices_map((1, rows, 1)).values()
-    held = {range(*index[1].indices(rows)) for index in every}
-    low, high = min(r.start for r in held), max(r.stop for r in held)
-    if sum(map(len, held)) != high - low or rows % (high - low) or low % (high - low):
-        raise UserError(
-            f"layout: the rows of process {jax.process_index()} are not one range of the batch; put data and fsdp "
-            "before tensor on the hosts (let layout.tensor divide the devices of a host)"
-        )
-    return low // (high - low), rows // (high - low)
 
 
 class Meter:
@@ -308,36 +295,6 @@ def _profile(steps: tuple[int, ...], step: int, run: Path, state: Any) -> None:
     if step == steps[1] + 1:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def agreed(self, step: int) -> bool:
-        """Whether all processes stop after this step: one that hears of it alone would leave the others waiting."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.number = signal.SIGTERM
-        return bool(self.number)
-
-
-@contextmanager
-def _signals() -> Iterator[StopFlag]:
-    """Several processes leave the signals to jax.distributed, which tells all of them of one process's SIGTERM."""
-    stop = StopFlag()
-    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _warn(text: str) -> None:

@@ -31,8 +31,8 @@ def every(text: str) -> list[str]:
 
 
 def together(action: Callable[[], X]) -> X:
-    """`action` on every process, which must not itself talk to the others. Raises on all of them where it raises on one:
-    a process that ends alone leaves the others waiting for it."""
+    """`action` on every process, which must not itself talk to the others. Raises on all of them where it raises on
+    one: a process that ends alone leaves the others waiting for it."""
     raised, result = None, None
     try:
         result = action()

@@ -188,7 +188,9 @@ def changed_code(folder: Path) -> str | None:
     starts = read_log(folder / HISTORY) if (folder / HISTORY).is_file() else []
     if not starts or (last := starts[-1]).get("code") == (now := provenance())["code"]:
         return None
-    return f"the code has changed since the run's last start (commit {last['commit'][:9]} then, {now['commit'][:9]} now)"
+    return (
+        f"the code has changed since the run's last start (commit {last['commit'][:9]} then, {now['commit'][:9]} now)"
+    )
 
 
 def provenance() -> dict[str, Any]:
