@@ -10,6 +10,7 @@ import textwrap
 from typing import Annotated, Any, Protocol
 
 from gptjax.config.fields import described, explained, infos, parse, walk
+from gptjax.config.fields import flag as as_flag
 from gptjax.config.schema import Config
 from gptjax.errors import UserError
 
@@ -39,7 +40,7 @@ class Verb(Protocol):
 
 def read(verb: str, cls: Any, words: list[str]) -> Verb:
     """The arguments of a verb. Raises UserError that names the word that is wrong."""
-    flags = {_flag(name): name for name in infos(cls) if not _marked(cls, name)}
+    flags = {as_flag(name): name for name in infos(cls) if not _marked(cls, name)}
     takes_fields = any(WORDS in info.metadata for info in infos(cls).values())
     values: dict[str, Any] = {}
     places: list[str] = []
@@ -64,17 +65,9 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
     values |= _by_place(verb, cls, places)
     if takes_fields:
         values["overrides"] = tuple(fields)
-
-    def show(name: str, value: Any) -> str:
-        return f"{_flag(name)} {value}"
-
-    with explained(cls, show):
+    with explained(cls, flags=True):
         made: Verb = cls(**values)
         return made
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _marked(cls: Any, name: str) -> bool:
@@ -132,7 +125,7 @@ def usage(verb: str, cls: Any) -> str:
             arguments.append((f"{mark.metavar}{many}" if required else f"[{mark.metavar}{many}]", leaf.doc))
         else:
             kind = "" if leaf.hint is bool else "  " + described(cls, leaf)
-            options.append((f"{_flag(leaf.name)}{kind}", leaf.doc))
+            options.append((f"{as_flag(leaf.name)}{kind}", leaf.doc))
     line = " ".join(["usage: gptjax", verb, *(name for name, _ in arguments)])
     line += (" [--option value ...]" if options else "") + (" [--section.field value ...]" if takes_fields else "")
     parts = [line, textwrap.fill(" ".join((cls.__doc__ or "").split()), 120)]

@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "described",
     "explain",
     "explained",
+    "flag",
     "frozen",
     "infos",
     "nearest_name",
@@ -101,20 +102,28 @@ def walk(cls: type, prefix: str = "", inherited: tuple[Any, ...] = ()) -> Iterat
 
 
 @contextmanager
-def explained(root: type, show: Callable[[str, Any], str] | None = None) -> Iterator[None]:
+def explained(root: type, flags: bool = False) -> Iterator[None]:
     """Turns what pydantic finds wrong with `root`, or a section of it, into a UserError.
 
-    `show` writes a field and its value: `model.window = 0` unless given.
+    It names `model.window = 0`, or with `flags` an argument as it is typed: `--top-k -1`.
     """
     try:
         yield
     except ValidationError as error:
-        raise UserError(explain(error, root, show)) from None
+        raise UserError(explain(error, root, flags)) from None
 
 
-def explain(error: ValidationError, root: type, show: Callable[[str, Any], str] | None = None) -> str:
+def flag(name: str) -> str:
+    """A verb's argument as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def explain(error: ValidationError, root: type, flags: bool = False) -> str:
     """The first of the errors, in one line; a misspelt name before a name that is missing for it."""
-    show = show or (lambda name, value: f"{name} = {_written(value)}")
+
+    def show(name: str, value: Any) -> str:
+        return f"{flag(name)} {_written(value)}" if flags else f"{name} = {_written(value)}"
+
     first = min(error.errors(), key=lambda one: "unexpected" not in one["type"])
     section = _section(root, error.title)
     path = [*section, *(part for part in first["loc"] if isinstance(part, str))]
@@ -126,13 +135,14 @@ def explain(error: ValidationError, root: type, show: Callable[[str, Any], str] 
     if kind == "unexpected_positional_argument":
         return f"{error.title}: takes fewer values than were given; name them, such as {next(walk(root)).name} = ..."
     if kind in ("missing", "missing_argument"):
-        return f"{name}: a value is missing"
+        return f"{flag(name) if flags else name}: a value is missing"
     info = _info(root, path)
     if info is None or dataclasses.is_dataclass(info.annotation):
         wanted = getattr(info.annotation, "__name__", "") if info else error.title
         return f"{show(name or error.title, value)}: expected {wanted}(...)"
-    item = any(isinstance(part, int) for part in first["loc"])
-    return f"{show(name, value)}: {_remedy(first, _item_hint(info.annotation) if item else info.annotation, info)}"
+    if any(isinstance(part, int) for part in first["loc"]):
+        info = FieldInfo.from_annotation(_item_hint(info.annotation))
+    return f"{show(name, value)}: {_remedy(first, info)}"
 
 
 def nearest_name(root: type, name: str) -> str:
@@ -164,9 +174,9 @@ def _item_hint(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
-def _remedy(error: Any, hint: Any, info: FieldInfo) -> str:
+def _remedy(error: Any, info: FieldInfo) -> str:
     """What a value must be, and the nearest that is."""
-    value, kind = error["input"], error["type"]
+    value, kind, hint = error["input"], error["type"], info.annotation
     if kind == "literal_error":
         return choose(hint, value)
     if kind == "finite_number":
@@ -289,19 +299,19 @@ def _written(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def parse(hint: Any, text: str, flag: str) -> Any:
+def parse(hint: Any, text: str, name: str) -> Any:
     """One word of the command line as a value of a field's type; bounds are for the class to check."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return parse(options[0], text, flag)
+        return parse(options[0], text, name)
     if isinstance(hint, types.UnionType):
-        return parse(next(option for option in options if option is not types.NoneType), text, flag)
+        return parse(next(option for option in options if option is not types.NoneType), text, name)
     if origin is Literal:
         if text in options:
             return text
-        raise UserError(f"{flag} {text}: {choose(hint, text)}")
+        raise UserError(f"{name} {text}: {choose(hint, text)}")
     if origin is tuple:
-        return tuple(parse(options[0], part, flag) for part in text.split(",") if part)
+        return tuple(parse(options[0], part, name) for part in text.split(",") if part)
     try:
         if hint is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -311,7 +321,7 @@ def parse(hint: Any, text: str, flag: str) -> Any:
             raise ValueError
         return hint(text)
     except (KeyError, ValueError, OverflowError):
-        raise UserError(f"{flag} {text}: expected {EXAMPLES[hint]}") from None
+        raise UserError(f"{name} {text}: expected {EXAMPLES[hint]}") from None
 
 
 def whole(text: str) -> int:
