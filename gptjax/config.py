@@ -127,6 +127,9 @@ class OptimizerConfig:
     """Leave the state as it is when the loss or the gradient is not finite; counted and shown."""
     skip_spike_sigma: float = 0.0
     """Skip a step whose loss lies this many standard deviations above its running mean; 0 is off."""
+    max_bad_steps: int = 50
+    """Steps in a row without a finite loss and gradient, or left out as spikes, that end the run with an error; 0 is
+    no limit. With skip_nonfinite off the first that is not finite ends it."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ def validate(config: Config) -> Config:
             raise UserError(f"{name} = {get(config, name)}: must be positive; nearest 1")
     at_least_zero = "optimizer.warmup_tokens optimizer.decay_tokens optimizer.weight_decay train.micro_batch_size"
     at_least_zero += " train.ramp_start train.ramp_tokens train.eval_interval train.save_interval train.keep_every"
-    at_least_zero += " train.sample_interval optimizer.skip_spike_sigma layout.pipeline_chunks"
+    at_least_zero += " train.sample_interval optimizer.skip_spike_sigma optimizer.max_bad_steps layout.pipeline_chunks"
     for name in at_least_zero.split():
         if get(config, name) < 0:
             raise UserError(f"{name} = {get(config, name)}: must not be negative; nearest 0")
