@@ -140,6 +140,9 @@ class OptimizerConfig:
     """Leave the state as it is when the loss or the gradient is not finite; counted and shown."""
     skip_spike_sigma: Annotated[float, Field(ge=0)] = 0.0
     """Skip a step whose loss lies this many standard deviations above its running mean; 0 is off."""
+    max_bad_steps: Annotated[Count, FREE] = 50
+    """Steps in a row without a finite loss and gradient, or left out as spikes, that end the run with an error; 0 is
+    no limit. With skip_nonfinite off the first that is not finite ends it."""
 
 
 @frozen

@@ -194,10 +194,8 @@ def _local(config: DataConfig) -> Path:
     """The folder of the data set of local files, written now unless the cache has it."""
     folder, files = local_folder(config)
     if not folder.is_dir():
-        records = (r for file in files for doc in _documents(file, config) for r in cut(doc, config.max_chars))
-        first = next(records, None)
-        if first is None:
-            raise UserError(f"data.source = {config.source}: no text in {len(files)} file(s); give files with text")
+        records = _records(config, files)
+        first = next(records)
         try:
             _build(folder, itertools.chain([first], records))
         except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
@@ -206,6 +204,37 @@ def _local(config: DataConfig) -> Path:
                 "free space or choose another"
             ) from error
     return folder
+
+
+def look(config: DataConfig) -> tuple[str, Corpus | None]:
+    """What a run would read, in words, and the data set if it is built; nothing is written.
+
+    Raises UserError where the files or the data set are not there, or their beginning cannot be read.
+    """
+    if config.source.startswith("tfds:"):
+        builder = _tfds_builder(config)
+        made = _of_catalogue(config, builder) if builder.is_prepared() else None
+        return f"{config.source} {'in' if made else 'to be prepared in'} {builder.data_dir}", made
+    folder, files = local_folder(config)
+    size = sum(file.stat().st_size for file in files)
+    shown = ", ".join(str(file) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    text = f"{config.source}: {len(files):,} file(s), {size / 1e6:,.1f} MB: {shown}"
+    if folder.is_dir():
+        return f"{text}; built in {folder}", reopen(config, folder)
+    next(_records(config, files))
+    return f"{text}; to be built in {folder}", None
+
+
+def _records(config: DataConfig, files: Sequence[Path]) -> Iterator[Record]:
+    """Of all files in order. Raises UserError where there is no text in them."""
+    none = True
+    for file in files:
+        for document in _documents(file, config):
+            for record in cut(document, config.max_chars):
+                none = False
+                yield record
+    if none:
+        raise UserError(f"data.source = {config.source}: no text in {len(files)} file(s); give files with text")
 
 
 def _build(folder: Path, records: Iterable[Record]) -> None:

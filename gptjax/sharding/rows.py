@@ -1,6 +1,7 @@
 """Which rows of a batch each process holds, and so has to read."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from gptjax.errors import UserError
@@ -25,7 +26,7 @@ def rows_by_process(layout: Layout, rows: int) -> dict[int, tuple[int, ...]]:
         first.setdefault(mine, process)
     # Every row is held, so the different sets have no row in common if together they count each once.
     if sum(map(len, first)) > rows or len({len(mine) for mine in first}) > 1:
-        few = "; ".join(f"process {process} {_spans(mine)}" for mine, process in list(first.items())[:3])
+        few = "; ".join(f"process {process} {spans(mine)}" for mine, process in list(first.items())[:3])
         raise UserError(
             f"layout: the hosts share rows of a micro-batch of {rows} only in part ({few}); let layout.context x "
             "layout.tensor divide the devices of a host, or be a multiple of them"
@@ -33,7 +34,7 @@ def rows_by_process(layout: Layout, rows: int) -> dict[int, tuple[int, ...]]:
     return made
 
 
-def _spans(rows: tuple[int, ...]) -> str:
+def spans(rows: Sequence[int]) -> str:
     """0-3, 32-35"""
     starts = [row for row in rows if row - 1 not in rows]
     ends = [row for row in rows if row + 1 not in rows]

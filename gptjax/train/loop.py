@@ -261,24 +261,29 @@ class Meter:
         )
 
 
-def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
-    """The plain facts before the first step."""
+def plain_facts(config: Config, layout: Layout, count: int, device_kind: str) -> dict[str, str]:
+    """What a run is, in words, on so many devices of a kind."""
     params, step_tokens = num_params(config.model), config.train.batch_size * config.model.seq_len
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
-    device = jax.devices()[0]
     pattern = ",".join(config.model.attention_pattern)
     lines = {
         "model": f"{params:,} parameters, {config.model.num_layers} layers of {pattern}, "
         f"{train_flops_per_token(config.model):.3e} FLOPs per token (causality and band counted exactly)",
-        "devices": f"{jax.device_count()} x {device.device_kind}, layout {degrees or 'single device'}",
+        "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}",
         "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
         "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "
         f"{config.train.total_tokens / params:.1f} tokens per parameter",
     }
-    if peak_flops(device.device_kind) is None:
-        lines["mfu"] = f"not shown: no peak is listed for {device.device_kind}"
+    if peak_flops(device_kind) is None:
+        lines["mfu"] = f"not shown: no peak is listed for {device_kind}"
+    return lines
+
+
+def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
+    """The plain facts before the first step."""
+    lines = plain_facts(config, layout, jax.device_count(), jax.devices()[0].device_kind)
     for name, text in (lines | facts).items():
         reporter.say(f"{name:<10}{text}")
     reporter.record("start", position.step, **lines, **facts)
