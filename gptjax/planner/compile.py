@@ -28,7 +28,14 @@ from gptjax.planner.bill import Collective, read
 
 COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 """The module that brings the compiler of a platform."""
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Of this machine, not of the topology: without them libtpu complains that it could not find them out.
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 @dataclass(frozen=True)

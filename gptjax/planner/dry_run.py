@@ -3,13 +3,14 @@ that is not there. Nothing is written, nothing compiled; what is wrong is said, 
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from gptjax.config import Config
 from gptjax.data.sources import look
@@ -18,7 +19,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.planner.chips import Chip, Topology, topology
-from gptjax.planner.compile import available, devices_of
+from gptjax.planner.compile import ENVIRONMENT, available, devices_of
 from gptjax.planner.memory import memory
 from gptjax.planner.place import place
 from gptjax.planner.plan import EXTRAS, for_compiler
@@ -33,28 +34,32 @@ from gptjax.train.checkpoint import FOLDER
 from gptjax.train.loop import plain_facts
 from gptjax.train.step import abstract_state
 
+ATTACHED = "attached"
 
-def rehearse(
-    config: Config, resumed: Resumed | None, name: str, slices: int, say: Callable[[str], None] = print
-) -> int:
+
+def rehearse(config: Config, resumed: Resumed | None, name: str, slices: int) -> int:
     """Check and say all; returns 1 if something is wrong. `name` is a topology, or empty for what is attached."""
-    hardware, devices = _hardware(name, slices)
-    failed = False
-    for title, check in _checks(config, resumed, hardware, devices):
+    run = Rehearsal(config, resumed, *_hardware(name, slices))
+    wrong = set()
+    for title, check, needs_layout in run.checks():
+        if needs_layout and "layout" in wrong:
+            continue
         try:
             lines = [*check()]
         except UserError as error:
-            lines, failed = [f"WRONG: {error}"], True
+            lines = [f"WRONG: {error}"]
+            wrong.add(title)
         for i, line in enumerate(lines):
-            say(f"{title if i == 0 else '':<11}{line}")
-    say(f"{'':11}{'a run would not start' if failed else 'a run would start'}; nothing was written")
-    return int(failed)
+            print(f"{title if i == 0 else '':<11}{line}")
+    print(f"{'':11}{'a run would not start' if wrong else 'a run would start'}; nothing was written")
+    return int(bool(wrong))
 
 
 def _hardware(name: str, slices: int) -> tuple[Topology, Sequence[Any]]:
     if not name:
         return _attached(), jax.devices()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave an accelerator to who does
+    os.environ.update(ENVIRONMENT)
     there = topology(name, slices)
     if not available(there.chip.platform):
         raise UserError(f"--topology {name}: needs the extra {EXTRAS[there.chip.platform]}, which knows its devices")
@@ -69,141 +74,137 @@ def _attached() -> Topology:
     else:
         hbm = float((device.memory_stats() or {}).get("bytes_limit", 0))
     chip = Chip(device.device_kind, peak_flops(device.device_kind) or 0.0, hbm, 0, 1.0, 1.0, 1.0, device.platform)
-    return Topology("attached", "attached", chip, (count,))
+    return Topology(ATTACHED, ATTACHED, chip, (count,))
 
 
-def _checks(
-    config: Config, resumed: Resumed | None, hardware: Topology, devices: Sequence[Any]
-) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
-    """What is checked, in the order in which a run does it."""
-    yield "run", lambda: _run(config, resumed)
-    try:
-        layout = Layout(make_mesh(config, devices), rule_table(config.layout))
-    except UserError as error:
-        message = str(error)
-        yield "layout", lambda: _wrong(message)
-    else:
-        task = Pretrain(for_compiler(config, hardware), hardware.chip.platform, layout)
-        yield "facts", lambda: _facts(config, layout, hardware, devices)
-        yield "attention", lambda: _attention(task, hardware)
-        yield "rows", lambda: _rows(config, layout, devices)
-        yield "arrays", lambda: _arrays(config, task, layout)
-        yield "memory", lambda: _memory(config, hardware)
-    yield "tokenizer", lambda: _tokenizer(config, resumed)
-    yield "data", lambda: _data(config, resumed)
-    if config.init_from and not resumed:
-        yield "weights", lambda: _weights(config)
+@dataclass(frozen=True)
+class Rehearsal:
+    """A run that does not take place. Each check gives the lines that it has to say, or raises UserError."""
 
+    config: Config
+    resumed: Resumed | None
+    hardware: Topology
+    devices: Sequence[Any]
 
-def _wrong(message: str) -> Iterator[str]:
-    raise UserError(message)
-    yield
+    def checks(self) -> Iterator[tuple[str, Callable[[], Iterable[str]], bool]]:
+        """(name, check, whether it needs a layout), in the order in which a run does them."""
+        yield "run", self.run, False
+        yield "layout", self.facts, False
+        yield "attention", self.attention, True
+        yield "rows", self.rows, True
+        yield "arrays", self.arrays, True
+        yield "memory", self.memory, True
+        yield "tokenizer", self.tokenizer_lines, False
+        yield "data", self.data, False
+        if self.config.init_from and not self.resumed:
+            yield "weights", self.weights, False
 
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(make_mesh(self.config, self.devices), rule_table(self.config.layout))
 
-def _run(config: Config, resumed: Resumed | None) -> Iterator[str]:
-    if resumed is None:
-        base = folders.base_folder(config)
+    @cached_property
+    def task(self) -> Pretrain:
+        return Pretrain(for_compiler(self.config, self.hardware), self.hardware.chip.platform, self.layout)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self.resumed:
+            return folders.saved_tokenizer(self.resumed.folder)
+        return load_tokenizer(self.config.data.tokenizer)
+
+    def run(self) -> Iterator[str]:
+        if self.resumed is None:
+            yield self._new_run()
+            return
+        folder = self.resumed.folder
+        saved = [int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdigit()]
+        yield f"{folder}, from " + (f"step {max(saved):,}" if saved else "its start: no checkpoint yet")
+        yield from map(str, folders.going_on(self.resumed.saved, self.config, folder)[1])
+        yield from filter(None, [folders.changed_code(folder)])
+
+    def _new_run(self) -> str:
+        base = folders.base_folder(self.config)
         inside = {path.name for path in base.iterdir()} if base.is_dir() else set()
-        if config.run and inside - folders.UNFINISHED:
+        if self.config.run and inside - folders.UNFINISHED:
             raise UserError(f"run = {base}: exists and is not empty; name another, or --resume {base}")
         parent = next(folder for folder in base.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"run = {base}: {parent} cannot be written")
-        yield f"{base}, new" + (" (or the next free number)" if inside and not config.run else "")
-        return
-    saved = [int(path.name) for path in (resumed.folder / FOLDER).glob("*") if path.name.isdigit()]
-    yield f"{resumed.folder}, from " + (f"step {max(saved):,}" if saved else "its start: no checkpoint yet")
-    for change in folders.going_on(resumed.saved, config, resumed.folder)[1]:
-        yield str(change)
-    if text := folders.changed_code(resumed.folder):
+        if not parent.is_dir() or not os.access(parent, os.W_OK) or base.is_file():
+            raise UserError(f"run {base}: cannot be made ({parent} is no folder that can be written); name another")
+        return f"{base}, new" + (" (or the next free number)" if inside else "")
+
+    def facts(self) -> Iterator[str]:
+        facts = plain_facts(self.config, self.layout, len(self.devices), self.devices[0].device_kind)
+        yield from (f"{name}: {text}" for name, text in facts.items())
+
+    def attention(self) -> Iterator[str]:
+        if self.hardware.name != ATTACHED and self.hardware.chip.platform == "gpu":
+            yield "decided on the machine, where cuDNN's kernel must pass its self-test; else blockwise"
+        else:
+            yield ": ".join(self.task.attention)
+
+    def rows(self) -> Iterator[str]:
+        """Which rows of a micro-batch each process reads; processes that read the same stand together."""
+        held = rows_by_process(self.layout, self.config.micro_batch_size)
+        together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for process, rows in held.items():
+            together[rows].append(process)
+        yield (
+            f"{len(held)} process(es) of {len(self.devices) // len(held)} device(s), each reads "
+            f"{len(next(iter(together)))} of the {self.config.micro_batch_size} rows of a micro-batch"
+        )
+        if len(held) > 1:
+            yield from (f"rows {spans(rows)}: process(es) {spans(each)}" for rows, each in together.items())
+
+    def arrays(self) -> Iterator[str]:
+        state = abstract_state(self.config, self.task.init)
+        self.layout.shardings(state)
+        rows = Counter(  # unrolled units are alike
+            (re.sub(r"^unit_\d+", "unit_*", name), "x".join(map(str, shape)), spec, size)
+            for name, shape, spec, size in self.layout.table(state.params)
+        )
+        width = max(len(name) for name, *_ in rows)
+        for (name, shape, spec, size), count in rows.items():
+            times = f"{count} x " if count > 1 else ""
+            yield f"{name:{width}}  {times + shape:>20}  {count * size / 1e6:>12,.2f} MB a device  {spec}"
+        total = sum(count * size for (_, _, _, size), count in rows.items())
+        yield f"{'together':{width}}  {'':20}  {total / 1e6:>12,.2f} MB a device"
+        yield from (f"whole on every device: {name}" for name in self.layout.replicated(state.params))
+
+    def memory(self) -> Iterator[str]:
+        hbm = self.hardware.chip.hbm
+        if self.hardware.name == ATTACHED and self.hardware.chip.platform == "tpu":
+            yield "not estimated for attached TPUs; name them, such as --topology v5p-1024"
+            return
+        parts = memory(place(self.config, self.hardware))
+        total, shown = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
+        text = f"{total / 1e9:,.2f} GB a device by formula ({shown}) of {hbm / 1e9:,.1f} GB"
+        if total > hbm:
+            raise UserError(
+                f"{text}; use a smaller train.micro_batch_size (now {self.config.micro_batch_size}), model.remat full "
+                "or more devices, or ask gptjax plan"
+            )
         yield text
 
+    def tokenizer_lines(self) -> Iterator[str]:
+        check_vocabulary(self.config, self.tokenizer)
+        vocabulary = self.config.model.vocab_size
+        yield f"{self.config.data.tokenizer}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {vocabulary:,}"
 
-def _facts(config: Config, layout: Layout, hardware: Topology, devices: Sequence[Any]) -> Iterator[str]:
-    yield from (
-        f"{name}: {text}" for name, text in plain_facts(config, layout, len(devices), hardware.chip.name).items()
-    )
+    def data(self) -> Iterator[str]:
+        text, corpus = look(self.config.data)
+        yield text
+        if corpus is None:
+            return
+        for name in (self.config.data.train_split, self.config.data.eval_split):
+            split = corpus.split(name)
+            require_one_row(split, self.tokenizer, self.config.model.seq_len)
+            yield f"{name}: {len(split):,} records"
+        changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None
+        if self.resumed and changed and not self.resumed.new_data:
+            raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")
 
-
-def _attention(task: Pretrain, hardware: Topology) -> Iterator[str]:
-    if hardware.name != "attached" and hardware.chip.platform == "gpu":
-        yield "decided on the machine, where cuDNN's kernel must pass its self-test; else blockwise"
-        return
-    yield ": ".join(task.attention)
-
-
-def _rows(config: Config, layout: Layout, devices: Sequence[Any]) -> Iterator[str]:
-    """Which rows of a micro-batch each process reads; processes that read the same stand together."""
-    by_rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    held = rows_by_process(layout, config.micro_batch_size)
-    for process, rows in held.items():
-        by_rows[rows].append(process)
-    each = len(next(iter(by_rows)))
-    yield (
-        f"{len(held)} process(es) of {len(devices) // len(held)} device(s), each reads {each} of the "
-        f"{config.micro_batch_size} rows of a micro-batch"
-    )
-    if len(held) > 1:
-        for rows, processes in by_rows.items():
-            yield f"  rows {spans(rows)}: process(es) {spans(processes)}"
-
-
-def _arrays(config: Config, task: Pretrain, layout: Layout) -> Iterator[str]:
-    params = abstract_state(config, task.init).params
-    rows = [*layout.table(params)]
-    layout.shardings(abstract_state(config, task.init))
-    width = max(len(name) for name, *_ in rows)
-    for name, shape, spec, size in rows:
-        yield f"{name:{width}}  {'x'.join(map(str, shape)):>16}  {size / 1e6:>12,.2f} MB a device  {spec}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params)))
-    yield f"{'together':{width}}  {count:>16,}  {sum(row[3] for row in rows) / 1e6:>12,.2f} MB a device"
-    for name in layout.replicated(params):
-        yield f"whole on every device: {name}"
-
-
-def _memory(config: Config, hardware: Topology) -> Iterator[str]:
-    if hardware.name == "attached" and hardware.chip.platform == "tpu":
-        yield "not estimated for attached TPUs; name them, such as --topology v5p-1024"
-        return
-    parts = memory(place(config, hardware))
-    yield (
-        f"{sum(parts.values()) / 1e9:,.2f} GB a device by formula ("
-        + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
-        + f") of {hardware.chip.hbm / 1e9:,.1f} GB"
-    )
-    if sum(parts.values()) > hardware.chip.hbm:
-        raise UserError(
-            f"the step needs more memory than a device has; see gptjax plan --topology {hardware.name}, or use a smaller "
-            f"train.micro_batch_size (now {config.micro_batch_size}) or model.remat full"
-        )
-
-
-def _saved_tokenizer(config: Config, resumed: Resumed | None) -> Tokenizer:
-    return folders.saved_tokenizer(resumed.folder) if resumed else load_tokenizer(config.data.tokenizer)
-
-
-def _tokenizer(config: Config, resumed: Resumed | None) -> Iterator[str]:
-    tokenizer = _saved_tokenizer(config, resumed)
-    check_vocabulary(config, tokenizer)
-    yield f"{config.data.tokenizer}: {tokenizer.vocab_size:,} ids in a vocabulary of {config.model.vocab_size:,}"
-
-
-def _data(config: Config, resumed: Resumed | None) -> Iterator[str]:
-    text, corpus = look(config.data)
-    yield text
-    if corpus is None:
-        return
-    tokenizer = _saved_tokenizer(config, resumed)
-    for name in (config.data.train_split, config.data.eval_split):
-        split = corpus.split(name)
-        require_one_row(split, tokenizer, config.model.seq_len)
-        yield f"{name}: {len(split):,} records"
-    changed = folders.changed_data(resumed.folder, config, corpus) if resumed else None
-    if resumed and changed and not resumed.new_data:
-        raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")
-
-
-def _weights(config: Config) -> Iterator[str]:
-    weights = open_weights(config.init_from)
-    weights.require(config.model)
-    yield f"{Path(config.init_from)}"
+    def weights(self) -> Iterator[str]:
+        weights = open_weights(self.config.init_from)
+        weights.require(self.config.model)
+        yield self.config.init_from
