@@ -1,5 +1,6 @@
 """`gptjax train CONFIG`, and `--resume RUN`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,15 +40,19 @@ class Command:
             raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
         if (self.topology or self.slices > 1) and not (self.dry_run and self.topology):
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
+        from gptjax.tasks.join import join
         from gptjax.tasks.launch import Resumed, train, warn
+        from gptjax.train.processes import first
         from gptjax.train.run import going_on, open_run
 
-        folder = self._folder()
+        if self.distributed:
+            join(os.environ)
+        folder = first(self._folder)  # once a run has begun, a process that starts late would see its folder
         if not folder:
             config = self._given()
             if self.dry_run:
                 return self._rehearse(config, None)
-            return train(config, None, named=self.resume == AUTO, distributed=self.distributed)
+            return train(config, None, named=self.resume == AUTO)
         path, saved = open_run(folder)
         given = self._given() if self.config else validate(override(saved, [*self.overrides]))
         if self.resume != AUTO and given.run not in ("", saved.run):
@@ -58,7 +63,7 @@ class Command:
             return self._rehearse(config, resumed)
         for change in noted:
             warn(f"{change}: {change.allowed.value if change.allowed else ''}")
-        return train(config, resumed, distributed=self.distributed)
+        return train(config, resumed)
 
     def _folder(self) -> str:
         """The run to go on with; empty for a new one."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax.config import Config, to_json
 from gptjax.config.fields import walk
@@ -28,7 +29,6 @@ from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.join import join
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train import run as folders
@@ -48,15 +48,13 @@ class Resumed:
     """Whether its user has said that another text is meant."""
 
 
-def train(config: Config, resumed: Resumed | None, *, named: bool = False, distributed: bool = False) -> int:
+def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> int:
     """Run pretraining, from random weights or those of `init_from`, to its end; returns the exit status (128 + the
     signal that stopped it, or 0).
 
-    `named` starts a new run in exactly the config's folder; `distributed` joins the other processes first, see `join`.
+    `named` starts a new run in exactly the config's folder. Several processes have joined each other before.
     """
     prepare(config)
-    if distributed:
-        join(os.environ)
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
     layout, tokenizer = together(lambda: _layout(config)), together(lambda: _tokenizer(config, resumed))
@@ -188,13 +186,14 @@ def next_commands(run: Path, stopped: bool) -> str:
 
 
 def prepare(config: Config) -> None:
-    """Process-wide settings of JAX, before the first computation."""
+    """Process-wide settings of JAX."""
     for name in ("absl", "asyncio"):  # Orbax logs every save, and failures that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_writes
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        compilation_cache.reset_cache()  # JAX looks once for a cache, at the first program of the process
 
 
 def _without_late_writes(unraisable: Any) -> None:
