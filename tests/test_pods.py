@@ -105,7 +105,7 @@ def test_rows_that_hosts_share_in_part_are_refused() -> None:
     groups = fake(*((device // 4, device // 3 * 2, device // 3 * 2 + 1) for device in range(12)))
     with pytest.raises(UserError, match=r"rows of a micro-batch of 8 only in part \(process 0 0-3; process 1 2-5; "):
         rows_by_process(groups, 8)
-    with pytest.raises(UserError, match=r"\(process 0 0, 2-3; process 1 1\); let layout.context x layout.tensor"):
+    with pytest.raises(UserError, match=r"\(process 0 0, 2-3; process 1 1\); let the devices of a pipeline stage"):
         rows_by_process(fake((0, 0, 0), (1, 1, 1), (0, 2, 3)), 4)
     assert rows_by_process(fake((1, 0, 0), (0, 1, 1), (1, 2, 2), (0, 3, 3)), 4) == {0: (1, 3), 1: (0, 2)}
 
