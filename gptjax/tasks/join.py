@@ -58,9 +58,12 @@ def join(environment: Mapping[str, str]) -> None:
 def read(environment: Mapping[str, str]) -> Where | None:
     """Where the environment says the processes are; None if it leaves that to JAX. Raises UserError for a value that
     is wrong or missing."""
-    for name in ("JAX_LOCAL_DEVICE_IDS", "JAX_PARTITION_INDEX", "JAX_COORDINATOR_PORT"):  # JAX reads these itself
-        for text in filter(None, environment.get(name, "").split(",")):
+    for name in ("JAX_COORDINATOR_PORT", "JAX_PARTITION_INDEX"):  # read by JAX itself, as are the two below
+        if text := environment.get(name):
             _number(name, text, 0)
+    ids = environment.get("JAX_LOCAL_DEVICE_IDS", "")
+    if ids and not re.fullmatch(r"[0-9]+(,[0-9]+)*", ids):
+        raise UserError(f"--distributed: JAX_LOCAL_DEVICE_IDS = {ids}: must be numbers with commas, such as 0,1")
     given = [name for name in NAMES if environment.get(name)]
     if not given:
         return None
@@ -93,10 +96,14 @@ def _address(name: str, text: str) -> tuple[str, int]:
 
 def _require_free(host: str, port: int) -> None:
     """JAX's own attempt at a port that is taken is a segmentation fault."""
-    both = socket.has_dualstack_ipv6() and host in ("", "::")
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    everywhere = socket.has_dualstack_ipv6() and host in ("", "::")
+    family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family, dualstack_ipv6=both).close()
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an earlier run left does not count
+            if everywhere:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind((host, port))
     except OSError as error:
         raise UserError(
             f"--distributed: process 0 cannot listen at port {port}: {error.strerror}; end what does, or give all "

@@ -84,8 +84,8 @@ def fit(
         run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None
     )
     try:
-        _announce(config, layout, reporter, position, facts)
         with signals() as stop:
+            _announce(config, layout, reporter, position, facts)
             return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop)
     finally:
         reporter.close()
