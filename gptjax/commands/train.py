@@ -62,7 +62,7 @@ class Command:
         if self.dry_run:
             return self._rehearse(config, resumed)
         for change in noted:
-            warn(f"{change}: {change.allowed.value if change.allowed else ''}")
+            warn(f"{change} ({change.allowed.value if change.allowed else ''})")
         return train(config, resumed)
 
     def _folder(self) -> str:

@@ -50,9 +50,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class OnResume(Enum):
     """What may become of a field when a run goes on; a field without this mark may not change."""
 
-    FREE = "changes where, when and how long a run computes or what it reports, never what it computes"
-    ROUNDING = "changes the order of sums, and so the last digits: allowed, and said"
-    SAME_CONTENT = "names a thing whose content the run folder knows by its digest: another name is no other thing"
+    FREE = "where, when and how long a run computes and what it reports, never what it computes"
+    ROUNDING = "changes the order of sums, and so the last digits alone"
+    SAME_CONTENT = "a name, whose content the run folder knows by its digest"
 
 
 FREE, ROUNDING, SAME_CONTENT = OnResume.FREE, OnResume.ROUNDING, OnResume.SAME_CONTENT

@@ -188,9 +188,11 @@ def changed_code(folder: Path) -> str | None:
     starts = read_log(folder / HISTORY) if (folder / HISTORY).is_file() else []
     if not starts or (last := starts[-1]).get("code") == (now := provenance())["code"]:
         return None
-    return (
-        f"the code has changed since the run's last start (commit {last['commit'][:9]} then, {now['commit'][:9]} now)"
-    )
+    return f"the code has changed since the run's last start ({_commit(last)} then, {_commit(now)} now)"
+
+
+def _commit(start: dict[str, Any]) -> str:
+    return f"commit {str(start.get('commit'))[:9]}" + (" and uncommitted changes" if start.get("modified") else "")
 
 
 def provenance() -> dict[str, Any]:
