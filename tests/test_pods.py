@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from gptjax.loading import load_config
 from jax.sharding import Mesh
 
 from gptjax.config import Config, LayoutConfig
+from gptjax.config.load import load_config
 from gptjax.errors import UserError
 from gptjax.planner.chips import topology
 from gptjax.planner.compile import COMPILERS, devices_of
