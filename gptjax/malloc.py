@@ -1,18 +1,18 @@
 """The settings of glibc's malloc with which XLA computes on a CPU."""
 
+import glob
 import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
 # XLA's CPU backend takes its scratch memory from malloc and gives it back at every step: without these glibc
 # faults it in page by page each time, a third of a step of width 128. Huge pages, and freed memory is kept.
 SETTINGS = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824"
 # What an accelerator needs to be used: a plugin of JAX, and the driver's device file. A plugin alone is there to plan.
 ACCELERATORS = (
-    (("jax_cuda13_plugin", "jax_cuda12_plugin"), ("/dev/nvidiactl", "/dev/dxg")),
-    (("libtpu",), ("/dev/accel0", "/dev/vfio/0")),
+    (("jax_cuda13_plugin", "jax_cuda12_plugin"), ("/dev/nvidia[0-9]*", "/dev/dxg")),
+    (("libtpu",), ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")),
 )
 
 
@@ -27,8 +27,8 @@ def _installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def _exists(path: str) -> bool:
-    return Path(path).exists()
+def _exists(pattern: str) -> bool:
+    return bool(glob.glob(pattern))
 
 
 def matters(

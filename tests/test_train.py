@@ -570,8 +570,17 @@ def test_bad_input_is_one_line(
 
 def test_command_line_sets_malloc_once_and_keeps_its_arguments() -> None:
     plain = {name: value for name, value in environment().items() if name != "GLIBC_TUNABLES"}
-    assert malloc_matters(plain) == (sys.platform == "linux")
+    linux = sys.platform == "linux"
+    assert malloc_matters(plain) == linux
     assert not malloc_matters(plain | {"GLIBC_TUNABLES": "x"})
+    free = {name: value for name, value in plain.items() if name != "JAX_PLATFORMS"}
+    for plugin, file in (("libtpu", "/dev/vfio/[0-9]*"), ("jax_cuda13_plugin", "/dev/nvidia[0-9]*")):
+        # A plugin that is there to plan, on a machine that has only a CPU; and one beside its device.
+        assert malloc_matters(free, {plugin}.__contains__, set().__contains__) == linux
+        assert not malloc_matters(free, {plugin}.__contains__, {file}.__contains__)
+        assert malloc_matters(free, set().__contains__, {file}.__contains__) == linux
+        assert malloc_matters(free | {"JAX_PLATFORMS": "cpu"}, {plugin}.__contains__, {file}.__contains__) == linux
+        assert not malloc_matters(free | {"JAX_PLATFORMS": "tpu,cpu"}, set().__contains__, set().__contains__)
     started = subprocess.run(command("train", "no such.py"), env=plain, capture_output=True, text=True)
     assert (started.returncode, started.stderr.count("\n")) == (1, 1)
     assert "config no such.py: no such file" in started.stderr

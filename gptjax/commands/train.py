@@ -40,21 +40,22 @@ class Command:
             raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
         if (self.topology or self.slices > 1) and not (self.dry_run and self.topology):
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
+        given = self._given() if self.config else None
         from gptjax.tasks.join import join
         from gptjax.tasks.launch import Resumed, train, warn
         from gptjax.train.processes import first
         from gptjax.train.run import going_on, open_run
 
+        folder = self.resume
         if self.distributed:
             join(os.environ)
-        folder = first(self._folder)  # once a run has begun, a process that starts late would see its folder
+        if self.resume == AUTO:  # the first decides: once a run has begun, a process that starts late sees its folder
+            folder = first(lambda: self._there(given)) if self.distributed else self._there(given)
         if not folder:
-            config = self._given()
-            if self.dry_run:
-                return self._rehearse(config, None)
-            return train(config, None, named=self.resume == AUTO)
+            assert given
+            return self._rehearse(given, None) if self.dry_run else train(given, None, named=self.resume == AUTO)
         path, saved = open_run(folder)
-        given = self._given() if self.config else validate(override(saved, [*self.overrides]))
+        given = given or validate(override(saved, [*self.overrides]))
         if self.resume != AUTO and given.run not in ("", saved.run):
             raise UserError(f"--run {given.run} with --resume {folder}: a run stays in its folder; leave --run out")
         config, noted = going_on(saved, given, path)
@@ -65,15 +66,13 @@ class Command:
             warn(f"{change} ({change.allowed.value if change.allowed else ''})")
         return train(config, resumed)
 
-    def _folder(self) -> str:
-        """The run to go on with; empty for a new one."""
-        if self.resume != AUTO:
-            return self.resume
-        if not self.config:
+    def _there(self, given: Config | None) -> str:
+        """The run that `auto` goes on with; empty where there is none yet."""
+        if given is None:
             raise UserError("--resume auto: name the config to start with where there is no run yet")
         from gptjax.train.run import CONFIG, base_folder
 
-        base = base_folder(self._given())
+        base = base_folder(given)
         return str(base) if (base / CONFIG).is_file() else ""
 
     def _given(self) -> Config:
