@@ -27,8 +27,8 @@ def rows_by_process(layout: Layout, rows: int) -> dict[int, tuple[int, ...]]:
     if sum(map(len, first)) > rows or len({len(mine) for mine in first}) > 1:
         few = "; ".join(f"process {process} {_spans(mine)}" for mine, process in list(first.items())[:3])
         raise UserError(
-            f"layout: the hosts share rows of a micro-batch of {rows} only in part ({few}); let the devices of a pipeline "
-            "stage, and those of layout.context x layout.tensor, be whole hosts or divide one"
+            f"layout: the hosts share rows of a micro-batch of {rows} only in part ({few}); let the devices of a "
+            "pipeline stage, and those of layout.context x layout.tensor, be whole hosts or divide one"
         )
     return made
 

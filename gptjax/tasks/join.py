@@ -52,7 +52,7 @@ def join(environment: Mapping[str, str]) -> None:
     try:
         jax.distributed.initialize(**given, initialization_timeout=max(1, round(until - time.monotonic())))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: {str(error).splitlines()[0]}; {REMEDY}") from error
+        raise UserError(f"--distributed: {str(error).splitlines()[0].rstrip('.')}; {REMEDY}") from error
 
 
 def read(environment: Mapping[str, str]) -> Where | None:
