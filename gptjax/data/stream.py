@@ -67,8 +67,8 @@ class TokenStream:
         mine = np.arange(micro_batch) if rows is None else np.array(rows)
         run, which = np.unique(mine // self._per_lane, return_inverse=True)
         self._take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
-        records, per_lane = _tokenized(source, tokenizer, seed), max(1, threads // len(run))
-        self._run = {lane: _Lane(records[lane::lanes], start[lane], per_lane) for lane in run.tolist()}
+        records, each = _tokenized(source, tokenizer, seed), max(1, threads // len(run))
+        self._run = {lane: _Lane(records[lane::lanes], start[lane], each) for lane in run.tolist()}
 
     def batch(self, num_micro: int) -> np.ndarray:
         """The next micro-batches, int32 [num_micro, rows of this process, T+1]; their number may change at each
