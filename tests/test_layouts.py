@@ -144,15 +144,13 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
     tokens = rng.integers(0, 261, (8, 16)).astype(np.int32)
     segments = np.sort(rng.integers(0, 3, (8, 16)), axis=1).astype(np.int32)
 
-    def hidden(model: GPT, params: dict, seed: int | None) -> np.ndarray:
-        key = None if seed is None else jax.random.key(seed)
+    def hidden(model: GPT, params: dict) -> list[np.ndarray]:
         run = jax.jit(lambda p, key: forward(model, p, tokens, segments=segments, dropout_key=key)[0])
-        return np.array(run(params, key))
+        return [np.array(run(params, key)) for key in (None, jax.random.key(0), jax.random.key(1))]
 
-    staged = [hidden(task.model, params, seed) for seed in (None, 0, 1)]
-    plain = [hidden(task.plain_model, jax.device_get(params), seed) for seed in (None, 0, 1)]
+    staged, plain = hidden(task.model, params), hidden(task.plain_model, jax.device_get(params))
     np.testing.assert_allclose(staged, plain, rtol=1e-5, atol=1e-5)
-    assert not np.isclose(plain[1], plain[2]).all()
+    assert np.isclose(plain[1], plain[2]).mean() < 0.1
 
 
 def test_gradients_of_stages_cross_the_network_once(tiny: Config) -> None:
