@@ -123,6 +123,24 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
     assert min(jax.tree.leaves(close)) > 0.98
 
 
+def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -> None:
+    def drawn(params: dict, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.random.uniform(key) + 0 * params["positions"].sum(), jnp.int32(1)
+
+    task, layout = single_device(tiny)
+    state = init_state(tiny, task.init, layout)
+    step = make_step(tiny, drawn, layout.shardings(abstract_state(tiny, task.init)), layout)
+    found = []
+    for index in (0, 1, 2, 0):
+        one, two = [], []
+        for losses, count in ((one, 1), (two, 2)):
+            state, metrics = step(state, random_tokens(tiny), np.float32(0), np.int32(count), np.int32(index))
+            losses.append(float(metrics["loss"]))
+        found.append((one[0], 2 * two[0] - one[0]))  # a mean of one, and of two
+    assert found[3] == found[0]
+    assert len(np.unique(np.round(found[:3], 5))) == 6
+
+
 def test_ramp_ignores_the_unused_micro_batches(tiny: Config) -> None:
     _, state, step = make(tiny)
     tokens = random_tokens(tiny)
@@ -264,9 +282,10 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def config_file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny config as a file."""
+    """The tiny config, with dropout, as a file."""
     file = tmp_path_factory.mktemp("config") / "tiny.py"
-    file.write_text(f"from gptjax.config import from_json\n\ndef config():\n    return from_json({to_json(tiny)!r})\n")
+    text = to_json(replace(tiny, model=replace(tiny.model, dropout=0.1)))
+    file.write_text(f"from gptjax.config import from_json\n\ndef config():\n    return from_json({text!r})\n")
     return str(file)
 
 
@@ -458,15 +477,18 @@ def earlier(run: Path) -> int:
 
 
 def test_resume_on_another_layout(finished: Path, tmp_path: Path) -> None:
-    """Saved on one device, continued on 2 x 2 x 2: the same parameters within rounding."""
+    """Saved on one device, continued on 2 stages x 2 parts of the sequence x 2: the same losses, dropout and all, and
+    the same parameters within rounding."""
     run = copy_at(finished, earlier(finished), tmp_path / "moved")
-    layout = ("--layout.data", "2", "--layout.fsdp", "2", "--layout.tensor", "2")
+    layout = ("--layout.pipeline", "2", "--layout.context", "2", "--layout.tensor", "2", "--layout.fsdp", "1")
     done = gptjax("train", "--resume", str(run), *layout, devices=8)
     assert done.returncode == 0, done.stderr
     a, b = saved(finished), saved(run)
     assert a["meta"]["position"] == b["meta"]["position"]
     params = a["arrays"]["params"], b["arrays"]["params"]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), *params)
+    losses = ([r["loss"] for r in read_log(folder / "log.jsonl") if r["kind"] == "train"] for folder in (finished, run))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

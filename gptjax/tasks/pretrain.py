@@ -87,10 +87,8 @@ class Pretrain:
             positions = context.order(inputs.shape[1], ways)
             inputs, targets = inputs[:, positions], targets[:, positions]
             segments = None if segments is None else segments[:, positions]
-        rngs = {} if key is None else {"dropout": key}
-        off = key is None or c.dropout == 0
         hidden, embedding, _ = forward(
-            self.model, params, inputs, positions=positions, segments=segments, deterministic=off, rngs=rngs
+            self.model, params, inputs, positions=positions, segments=segments, dropout_key=key
         )
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
