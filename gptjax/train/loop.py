@@ -139,11 +139,12 @@ def _loop(
                 continue
             meter.flush()
             jax.block_until_ready(now.state)  # the queued steps are training time, not pause
+            seconds = clock.seconds()
             with clock.pause():
                 values = action.what(now)
-                if values is not None:
-                    reporter.done(action.name, now.position.step, now.position.tokens, clock.seconds(), values)
-                    require_finite(action.name, now.position.step, values)
+            if values is not None:
+                reporter.done(action.name, now.position.step, now.position.tokens, seconds, values)
+                require_finite(action.name, now.position.step, values)
 
     now = Moment(position, state, position.tokens >= train.total_tokens)
     made = batches(config, task, batch_sharding, share, position)

@@ -73,7 +73,7 @@ class Trace:
         """`steps` is empty or (first, last); the run is about to take step number `start`."""
         self._folder, self._running = folder, False
         first, last = (max(steps[0], start), steps[1]) if steps else (0, -1)
-        begins: When = lambda step, _: step == first <= last  # noqa: E731
+        begins: When = lambda step, ended: step == first <= last and not ended  # noqa: E731
         ends: When = lambda step, _: step == last + 1  # noqa: E731
         self.begin = Action("profile", begins, self._begin)
         self.end = Action("profile", ends, self._end)

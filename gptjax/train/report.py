@@ -5,6 +5,7 @@ import html
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from gptjax.errors import UserError
 from gptjax.train.metrics import Record, read_log
@@ -70,6 +71,13 @@ def _shown(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or cut short; copy it from where the run was made") from error
+
+
 def _page(run: Path, records: list[Record]) -> str:
     last, evals, samples = _of(records, "train")[-1], _of(records, "eval"), _of(records, "sample")[-SHOWN_SAMPLES:]
     starts = [r for r in records if r["kind"] == "start"]
@@ -85,7 +93,7 @@ def _page(run: Path, records: list[Record]) -> str:
     }
     latest = starts[-1] if starts else {}
     rows |= {name: str(text) for name, text in latest.items() if name not in (*PLACE, *STARTED, "mfu")}
-    meta = json.loads((run / META).read_text())
+    meta = _meta(run / META)
     rows["commit"] = meta["commit"] + (" (modified)" if meta["modified"] else "")
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
