@@ -134,7 +134,8 @@ class Rehearsal:
         return f"{base}, new" + (" (or the next free number)" if inside else "")
 
     def facts(self) -> Iterator[str]:
-        facts = plain_facts(self.config, self.layout, len(self.devices), self.devices[0].device_kind)
+        processes = len({device.process_index for device in self.devices})
+        facts = plain_facts(self.config, self.layout, len(self.devices), self.devices[0].device_kind, processes)
         yield from (f"{name}: {text}" for name, text in facts.items())
 
     def attention(self) -> Iterator[str]:

@@ -1,8 +1,11 @@
 """The one train loop. A stage brings a `Task`; batches, steps, logs, checkpoints and signals are here."""
 
+import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,16 +16,17 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from gptjax.config import Config
+from gptjax.config import Config, TrainConfig
 from gptjax.data.stream import Prefetcher, TokenStream, merge_positions
-from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import num_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
-from gptjax.train.metrics import Clock, Reporter
+from gptjax.train.meter import Clock, Meter, require_finite
+from gptjax.train.metrics import Reporter
+from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
@@ -62,12 +66,13 @@ def fit(
     resume: bool,
     facts: dict[str, Any],
     load: Callable[[Params], Params] | None = None,
+    more: Sequence[Action] = (),
 ) -> int:
     """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
 
     Without a checkpoint to resume, `load` gives the first parameters, laid out as the shapes it gets say; without
-    `load` they are random.
-    Raises UserError for anything the user can mend.
+    `load` they are random. `more` is what a stage does between steps beside saving, evaluating and sampling.
+    Raises UserError for anything the user can mend, and where the run has gone bad.
     """
     abstract = abstract_state(config, task.init)
     shardings = layout.shardings(abstract)
@@ -86,7 +91,7 @@ def fit(
     try:
         with signals() as stop:
             _announce(config, layout, reporter, position, facts)
-            return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop)
+            return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
     finally:
         reporter.close()
         checkpoints.close()
@@ -103,8 +108,9 @@ def _loop(
     reporter: Reporter,
     run: Path,
     stop: StopFlag,
+    more: Sequence[Action],
 ) -> int:
-    """From `position` on; every periodic action is a function of the step."""
+    """From `position` on: a step, then what it owes."""
     train = config.train
     batch_sharding = layout.sharding((None, "batch", None))
     mine = rows_by_process(layout, config.micro_batch_size)[jax.process_index()]
@@ -114,57 +120,88 @@ def _loop(
         shape = (config.micro_batch_size, rows.shape[-1])
         return jax.make_array_from_process_local_data(rows_sharding, rows, shape)
 
-    def evaluate(step: int) -> None:
-        with clock.pause():
-            figures = task.evaluate(state.params, place_rows, mine)
-            reporter.record("eval", step, **figures)
-            reporter.say(f"step {step}  eval  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    def save(now: Moment) -> dict[str, Any] | None:
+        return {} if checkpoints.save(now.state, _whole(now.position)) else None
 
-    clock = Clock()
-    meter = Meter(config, reporter, clock, position)
-    ended = position.tokens >= train.total_tokens
+    def evaluate(now: Moment) -> dict[str, Any]:
+        return task.evaluate(now.state.params, place_rows, mine)
+
+    clock = Clock(reporter.seconds)
+    meter = Meter(config, run, reporter, clock, position)
+    trace = Trace(train.profile_steps, position.step, run / "profile")
+    todo = _todo(train, task, meter, trace, save, evaluate, more)
+
+    def do(actions: list[Action], now: Moment) -> None:
+        for action in actions:
+            if not action.waits:
+                action.what(now)
+                continue
+            meter.flush()
+            jax.block_until_ready(now.state)  # the queued steps are training time, not pause
+            seconds = clock.seconds()
+            with clock.pause():
+                values = action.what(now)
+            if values is not None:
+                reporter.done(action.name, now.position.step, now.position.tokens, seconds, values)
+                require_finite(action.name, now.position.step, values)
+
+    now = Moment(position, state, position.tokens >= train.total_tokens)
     made = batches(config, task, batch_sharding, mine, position)
-    with Prefetcher(lambda: next(made), PREFETCH) as ahead:
-        step_fn = None
-        while not ended:
+    with Prefetcher(lambda: next(made), PREFETCH) as ahead, closing(trace):
+        step_fn: Any = None
+        if not now.ended:
+            with clock.pause():
+                step_fn = _compile(config, task, shardings, layout, state, reporter)
+        do(owed(todo, now, reporter.earlier), now)
+        while not now.ended:
             batch = next(ahead)
-            done = batch.after.step
-            _profile(train.profile_steps, batch.start.step, run, state)
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
-            arguments = (state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
-            if step_fn is None:
-                with clock.pause():
-                    step_fn = _compile(config, task, shardings, layout, arguments, reporter)
-            state, metrics = step_fn(*arguments)
-            ended = batch.after.tokens >= train.total_tokens
-            meter.add(done, batch.after.tokens, float(lr), metrics)
+            state, metrics = step_fn(now.state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
+            now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
+            meter.add(now.position, float(lr), metrics)
             stopping = stop.agreed()
-            if ended or stopping or (train.save_interval and done % train.save_interval == 0):
-                meter.flush()
-                jax.block_until_ready(state)  # the queued steps are training time, not pause
-                with clock.pause():
-                    if checkpoints.save(state, _whole(batch.after)):
-                        reporter.record("save", done)
+            do(due(todo, now, stopping), now)
             if stopping:
                 break
-            if train.eval_batches and (ended or (train.eval_interval and done % train.eval_interval == 0)):
-                meter.flush()
-                jax.block_until_ready(state)
-                evaluate(done)
-            if train.sample_interval and (ended or done % train.sample_interval == 0):
-                with clock.pause():
-                    text = task.sample(state.params)
-                    reporter.record("sample", done, text=text)
-                    reporter.say(f"step {done}  sample\n{text}")
-        meter.flush()
         checkpoints.wait()
     return stop.number
 
 
-def _compile(config: Config, task: Task, shardings: Any, layout: Layout, arguments: Any, reporter: Reporter) -> Any:
+def _todo(
+    train: TrainConfig,
+    task: Task,
+    meter: Meter,
+    trace: Trace,
+    save: Callable[[Moment], dict[str, Any] | None],
+    evaluate: Callable[[Moment], dict[str, Any]],
+    more: Sequence[Action],
+) -> list[Action]:
+    """What happens between steps, in this order."""
+    logs, saves = every(train.log_interval), every(train.save_interval)
+
+    def ends_window(step: int, ended: bool) -> bool:
+        """With every save, too, so that after a resume each step is in one record."""
+        return logs(step, ended) or saves(step, ended)
+
+    todo = [
+        Action("train", ends_window, meter.end_window, at_stop=True, waits=False),
+        trace.end,
+        Action("save", saves, save, at_stop=True),
+    ]
+    if train.eval_batches:
+        todo.append(Action("eval", every(train.eval_interval), evaluate))
+    if train.sample_interval:
+        todo.append(Action("sample", every(train.sample_interval), lambda now: {"text": task.sample(now.state.params)}))
+    return [*todo, *more, trace.begin]
+
+
+def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: Any, reporter: Reporter) -> Any:
     """The step, compiled ahead of its first run so that the time is known and not counted as training."""
     started = time.perf_counter()
-    compiled = make_step(config, task.loss, shardings, layout).lower(*arguments).compile()
+    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding((None, "batch", None)))
+    step = make_step(config, task.loss, shardings, layout)
+    compiled = step.lower(state, tokens, np.float32(0), np.int32(0), np.int32(0)).compile()
     seconds = time.perf_counter() - started
     reporter.say(f"step compiled in {seconds:.1f} s")
     return compiled
@@ -205,63 +242,7 @@ def _whole(position: Position) -> Position:
     return replace(position, data=tuple(merge_positions(every.tolist())))
 
 
-class Meter:
-    """Turns the steps' metrics into log records without making the step wait: a window is fetched only
-    once the step after it is queued."""
-
-    def __init__(self, config: Config, reporter: Reporter, clock: Clock, position: Position):
-        self._config, self._reporter, self._clock = config, reporter, clock
-        self._window: list[dict[str, Array]] = []
-        self._due: tuple[int, int, float, list[dict[str, Array]]] | None = None
-        self._tokens, self._seconds = position.tokens, 0.0
-        self._skipped: int | None = None
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = peak and peak * jax.device_count()
-
-    def add(self, step: int, tokens: int, lr: float, metrics: dict[str, Array]) -> None:
-        if self._due is not None:
-            self._emit()
-        self._window.append(metrics)
-        if step % self._config.train.log_interval == 0:
-            self._due, self._window = (step, tokens, lr, self._window), []
-
-    def flush(self) -> None:
-        """Emit what is due, as before a pause."""
-        if self._due is not None:
-            self._emit()
-
-    def _emit(self) -> None:
-        assert self._due is not None
-        step, tokens, lr, window = self._due
-        self._due = None
-        fetched = jax.device_get(window)
-        losses = np.array([m["loss"] for m in fetched], np.float64)
-        finite = losses[np.isfinite(losses)]
-        skipped = int(fetched[-1]["skipped"])
-        if not finite.size:
-            raise UserError(
-                f"step {step}: the loss of every one of the last {len(losses)} steps was {losses[-1]}; resume from the "
-                "last checkpoint with a lower optimizer.learning_rate, in a new run"
-            )
-        seconds = self._clock.seconds()
-        rate = (tokens - self._tokens) / (seconds - self._seconds)
-        self._tokens, self._seconds = tokens, seconds
-        flops = train_flops_per_token(self._config.model) * rate
-        self._reporter.train(
-            step,
-            tokens,
-            max(0.0, self._config.train.total_tokens - tokens) / rate,
-            loss=float(finite.mean()),
-            grad_norm=float(fetched[-1]["grad_norm"]),
-            lr=lr,
-            tokens_per_s=rate,
-            mfu=flops / self._peak if self._peak else None,
-            skipped=skipped,
-            seconds=seconds,
-        )
-
-
-def plain_facts(config: Config, layout: Layout, count: int, device_kind: str) -> dict[str, str]:
+def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, num_processes: int) -> dict[str, str]:
     """What a run is, in words, on so many devices of a kind."""
     params, step_tokens = num_params(config.model), config.train.batch_size * config.model.seq_len
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
@@ -269,7 +250,8 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str) ->
     lines = {
         "model": f"{params:,} parameters, {config.model.num_layers} layers of {pattern}, "
         f"{train_flops_per_token(config.model):.3e} FLOPs per token (causality and band counted exactly)",
-        "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}",
+        "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
+        + (f", {num_processes} processes" if num_processes > 1 else ""),
         "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
@@ -283,23 +265,17 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str) ->
 
 def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
     """The plain facts before the first step."""
-    lines = plain_facts(config, layout, jax.device_count(), jax.devices()[0].device_kind)
+    devices = jax.devices()
+    lines = plain_facts(config, layout, len(devices), devices[0].device_kind, jax.process_count())
     for name, text in (lines | facts).items():
         reporter.say(f"{name:<10}{text}")
-    reporter.record("start", position.step, **lines, **facts)
+    started = {
+        "command": shlex.join(["gptjax", *sys.argv[1:]]),
+        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+    }
+    reporter.record("start", position.step, **started, **lines, **facts)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
-
-
-def _profile(steps: tuple[int, ...], step: int, run: Path, state: Any) -> None:
-    """Trace the steps from the first to the last of the pair, into RUN/profile."""
-    if not steps:
-        return
-    if step == steps[0]:
-        jax.profiler.start_trace(str(run / "profile"))
-    if step == steps[1] + 1:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
 
 
 def _warn(text: str) -> None:

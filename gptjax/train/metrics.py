@@ -1,9 +1,11 @@
 """What a run says while it runs: a JSON-lines log always, TensorBoard files, a progress bar or plain lines."""
 
+import io
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +14,53 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from gptjax.files import write_whole
 
-
-class Clock:
-    """Seconds spent training, without the pauses (evaluation, samples, compilation)."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._paused = 0.0
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        before = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - before
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start - self._paused
+Record = dict[str, Any]
+"""kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
+over all starts."""
 
 
 class Reporter:
     """Writes records and shows them; on every process but the first it does nothing."""
 
-    def __init__(self, log: Path, total_tokens: int, tensorboard: bool, active: bool, append_from: int | None = None):
+    def __init__(self, log: Path, total_tokens: int, tensorboard: bool, active: bool, resume_at: int | None = None):
+        """A run that goes on at the step `resume_at` keeps its records up to there."""
+        self.earlier: list[Record] = []
+        """The records of the starts before this one."""
         self._active = active
         if not active:
             return
-        if append_from is not None:
-            _cut(log, append_from)
-        self._log = log.open("a", buffering=1)
+        if resume_at is not None:
+            self.earlier = _cut(log, resume_at)
+        self._log = log.open("a", buffering=1, encoding="utf-8")
         self._total = total_tokens
+        show_anything()
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._bar = TaskID(0)
-        self._events: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # here: it costs 0.3 s, and not every run wants it
-
-            self._events = SummaryWriter(str(log.parent / "tensorboard"))
+        self._events = _Events(log.parent / "tensorboard", self.earlier) if tensorboard else None
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:3.0f}%"))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console, expand=True)
             self._bar = self._progress.add_task("starting", total=total_tokens)
             self._progress.start()
 
+    @property
+    def seconds(self) -> float:
+        """Of training in the starts before this one."""
+        return max((r["seconds"] for r in self.earlier if "seconds" in r), default=0.0)
+
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one record to the log, and its numbers to TensorBoard."""
         if not self._active:
             return
-        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        record = {"kind": kind, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
+        self._log.write(json_text(record) + "\n")
         if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.add(record)
 
-    def train(self, step: int, tokens: int, seconds_left: float, **values: Any) -> None:
+    def train(self, step: int, tokens: int, seconds: float, seconds_left: float, **values: Any) -> None:
         """One training record: into the log, and onto the bar or a plain line."""
-        self.record("train", step, tokens=tokens, **values)
+        self.record("train", step, tokens=tokens, seconds=seconds, **values)
         if not self._active:
             return
         text = f"step {step}  loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tok/s"
@@ -79,6 +70,15 @@ class Reporter:
             self._progress.update(self._bar, description=text, completed=tokens)
         else:
             self._console.print(f"{text}  lr {values['lr']:.2e}  {_duration(seconds_left)} left")
+
+    def done(self, kind: str, step: int, tokens: int, seconds: float, values: dict[str, Any]) -> None:
+        """The record of a periodic action; its numbers on a line, its texts below."""
+        self.record(kind, step, tokens=tokens, seconds=seconds, **values)
+        if not values:
+            return
+        numbers = [f"{name} {value:.4f}" for name, value in values.items() if not isinstance(value, str)]
+        texts = [value for value in values.values() if isinstance(value, str)]
+        self.say("\n".join(["  ".join([f"step {step}", kind, *numbers]), *texts]))
 
     def say(self, text: str) -> None:
         if self._active:
@@ -94,10 +94,55 @@ class Reporter:
         self._log.close()
 
 
-def read_log(log: Path) -> list[dict[str, Any]]:
+class _Events:
+    """TensorBoard's files: the numbers of the log, and nothing that is not in it. A resumed run writes them anew, since
+    a kill leaves them with steps that come again, and without the last two minutes."""
+
+    def __init__(self, folder: Path, records: Iterable[Record]):
+        from tensorboardX import SummaryWriter  # here: it costs 0.3 s, and not every run wants it
+
+        for file in folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        self._writer = SummaryWriter(str(folder), purge_step=0)  # a TensorBoard that is open forgets the old files
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        if record["kind"] == "start":
+            return
+        kind, step, when = record["kind"], record["step"], datetime.fromisoformat(record["time"]).timestamp()
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(f"{kind}/{name}", value, step, walltime=when)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def show_anything() -> None:
+    """A character that standard output cannot encode, of a sample or of ours, becomes a question mark and ends
+    nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON as every reader takes it: it knows no NaN and no infinity, they are written as null."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: plain(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [plain(child) for child in node]
+        return None if isinstance(node, float) and not math.isfinite(node) else node
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def read_log(log: Path) -> list[Record]:
     """All whole records; a line that a kill cut short is left out."""
     records = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -105,10 +150,12 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _cut(log: Path, step: int) -> None:
-    """Drop the records after `step`: a resumed run writes them again."""
-    kept = [r for r in read_log(log) if r["step"] <= step] if log.exists() else []
-    write_whole(log, "".join(json.dumps(r) + "\n" for r in kept).encode())
+def _cut(log: Path, step: int) -> list[Record]:
+    """Drop the records after `step`, which a resumed run writes again, but for those of its starts; returns the
+    rest."""
+    kept = [r for r in read_log(log) if r["step"] <= step or r["kind"] == "start"] if log.exists() else []
+    write_whole(log, "".join(json_text(r) + "\n" for r in kept).encode())
+    return kept
 
 
 def _duration(seconds: float) -> str:

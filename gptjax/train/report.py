@@ -3,14 +3,17 @@
 import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.train.metrics import read_log
+from gptjax.train.metrics import Record, read_log
 from gptjax.train.run import CONFIG, LOG, META
 
 SHOWN_SAMPLES = 3
+PLACE = ("kind", "step", "time", "tokens", "seconds")  # what every record of a step has
+STARTED = ("time", "step", "command", "devices", "versions")  # what is shown of every start
 
 
 def report(folder: str) -> str:
@@ -19,29 +22,32 @@ def report(folder: str) -> str:
     if not (run / LOG).is_file():
         raise UserError(f"{folder}: no {LOG} in it, so it is not a run folder; name one below runs/")
     records = read_log(run / LOG)
-    train = [r for r in records if r["kind"] == "train"]
-    if not train:
+    if not _of(records, "train"):
         raise UserError(f"{run / LOG}: no training record yet; train past train.log_interval steps")
-    _plot(run.name, train, [r for r in records if r["kind"] == "eval"], run / "report.png")
-    (run / "report.html").write_text(_page(run, records))
+    _plot(run.name, _of(records, "train"), _of(records, "eval"), run / "report.png")
+    (run / "report.html").write_text(_page(run, records), encoding="utf-8", errors="replace")
     return f"{run / 'report.png'}\n{run / 'report.html'}"
 
 
-def _plot(title: str, train: list[dict[str, Any]], evals: list[dict[str, Any]], out: Path) -> None:
+def _of(records: list[Record], kind: str) -> list[Record]:
+    """The records of a kind, the last of each step: what was done once more stands for what it was before."""
+    return list({r["step"]: r for r in records if r["kind"] == kind}.values())
+
+
+def _plot(title: str, train: list[Record], evals: list[Record], out: Path) -> None:
     from matplotlib.figure import Figure
 
     tokens = [r["tokens"] for r in train]
-    at = {r["step"]: r["tokens"] for r in train}
-    evals = [r for r in evals if r["step"] in at]
     figure = Figure(figsize=(10, 7), layout="constrained")
     loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    loss.plot(tokens, [r["loss"] for r in train], color="0.6", lw=1.2, label="training loss")
+    loss.plot(tokens, _numbers(train, "loss"), ".-", color="0.6", lw=1.2, ms=2, label="training loss")
     if evals:
-        last = f"{evals[-1]['loss']:.3f} nats, {evals[-1]['bits_per_byte']:.3f} bits per byte at the end"
-        loss.plot([at[r["step"]] for r in evals], [r["loss"] for r in evals], "o-", label=f"evaluation loss: {last}")
-    loss.set(ylabel="loss (nats per token)", title=title)
+        label = f"evaluation loss: {_figures(evals[-1])} at the end"
+        loss.plot([r["tokens"] for r in evals], _numbers(evals, "loss"), "o-", label=label)
+    loss.set(ylabel="loss (nats per token)")
+    loss.set_title(title, parse_math=False)  # a dollar in a run's name is a dollar
     loss.legend(frameon=False)
-    speed.plot(tokens, [r["tokens_per_s"] for r in train], color="C2", lw=1.2)
+    speed.plot(tokens, _numbers(train, "tokens_per_s"), ".-", color="C2", lw=1.2, ms=2)
     speed.set(xlabel="tokens", ylabel="tokens per second", ylim=(0, None))
     for axes in (loss, speed):
         axes.spines[["top", "right"]].set_visible(False)
@@ -49,40 +55,69 @@ def _plot(title: str, train: list[dict[str, Any]], evals: list[dict[str, Any]], 
     figure.savefig(out, dpi=120)
 
 
-def _page(run: Path, records: list[dict[str, Any]]) -> str:
-    last = [r for r in records if r["kind"] == "train"][-1]
-    evals = [r for r in records if r["kind"] == "eval"]
-    samples = [r for r in records if r["kind"] == "sample"][-SHOWN_SAMPLES:]
-    start = next((r for r in records if r["kind"] == "start"), {})
+def _numbers(records: list[Record], name: str) -> list[float]:
+    """One figure of each record; what the log has as null, or has not, leaves a gap in the curve."""
+    return [math.nan if (value := r.get(name)) is None else value for r in records]
+
+
+def _figures(record: Record) -> str:
+    """An evaluation in words: 2.8712 nats, 3.1021 bits per byte."""
+    figures = {name: value for name, value in record.items() if name not in PLACE}
+    words = {"loss": "nats"}
+    return ", ".join(f"{_shown(v, '.4f')} {words.get(name, name.replace('_', ' '))}" for name, v in figures.items())
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or cut short; copy it from where the run was made") from error
+
+
+def _page(run: Path, records: list[Record]) -> str:
+    last, evals, samples = _of(records, "train")[-1], _of(records, "eval"), _of(records, "sample")[-SHOWN_SAMPLES:]
+    starts = [r for r in records if r["kind"] == "start"]
     rows = {
         "step": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
-        "training loss": f"{last['loss']:.4f}",
-        "evaluation": f"{evals[-1]['loss']:.4f} nats, {evals[-1]['bits_per_byte']:.4f} bits per byte"
-        if evals
-        else "none",
+        "training loss": _shown(last["loss"], ".4f"),
+        "evaluation": _figures(evals[-1]) if evals else "none",
         "tokens per second": f"{last['tokens_per_s']:,.0f}",
         "mfu": f"{last['mfu']:.1%}" if last["mfu"] else "not known for this device",
         "skipped steps": f"{last['skipped']}",
-        "training time": f"{last['seconds']:,.0f} s",
-    } | {name: text for name, text in start.items() if name not in ("kind", "step", "mfu")}
-    meta = json.loads((run / META).read_text())
+        "training time": f"{last['seconds']:,.0f} s in {len(starts)} start{'s' if len(starts) > 1 else ''}",
+    }
+    latest = starts[-1] if starts else {}
+    rows |= {name: str(text) for name, text in latest.items() if name not in (*PLACE, *STARTED, "mfu")}
+    meta = _meta(run / META)
     rows["commit"] = meta["commit"] + (" (modified)" if meta["modified"] else "")
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    begun = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(start.get(name, '')))}</td>" for name in STARTED) + "</tr>"
+        for start in starts
+    )
     texts = "\n".join(f"<h3>step {s['step']:,}</h3>\n<pre>{html.escape(s['text'])}</pre>" for s in samples)
     picture = base64.b64encode((run / "report.png").read_bytes()).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(run.name)}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} th {{ text-align: left; padding-right: 2rem; font-weight: 600; vertical-align: top }}
+img {{ max-width: 100% }}
+th, td {{ text-align: left; padding-right: 1.5rem; vertical-align: top }} th {{ font-weight: 600 }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px }}
 </style></head><body>
 <h1>{html.escape(run.name)}</h1>
 <img alt="loss and throughput over tokens" src="data:image/png;base64,{picture}">
 <table>{table}</table>
+<h2>Starts</h2>
+<table><tr>{"".join(f"<th>{name}</th>" for name in STARTED)}</tr>
+{begun}</table>
 {f"<h2>Samples</h2>{texts}" if samples else ""}
-<h2>Config</h2><pre>{html.escape((run / CONFIG).read_text())}</pre>
+<h2>Config</h2><pre>{html.escape((run / CONFIG).read_text(encoding="utf-8"))}</pre>
 </body></html>
 """

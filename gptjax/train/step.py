@@ -21,8 +21,8 @@ Metrics = dict[str, Array]
 LossFn = Callable[[Params, Array, Array], tuple[Array, Array]]
 """(params, tokens [b, T+1], dropout key) -> (summed loss in nats, number of targets)."""
 
-SPIKE_WARMUP = 100  # accepted steps before the running loss statistics may reject one
-SPIKE_DECAY = 0.99  # about the last 100 steps
+SPIKE_WARMUP = 100  # accepted steps before the loss statistics may reject one, and the steps that they remember
+SPIKE_REACH = 4.0  # deviations from the mean at which a loss pulls at the statistics, however far it lies
 
 
 class TrainState(struct.PyTreeNode):
@@ -34,9 +34,11 @@ class TrainState(struct.PyTreeNode):
     """int32: steps that changed the parameters."""
     skipped: Array
     """int32: steps left out because of a spike or a non-finite value."""
+    bad_streak: Array
+    """int32: steps in a row, up to the last, that were not finite or left out."""
     loss_mean: Array
-    loss_square: Array
-    """Running moments of the loss, for the spike test."""
+    loss_variance: Array
+    """Running statistics of the loss, for the spike test."""
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -93,8 +95,9 @@ def _initial(config: Config, params: Params) -> TrainState:
         opt_state=jax.tree.map(lambda x: x if jax.tree.leaves(x) else nn.unbox(x), opt_state, is_leaf=is_boxed),
         accepted=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        bad_streak=jnp.zeros((), jnp.int32),
         loss_mean=jnp.zeros(()),
-        loss_square=jnp.zeros(()),
+        loss_variance=jnp.zeros(()),
     )
 
 
@@ -140,12 +143,8 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
             grad_norm = optax.tree.norm(grads)
-            mean, square = _moments(state, loss)
-            new = state.replace(
-                params=params, opt_state=opt_state, accepted=state.accepted + 1, loss_mean=mean, loss_square=square
-            )
-            new = _guard(config.optimizer, state, new, loss, grad_norm)
-        return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped}
+            new = guard(config.optimizer, state, state.replace(params=params, opt_state=opt_state), loss, grad_norm)
+        return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped, "bad_streak": new.bad_streak}
 
     scalar = layout.sharding(())
     batch = layout.sharding((None, "batch", None))
@@ -182,25 +181,45 @@ def _mean_gradient(
     return loss / count, jax.tree.map(lambda g: g / count, grads)
 
 
-def _moments(state: TrainState, loss: Array) -> tuple[Array, Array]:
-    """Running mean of the loss and of its square; the first steps average plainly."""
-    decay = jnp.minimum(SPIKE_DECAY, state.accepted / (state.accepted + 1.0))
-    return (
-        decay * state.loss_mean + (1 - decay) * loss,
-        decay * state.loss_square + (1 - decay) * loss**2,
+def guard(config: OptimizerConfig, old: TrainState, new: TrainState, loss: Array, grad_norm: Array) -> TrainState:
+    """The new state, or the old one where the step is left out; either with its counters and statistics moved on."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    spike = jnp.array(False)
+    if config.skip_spike_sigma:
+        above = loss > old.loss_mean + config.skip_spike_sigma * _deviation(old)
+        spike = above & (old.accepted >= SPIKE_WARMUP)
+    good = finite & ~spike
+    taken = good if config.skip_nonfinite else ~spike
+    if config.skip_nonfinite or config.skip_spike_sigma:
+        new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    mean, variance = _statistics(old, loss)
+    return new.replace(
+        accepted=old.accepted + taken,
+        skipped=old.skipped + ~taken,
+        bad_streak=jnp.where(good, 0, old.bad_streak + 1),
+        loss_mean=mean,
+        loss_variance=variance,
     )
 
 
-def _guard(config: OptimizerConfig, old: TrainState, new: TrainState, loss: Array, grad_norm: Array) -> TrainState:
-    """The new state, or the old one with the skip counted."""
-    if not config.skip_nonfinite and not config.skip_spike_sigma:
-        return new
-    good = jnp.array(True)
-    if config.skip_nonfinite:
-        good &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    if config.skip_spike_sigma:
-        deviation = jnp.sqrt(jnp.maximum(old.loss_square - old.loss_mean**2, 0))
-        spike = loss > old.loss_mean + config.skip_spike_sigma * deviation
-        good &= ~(spike & (old.accepted >= SPIKE_WARMUP))
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    return kept.replace(skipped=old.skipped + ~good)
+def _deviation(state: TrainState) -> Array:
+    """Of the loss; never below what float32 resolves, else a loss that stood still could never rise again."""
+    return jnp.maximum(jnp.sqrt(state.loss_variance), 1e-6 * (1 + jnp.abs(state.loss_mean)))
+
+
+def _statistics(state: TrainState, loss: Array) -> tuple[Array, Array]:
+    """Running mean and variance of every finite loss, that of a step left out included: they follow a lasting change.
+
+    By deviations from the mean (West, CACM 22(9), 1979): in float32 the mean of squares less the square of the mean
+    has no digit left at 3 +- 0.002. A loss further than SPIKE_REACH deviations pulls as one there, so that a spike
+    moves the deviation by 7%; with each bad step in a row it reaches twice as far, so that a new level, at whatever
+    distance, is normal within some 30 steps. The first SPIKE_WARMUP steps are averaged plainly.
+    """
+    weight = 1 / jnp.minimum(state.accepted + 1.0, SPIKE_WARMUP)
+    reach = SPIKE_REACH * _deviation(state) * jnp.exp2(state.bad_streak.astype(jnp.float32))
+    reach = jnp.where(state.accepted < SPIKE_WARMUP, jnp.inf, reach)
+    pull = jnp.clip(loss - state.loss_mean, -reach, reach)
+    mean = state.loss_mean + weight * pull
+    variance = (1 - weight) * (state.loss_variance + weight * pull**2)
+    finite = jnp.isfinite(loss)
+    return jnp.where(finite, mean, state.loss_mean), jnp.where(finite, variance, state.loss_variance)

@@ -1,0 +1,135 @@
+"""The steps' metrics on their way from the devices to the log, and what ends a run that has gone bad."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.hardware import peak_flops
+from gptjax.model.accounting import train_flops_per_token
+from gptjax.train.checkpoint import Position
+from gptjax.train.metrics import Reporter
+from gptjax.train.periodic import Moment
+from gptjax.train.schedule import total_steps
+from gptjax.train.step import Metrics
+
+BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
+
+
+class Clock:
+    """Seconds spent training, over all starts, without the pauses (evaluation, samples, compilation)."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.perf_counter() - before
+        self._paused = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - before
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start - self._paused
+
+
+class Meter:
+    """Reads every step's metrics once the step after it is queued, so that no step waits for the host.
+
+    A window of them becomes a log record, and a bad streak ends the run, after the same step on every process and
+    whatever is logged.
+    """
+
+    def __init__(self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position):
+        self._config, self._run, self._reporter, self._clock = config, run, reporter, clock
+        self._queue: deque[tuple[Position, float, Metrics]] = deque()
+        self._window: list[dict[str, float]] = []
+        self._due: set[int] = set()
+        self._total_steps = total_steps(config)
+        self._tokens, self._seconds = position.tokens, clock.seconds()
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+
+    def add(self, position: Position, lr: float, metrics: Metrics) -> None:
+        """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
+        self._queue.append((position, lr, metrics))
+        if len(self._queue) > BEHIND:
+            self._read()
+
+    def end_window(self, now: Moment) -> None:
+        """The record goes out once this moment's step is read."""
+        self._due.add(now.position.step)
+
+    def flush(self) -> None:
+        """Read all that is queued, as before a pause. Raises UserError as `add` does."""
+        while self._queue:
+            self._read()
+
+    def _read(self) -> None:
+        position, lr, metrics = self._queue.popleft()
+        self._window.append({name: value.item() for name, value in jax.device_get(metrics).items()})
+        reason = gone_bad(self._config, self._window[-1], position.step, self._total_steps)
+        if reason or position.step in self._due:
+            self._due.discard(position.step)
+            self._emit(position, lr)
+        if reason:
+            raise UserError(
+                f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
+                f"if it has any: gptjax train CONFIG --init_from {self._run}"
+            )
+
+    def _emit(self, position: Position, lr: float) -> None:
+        losses = np.array([m["loss"] for m in self._window])
+        finite = losses[np.isfinite(losses)]
+        last, self._window = self._window[-1], []
+        seconds = self._clock.seconds()
+        rate = (position.tokens - self._tokens) / (seconds - self._seconds)
+        self._tokens, self._seconds = position.tokens, seconds
+        self._reporter.train(
+            position.step,
+            position.tokens,
+            seconds,
+            max(0.0, self._config.train.total_tokens - position.tokens) / rate,
+            loss=float(finite.mean()) if finite.size else math.nan,
+            grad_norm=last["grad_norm"],
+            lr=lr,
+            tokens_per_s=rate,
+            mfu=train_flops_per_token(self._config.model) * rate / self._peak if self._peak else None,
+            skipped=int(last["skipped"]),
+        )
+
+
+def gone_bad(config: Config, metrics: dict[str, float], step: int, total_steps: int) -> str | None:
+    """Why a run ends after this step; None where it goes on.
+
+    The limit is never longer than the run: one that left out every step is not done.
+    """
+    optimizer, streak = config.optimizer, int(metrics["bad_streak"])
+    if not optimizer.max_bad_steps or not streak:
+        return None
+    last = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
+    if not optimizer.skip_nonfinite and not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        return f"step {step}: {last}, and optimizer.skip_nonfinite = False lets that into the weights"
+    if streak >= min(optimizer.max_bad_steps, total_steps):
+        limit = "all that the run has" if streak == total_steps else f"optimizer.max_bad_steps = {streak}"
+        return f"step {step}: {streak} bad steps in a row, {limit}; the last: {last}"
+    return None
+
+
+def require_finite(name: str, step: int, values: dict[str, Any]) -> None:
+    """Raises UserError where a figure of an evaluation is not finite: more steps would not mend the weights."""
+    for figure, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"step {step}: {name} gives {figure} = {value}; start a new run with a lower optimizer.learning_rate"
+            )

@@ -1,0 +1,102 @@
+"""A stage of four weights, compiled in a moment, whose batches say what goes wrong: for tests of the loop."""
+
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from gptjax.config import Config
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.train import loop
+from gptjax.train.metrics import read_log
+
+ROWS, LENGTH = 2, 16
+STEP_TOKENS = ROWS * LENGTH
+FINE, NAN_LOSS, NAN_GRADIENT, SPIKE = range(4)
+
+
+@dataclass
+class Stream:
+    """Rows that hold nothing but what happens in their step."""
+
+    happens: dict[int, int]
+    positions: list[int]
+
+    def batch(self, num_micro: int, *_: Any) -> np.ndarray:
+        self.positions = [self.positions[0] + 1]
+        return np.full((num_micro, ROWS, LENGTH + 1), self.happens.get(self.positions[0], FINE), np.int32)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Toy:
+    """What happens by step, counted from 1; `figures` gives an evaluation's from how many there were before."""
+
+    happens: dict[int, int] = field(default_factory=dict)
+    figures: Callable[[int], dict[str, float]] = lambda count: {"loss": 2.0 + count, "bits_per_byte": 3.0}
+    evaluated: list[float] = field(default_factory=list)
+
+    def init(self, key: jax.Array) -> Any:
+        return {"w": nn.LogicallyPartitioned(jax.random.normal(key, (4,)), (None,))}
+
+    def loss(self, params: Any, tokens: jax.Array, key: Any) -> tuple[jax.Array, jax.Array]:
+        what, count = tokens[0, 0], ROWS * LENGTH
+        loss = 3 + jnp.sum(params["w"] ** 2)
+        loss *= jnp.where(what == SPIKE, 100.0, 1.0) * jnp.where(what == NAN_LOSS, jnp.nan, 1.0)
+        zero = jnp.where(what == NAN_GRADIENT, 0.0, 1.0) * jnp.sum(params["w"] ** 2)
+        return count * (loss + jnp.where(what == NAN_GRADIENT, jnp.sqrt(zero), 0)), jnp.int32(count)
+
+    def stream(self, positions: Iterable[int] | None, *_: Any) -> Stream:
+        return Stream(self.happens, list(positions or [0]))
+
+    def evaluate(self, params: Any, *_: Any) -> dict[str, float]:
+        self.evaluated.append(float(jnp.sum(params["w"])))
+        return self.figures(len(self.evaluated) - 1)
+
+    def sample(self, params: Any) -> str:
+        return f"w is {float(params['w'][0]):.3f} \N{SNOWMAN}"
+
+
+def toy_config(tiny: Config, steps: int, **train: Any) -> Config:
+    """`steps` steps; without evaluations, samples and saves on the way unless `train` says so."""
+    plain = {"ramp_start": 0, "ramp_tokens": 0, "eval_batches": 0, "save_interval": 0, "log_interval": 1000}
+    plain |= {"batch_size": ROWS, "micro_batch_size": ROWS, "total_tokens": steps * STEP_TOKENS}
+    model = replace(tiny.model, seq_len=LENGTH)
+    return replace(tiny, model=model, data=replace(tiny.data, lanes=1), train=replace(tiny.train, **(plain | train)))
+
+
+def fit(config: Config, toy: Toy, run: Path, resume: bool = False, **more: Any) -> int:
+    run.mkdir(parents=True, exist_ok=True)
+    layout = Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
+    return loop.fit(config, toy, layout, run, resume, {}, **more)
+
+
+def signal_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM reaches the process in this step (counted from 1), once."""
+    plain, left = loop.learning_rate, [True]
+
+    def rate(config: Any, tokens: int) -> float:
+        if tokens == (step - 1) * STEP_TOKENS and left:
+            left.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return plain(config, tokens)
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in read_log(run / "log.jsonl") if r["kind"] == kind]
+
+
+def steps_of(run: Path, kind: str) -> list[int]:
+    return [r["step"] for r in records(run, kind)]
