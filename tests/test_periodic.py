@@ -117,10 +117,15 @@ def test_a_stage_adds_what_it_does_between_steps(tiny: Config, tmp_path: Path, m
 
 
 @pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def running() -> list[list[int]]:
+    """The trace that is being taken, if there is one."""
+    return []
+
+
+@pytest.fixture
+def traces(running: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The steps (numbered from 0) of each trace that is written, by a profiler that only counts."""
     written: list[list[int]] = []
-    running: list[list[int]] = []
 
     def start(_: str) -> None:
         assert not running
@@ -159,14 +164,16 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     ],
 )
 def test_the_trace_is_of_its_steps(
-    window: tuple, stop: int | None, want: list, traces: list, tiny: Config, tmp_path: Path,
+    window: tuple, stop: int | None, want: list, traces: list, running: list, tiny: Config, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config = toy_config(tiny, 8, profile_steps=window)
     if stop:
         signal_in(stop, monkeypatch)
         assert fit(config, Toy(), tmp_path) == 15
+        assert not running  # it would be lost
     assert fit(config, Toy(), tmp_path, resume=bool(stop)) == 0
+    assert not running
     assert traces == want
 
 
@@ -193,8 +200,8 @@ def scalars(run: Path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def crashed(busy: Config, tmp_path: Path) -> tuple[Config, Path]:
-    """A run that stopped existing in the evaluation of step 8, with a null before, saved at 5, and then resumed."""
-    config = replace(busy, train=replace(busy.train, tensorboard=True))
+    """A run that was saved at 5, logged at 6, gone in the evaluation of 8, and then resumed."""
+    config = replace(busy, train=replace(busy.train, tensorboard=True, log_interval=3))
 
     def crash(count: int) -> dict[str, float]:
         if count == 1:
@@ -202,8 +209,8 @@ def crashed(busy: Config, tmp_path: Path) -> tuple[Config, Path]:
         return {"loss": 2.0, "bits_per_byte": 3.0}
 
     with pytest.raises(RuntimeError, match="gone"):
-        fit(config, Toy({3: 1, 7: 1, 8: 1}, crash), tmp_path)
-    assert steps_of(tmp_path, "train") == [5]
+        fit(config, Toy(figures=crash), tmp_path)
+    assert steps_of(tmp_path, "train") == [3, 5, 6]
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "st')
     assert fit(config, Toy(), tmp_path, resume=True) == 0
@@ -240,7 +247,7 @@ def test_report_shows_every_start_and_every_evaluation(crashed: tuple[Config, Pa
 def test_evaluations_between_the_logged_steps_are_drawn(
     crashed: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the tokens of their own records: 4, 8 and 12, where the log has 5, 10 and 12."""
+    """At the tokens of their own records: 4, 8 and 12, where the log has 3, 5, 6, 9, 10 and 12."""
     from matplotlib.axes import Axes
 
     _, run = crashed
