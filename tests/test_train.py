@@ -31,7 +31,8 @@ from gptjax.malloc import matters as malloc_matters
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.pretrain import Pretrain
-from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, fingerprint
+from gptjax.train.checkpoint import FOLDER, Checkpoints, Position
+from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import read_log
 from gptjax.train.schedule import batch_size, learning_rate, steps, total_steps
 from gptjax.train.step import (
@@ -249,8 +250,8 @@ def test_nonfinite_step_is_skipped_and_counted(tiny: Config) -> None:
     before = fingerprint(state)
     state, metrics = step(state, random_tokens(tiny), np.float32(1e-3), np.int32(2), np.int32(0))
     assert int(metrics["skipped"]) == 1
-    changed = [a != b for a, b in zip(before, fingerprint(state), strict=True)]
-    assert sum(changed) == 1  # the counter alone
+    after = fingerprint(state)
+    assert [name for name in after if after[name] != before[name]] == ["skipped"]
 
 
 def test_spike_is_skipped_only_when_asked(tiny: Config) -> None:
@@ -491,25 +492,18 @@ def test_resume_on_another_layout(finished: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_checkpoint_is_named_and_the_one_before_used(damage: str, finished: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_one_before_used(finished: Path, tmp_path: Path) -> None:
+    """As a user meets it; kinds of damage are in test_checkpoint.py."""
     run = tmp_path / "damaged"
     shutil.copytree(finished, run)
     last = newest(run)
     files = [p for p in (run / FOLDER / str(last) / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
     victim = max(files, key=lambda p: p.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 0x10
-        victim.write_bytes(data)
-    elif damage == "truncate":
-        victim.write_bytes(data[: len(data) // 2])
-    else:
-        victim.unlink()
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     done = gptjax("train", "--resume", str(run))
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "is damaged" in line]
-    assert len(warnings) == 1
+    assert len(warnings) == done.stderr.count("\n") == 1
     assert str(run / FOLDER / str(last)) in warnings[0]
     assert (run / FOLDER / f"{last}.damaged").is_dir()
     assert f"resumed at step {earlier(finished)}" in done.stdout

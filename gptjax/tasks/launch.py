@@ -5,7 +5,9 @@ import hashlib
 import logging
 import os
 import shlex
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +38,8 @@ from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
 from gptjax.train.processes import compare, every, first, is_first, together
 from gptjax.train.step import abstract_state
+
+PATIENCE = 10.0  # seconds until a folder counts as not shared
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def _folder(task: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Pa
 
     try:
         folder = Path(first(take))
+        mark = first(lambda: folders.mark(folder))
+        together(lambda: _shared(folder, mark))
         yield folder
     except BaseException:
         if is_first() and resumed is None and folder is not None:
@@ -151,6 +157,19 @@ def _folder(task: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Pa
     finally:
         for lock in held:
             lock.release()
+
+
+def _shared(folder: Path, mark: str) -> None:
+    """Raises UserError where this host does not see the first one's run folder: what is not shared cannot be read
+    again. A network file system may take seconds to show it."""
+    end = time.monotonic() + PATIENCE
+    while folders.mark(folder) != mark:
+        if time.monotonic() > end:
+            raise UserError(
+                f"run {folder}: {socket.gethostname()} does not see what the first process wrote there; name a folder "
+                "on storage that all hosts share, with --run"
+            )
+        time.sleep(0.2)
 
 
 def _take_over(task: Pretrain, resumed: Resumed) -> None:
@@ -189,17 +208,20 @@ def prepare(config: Config) -> None:
     """Process-wide settings of JAX."""
     for name in ("absl", "asyncio"):  # Orbax logs every save, and failures that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_writes
+    sys.unraisablehook = _without_late_errors
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         compilation_cache.reset_cache()  # JAX looks once for a cache, at the first program of the process
 
 
-def _without_late_writes(unraisable: Any) -> None:
-    """After a failed save TensorStore's other writes still report to Orbax's closed event loop: the one line that
-    names the failure is enough. Everything else is shown as ever."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+LATE = ("Event loop is closed", "Encountered error while reading array index")
+
+
+def _without_late_errors(unraisable: Any) -> None:
+    """After a save or a restore that failed, the other arrays' writes and reads still report to Orbax's closed event
+    loop: the one line that names the failure is enough. Everything else is shown as ever."""
+    if not str(unraisable.exc_value).startswith(LATE):
         sys.__unraisablehook__(unraisable)
 
 

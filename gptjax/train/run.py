@@ -23,13 +23,14 @@ from gptjax.config.saved import Change, changes
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.files import write_whole
+from gptjax.files import read_json, write_whole
 from gptjax.train import lock
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
 from gptjax.train.metrics import read_log
 
 CONFIG, META, LOG, TOKENIZER = "config.json", "meta.json", "log.jsonl", "tokenizer"
 HISTORY, DATA = "history.jsonl", "data.json"
+RESTORE = "put it back from a copy, or start a new run"
 UNFINISHED = {lock.NAME, META, TOKENIZER, DATA, HISTORY}
 """What a start that was killed may leave before it has written CONFIG, and the next one may take over."""
 
@@ -112,6 +113,12 @@ def go_on(folder: Path, saved: Config, given: Config) -> None:
         write_whole(folder / CONFIG, to_json(given).encode())
 
 
+def mark(folder: Path) -> str:
+    """What tells a run folder as it is now from every other; empty where there is none."""
+    path = folder / CONFIG
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -170,7 +177,7 @@ def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:
     """
     if not (folder / DATA).is_file():
         return None
-    saved, now = _read(folder / DATA), _data_facts(config, corpus)
+    saved, now = read_json(folder / DATA, RESTORE), _data_facts(config, corpus)
     if saved.get("digest") == now["digest"]:
         return None
     counts = "; ".join(
@@ -226,18 +233,7 @@ def code_digest() -> str:
 
 def saved_tokenizer(run: Path) -> Tokenizer:
     """The run's own copy, so that a run folder samples and resumes wherever it is moved."""
-    spec = _read(run / META).get("tokenizer")
+    spec = read_json(run / META, RESTORE).get("tokenizer")
     if not isinstance(spec, str):
         raise UserError(f"{run / META}: names no tokenizer; write its `tokenizer`, such as bytes, into it")
     return load_tokenizer(spec.format(run / TOKENIZER))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A small JSON object of the run folder."""
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; put it back from a copy, or start a new run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not whole JSON ({error}); put it back from a copy, or start a new run") from None
-    return values if isinstance(values, dict) else {}
