@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import Config, to_json
+from gptjax.train.checkpoint import FOLDER
 
 
 def free_port() -> int:
@@ -32,6 +33,14 @@ def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> l
     processes = [start(own, index, port, before[index]) for index, own in enumerate(words)]
     done = [process.communicate(timeout=240) for process in processes]
     return [(p.returncode, out, errors) for p, (out, errors) in zip(processes, done, strict=True)]
+
+
+def alone(folder: Path) -> list[str]:
+    """What to start a process with that is to see an empty file system in the place of a folder."""
+    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {folder} && exec "$@"', "sh"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives no process a file system of its own (unshare --mount)")
+    return apart
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +68,7 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
     """The second process sees an empty file system in the place of the cache, as another host does."""
     cache = tmp_path / "cache"
     cache.mkdir()
-    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cache} && exec "$@"', "sh"]
-    if subprocess.run([*apart, "true"], capture_output=True).returncode:
-        pytest.skip("this machine gives no process a file system of its own (unshare --mount)")
+    apart = alone(cache)
     line = [file, "--run", str(tmp_path / "run"), "--data.cache_dir", str(cache)]
     done = both(line, line, before=([], apart))
     for status, _, errors in done:
@@ -71,3 +78,33 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
     assert len([*(cache / "datasets").iterdir()]) == 1
+
+
+def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: Path) -> None:
+    """Each reads its own part of the arrays: here one of them cannot, and the checkpoint is set aside by both, once."""
+    run = tmp_path / "run"
+    line = [file, "--run", str(run), "--resume", "auto", "--train.save_interval", "2"]
+    first = both(line, line)
+    assert [status for status, _, _ in first] == [0, 0], first[1][2]
+    steps = sorted(int(path.name) for path in (run / FOLDER).iterdir())
+    own = (run / FOLDER / str(steps[-1]) / "state" / "ocdbt.process_1").rglob("*")
+    victim = max((path for path in own if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    again = both(line, line)
+    assert [status for status, _, _ in again] == [0, 0], again[1][2]
+    assert again[0][2].count("is damaged") == 1 and f"resumed at step {steps[-2]}" in again[0][1]
+    assert sorted(path.name for path in (run / FOLDER).iterdir()) == sorted([f"{steps[-1]}.damaged", *map(str, steps)])
+
+
+def test_a_run_folder_that_the_hosts_do_not_share_is_refused(file: str, tmp_path: Path) -> None:
+    """The second process sees an empty file system in its place, as a host that has no such mount."""
+    (tmp_path / "runs").mkdir()
+    apart = alone(tmp_path / "runs")
+    line = [file, "--run", str(tmp_path / "runs" / "run")]
+    done = both(line, line, before=([], apart))
+    for status, _, errors in done:
+        assert status != 0
+        assert (
+            "does not see what the first process wrote there; name a folder on storage that all hosts share" in errors
+        )
+    assert [*(tmp_path / "runs").iterdir()] == []

@@ -13,10 +13,13 @@ SEEDS = (0x9E3779B9, 0x85EBCA6B)  # two sums of 32 bits
 
 
 def fingerprint(tree: Any) -> dict[str, str]:
-    """Name -> 16 hexadecimal digits, for arrays of any type. Computed where the arrays lie, nothing is gathered."""
+    """Name -> 16 hexadecimal digits, for arrays of any type. Computed where the arrays lie, nothing is gathered.
+
+    One array after another: programs of several processes that are under way at once may meet in different orders on a
+    CPU, and then wait for each other for ever.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
-    return {leaf_name(path): "".join(f"{int(x):08x}" for x in two) for (path, _), two in zip(leaves, sums, strict=True)}
+    return {leaf_name(path): "".join(f"{int(x):08x}" for x in jax.device_get(_sums(leaf))) for path, leaf in leaves}
 
 
 @jax.jit
