@@ -21,7 +21,8 @@ def token_keys(key: Array, batch: int, positions: Array) -> Array:
 def dropout(x: Array, rate: float, keys: Array | None, site: int | Array) -> Array:
     """x [B, T, D] with a share `rate` of its channels at zero and the rest scaled up to the same mean.
 
-    keys [B, T], or None to leave x as it is; site: a number of its own for each call in the model.
+    keys [B, T], or None to leave x as it is; site: a number of its own for each call in the model, whatever the order
+    in which layers are scanned or dealt to stages.
     """
     if keys is None:
         return x

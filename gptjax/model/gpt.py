@@ -206,8 +206,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, cache: Cache, start: Any, segments: Any, noise: Any, layer: Any
     ) -> tuple[Array, Cache]:
-        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]; noise [B, T]:
-        the tokens' keys for the dropout of this layer, one of L."""
+        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]; noise [B, T]
+        only with dropout: the tokens' keys; layer: which of the L this is."""
         c, constrain = self.config, self.parallelism.constrain
         product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
         linear = partial(Linear, product=product)

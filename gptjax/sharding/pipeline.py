@@ -149,8 +149,8 @@ def _schedule(apply: Apply, layout: Layout, weights: Any, sums: Any, x: Array, b
         entry = jax.lax.dynamic_index_in_dim(waiting, time % chunks, axis=1, keepdims=False)
         own = jax.tree.map(lambda w, s: _summed_in(_pick(w, item // chunks), _pick(s, item // chunks)), weights, sums)
         theirs = jax.tree.map(lambda ids: ids[item % chunks], beside)
-        x = constrain(jnp.where(first, entry, flow), flow_axes)
-        out = constrain(every(own, _pick(numbers, item // chunks), x, theirs), flow_axes)
+        flow = constrain(jnp.where(first, entry, flow), flow_axes)
+        out = constrain(every(own, _pick(numbers, item // chunks), flow, theirs), flow_axes)
         flow = _hand_on(out, layout.sharding(flow_axes), stages)
         slot = (time - stages + 1) % chunks
         old = jax.lax.dynamic_index_in_dim(waiting, slot, axis=1, keepdims=False)
