@@ -232,7 +232,7 @@ def test_nonfinite_step_is_skipped_and_counted(tiny: Config) -> None:
     state, metrics = step(state, random_tokens(tiny), np.float32(1e-3), np.int32(2), np.int32(0))
     assert int(metrics["skipped"]) == 1
     changed = [a != b for a, b in zip(before, fingerprint(state), strict=True)]
-    assert sum(changed) == 1  # the counter alone
+    assert sum(changed) == 2  # the counter and the streak alone
 
 
 def test_spike_is_skipped_only_when_asked(tiny: Config) -> None:
@@ -240,7 +240,7 @@ def test_spike_is_skipped_only_when_asked(tiny: Config) -> None:
         config = replace(tiny, optimizer=replace(tiny.optimizer, skip_spike_sigma=sigma))
         _, state, step = make(config)
         state = state.replace(
-            accepted=jnp.int32(500), loss_mean=jnp.float32(2.0), loss_square=jnp.float32(4.0 + 0.1**2)
+            accepted=jnp.int32(500), loss_mean=jnp.float32(2.0), loss_variance=jnp.float32(0.1**2)
         )  # a loss of log(261) = 5.6 lies 36 deviations above
         _, metrics = step(state, random_tokens(config), np.float32(1e-3), np.int32(2), np.int32(0))
         assert int(metrics["skipped"]) == skipped
