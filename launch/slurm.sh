@@ -62,19 +62,12 @@ submit=(sbatch "--job-name=${run##*/}" "--nodes=$nodes" --ntasks-per-node=1 "--g
 [ -z "$account" ] || submit+=("--account=$account")
 submit+=(--signal=TERM@120 --requeue --open-mode=append ${more[@]+"${more[@]}"})
 
-# The first node alone decides whether to resume: once a run has begun, all would see its folder.
-fields=$([ $# -eq 0 ] || quoted "$@")
-fresh=$(quoted "$config" --run "$run")
+what=$(quoted "$config" --run "$run" --resume auto "$@")
 script="#!/usr/bin/env bash
 set -euo pipefail
 export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1))) # left to itself, JAX takes one GPU a process here
-if [ -e$(quoted "$run/config.json") ]; then
-  what=(--resume$(quoted "$run")$fields)
-else
-  what=(${fresh# }$fields)
-fi
 status=0
-srun --cpu-bind=none --wait=120 gptjax train --distributed \"\${what[@]}\" || status=\$?
+srun --cpu-bind=none --wait=120 gptjax train --distributed$what || status=\$?
 if [ \"\$status\" -eq 143 ]; then scontrol requeue \"\$SLURM_JOB_ID\"; fi # SIGTERM, and saved
 exit \"\$status\""
 

@@ -1,5 +1,6 @@
 """A config fails early, in one line that names the field, the value and the nearest right one."""
 
+import math
 import re
 import subprocess
 import sys
@@ -10,8 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax import cli
 from gptjax import config as c
-from gptjax import loading
+from gptjax.commands import arguments
+from gptjax.commands.sample import Command as Sample
+from gptjax.commands.train import Command as Train
+from gptjax.config import load as loading
+from gptjax.config.fields import ROUNDING, Leaf, walk
+from gptjax.config.saved import changes, get
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import check, degrees
 
@@ -22,6 +29,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--layout.data", "0"], "layout.data = 0: must be positive, or -1 for the rest; nearest 1"),
         (["--model.num_layer", "4"], "--model.num_layer: no such field; did you mean --model.num_layers?"),
         (["--num_heads", "4"], "--num_heads: no such field; did you mean --model.num_heads?"),
         (["--train.seed", "one"], "--train.seed one: expected a whole number, such as 1000 or 1e9"),
@@ -42,6 +50,23 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
         (["--train.ramp_start", "7", "--train.micro_batch_size", "4"], "train.ramp_start = 7"),
         (["--data.seed", "-1"], "data.seed = -1"),
         (["--model.dropout", "1"], "model.dropout = 1.0: must lie in [0, 1)"),
+        (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan: expected a number, such as 3e-4"),
+        (["--optimizer.learning_rate", "0"], "optimizer.learning_rate = 0.0: must be positive"),
+        (["--optimizer.clip_norm", "inf"], "--optimizer.clip_norm inf: expected a number"),
+        (["--optimizer.final_ratio", "-5"], "optimizer.final_ratio = -5.0: must lie in [0, 1]; nearest 0"),
+        (["--optimizer.b1", "-0.1"], "optimizer.b1 = -0.1: must lie in [0, 1); nearest 0"),
+        (["--optimizer.b2", "1"], "optimizer.b2 = 1.0: must lie in [0, 1)"),
+        (["--optimizer.eps", "-1"], "optimizer.eps = -1.0: must be positive"),
+        (
+            ["--optimizer.warmup_tokens", "2", "--optimizer.decay_tokens", "1"],
+            "optimizer.warmup_tokens = 2: longer than",
+        ),
+        (["--train.profile_steps", "6,3"], "train.profile_steps = (6, 3): give first and last step, such as 10,13"),
+        (["--train.profile_steps", "-1,3"], "train.profile_steps = -1: must not be negative; nearest 0"),
+        (["--train.sample_prompt", ""], "train.sample_prompt = '': must not be empty"),
+        (["--train.eval_batches", "-2"], "train.eval_batches = -2: must be at least -1; nearest -1"),
+        (["--model.attention_pattern", ""], "model.attention_pattern = (): must not be empty"),
+        (["--data.tokenizer", ""], "data.tokenizer = '': must not be empty"),
     ],
 )
 def test_bad_override_is_one_line(args: list[str], message: str) -> None:
@@ -71,26 +96,141 @@ def test_overrides_reach_every_depth() -> None:
 def test_every_field_has_a_docstring_and_help_shows_it() -> None:
     command = [sys.executable, "-m", "gptjax", "train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = list(loading.walk(c.Config))
+    assert text == subprocess.run([*command[:-1], "-h"], capture_output=True, text=True, check=True).stdout
+    rows = list(walk(c.Config))
     assert len(rows) > 50
-    for name, _, _, doc in rows:
-        assert doc, name
-        assert f"--{name} " in text
-        assert doc in text
+    for leaf in rows:
+        assert leaf.doc, leaf.name
+        assert f"--{leaf.name} " in text
+        assert leaf.doc in text
+    assert "--model.dropout  float  (in [0, 1); default 0.0)" in text  # the bound that is checked, where it stands
 
 
 def test_json_round_trip() -> None:
     assert c.from_json(c.to_json(BASE)) == BASE
-    with pytest.raises(UserError, match=r"unknown field model.colour"):
-        c.from_json(c.to_json(BASE).replace('"dropout"', '"colour"'))
+    text = c.to_json(BASE)
+    for wrong, message in {
+        text.replace('"dropout"', '"colour"'): "model.colour = 0.0: no such field; did you mean model.dropout?",
+        text[: len(text) // 2]: "not whole JSON",
+        text.replace('"adamw"', '"adam"'): "optimizer.kind = adam: choose from adamw, muon",
+        text.replace("0.95", "NaN"): "optimizer.b2 = nan: must be a finite number",
+        text.replace("50257", "50257.0"): "model.vocab_size = 50257.0: expected a whole number",
+        "[]": "expected Config",
+        "": "not whole JSON",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            c.from_json(wrong)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("attention_pattern=('dense', 'local')", "model.attention_pattern = local: choose from dense, banded; nearest"),
+        ("remat='ful'", "model.remat = ful: choose from none, dots, full; nearest full"),
+        ("seq_len=8.0", "model.seq_len = 8.0: expected a whole number, such as 1000 or 1e9, not float; nearest 8"),
+        ("dropout=float('nan')", "model.dropout = nan: must be a finite number"),
+        ("scan_layers=1", "model.scan_layers = 1: expected true or false, not int"),
+        ("num_laiers=3", "model.num_laiers = 3: no such field; did you mean model.num_layers?"),
+        ("window=1 / 0", "ZeroDivisionError: division by zero"),
+        ("window=500", "model.window = 500: must lie in 1..model.seq_len = 64"),
+    ],
+)
+def test_a_value_in_a_file_is_checked_like_one_of_the_command_line(written: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    given = {
+        "num_layers": "4",
+        "num_heads": "4",
+        "embed_dim": "128",
+        "seq_len": "64",
+        "attention_pattern": '("banded",)',
+    }
+    name, value = written.split("=", 1)
+    body = ", ".join(f"{n}={v}" for n, v in (given | {"window": "16"} | {name: value}).items())
+    file.write_text(f"from gptjax.config import *\n\n\ndef config():\n    return Config('x', ModelConfig({body}))\n")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        loading.load_config(str(file), [])
+    assert "\n" not in str(error.value)
+    assert "line 5" in str(error.value) or "must lie in" in str(error.value)
+
+
+@given(st.sampled_from([leaf for leaf in walk(c.Config) if leaf.hint in (int, float)]), st.floats(), st.booleans())
+def test_a_number_is_taken_within_its_bounds_and_else_refused_in_one_line(leaf: Leaf, number: float, cut: bool) -> None:
+    """Whatever is typed, a config that is made is finite and of the right type, and what is refused is explained."""
+    text = repr(int(number)) if cut and math.isfinite(number) else repr(number)
+    try:
+        got = get(loading.override(BASE, [f"--{leaf.name}", text]), leaf.name)
+    except UserError as error:
+        assert "\n" not in str(error) and leaf.name in str(error)
+        if found := re.search(r"nearest (-?[\d.e+]+)$", str(error)):
+            loading.override(BASE, [f"--{leaf.name}", found[1]])
+    else:
+        assert type(got) is leaf.hint and math.isfinite(got)
+        assert got == float(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "x", "--samples", "0"], "--samples 0: must be positive; nearest 1"),
+        (["sample", "x", "--temperature", "nan"], "--temperature nan: expected a number"),
+        (["sample", "x", "--top-p", "0"], "--top-p 0.0: must lie in (0, 1]"),
+        (["sample", "x", "--seed", str(2**63)], "must lie in 0..4294967295"),
+        (["sample", "x", "--smaples", "3"], "--smaples: gptjax sample has no such argument; did you mean --samples?"),
+        (["sample", "x", "--prompt"], "--prompt: a value is missing"),
+        (["sample", "x", "--prompt", "--seed", "1"], "--prompt: a value is missing, before --seed"),
+        (["sample"], "gptjax sample: PATH is missing"),
+        (["sample", "x", "y"], "y: gptjax sample takes no such word"),
+        (["train"], "gptjax train: name a config"),
+        (["train", "c.py", "--run", "--dry-run"], "--run: a value is missing, before --dry-run"),
+        (["train", "c.py", "-v"], "-v: gptjax train has no such argument"),
+        (["train", "c.py", "--slices", "2"], "--topology and --slices"),
+        (["plan", "c.py"], "--topology: a value is missing"),
+        (["trian", "c.py"], "gptjax trian: choose from train, sample"),
+        (["bench", "all"], "gptjax bench all: choose from bench attention"),
+    ],
+)
+def test_words_that_are_no_command(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        cli.run(words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_value_may_look_like_a_flag() -> None:
+    made = arguments.read("sample", Sample, ["x", "--prompt", "--a.b", "--seed=7"])
+    assert (made.prompt, made.seed) == ("--a.b", 7)
+    train = arguments.read("train", Train, ["c.py", "--data.source", "--odd", "--train.seed=3", "--distributed"])
+    assert (train.config, train.distributed) == ("c.py", True)
+    assert train.overrides == ("--data.source", "--odd", "--train.seed=3")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_argument_of_every_verb_has_a_docstring_that_help_shows(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([*verb.split(), "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for leaf in walk(cli._command(verb)):
+        if leaf.name != "overrides":
+            assert leaf.doc and leaf.doc in text, leaf.name
+
+
+def refused(saved: c.Config, given: c.Config) -> list[str]:
+    return [str(change) for change in changes(saved, given) if change.allowed is None]
 
 
 def test_differences_name_only_what_a_run_may_not_change() -> None:
     free = replace(BASE, layout=c.LayoutConfig(tensor=2), train=replace(BASE.train, save_interval=7), run="elsewhere")
-    assert loading.differences(BASE, free) == []
+    assert refused(BASE, free) == []
     other = loading.override(free, ["--model.num_layers", "6", "--optimizer.b2", "0.9"])
-    lines = loading.differences(BASE, other)
+    lines = refused(BASE, other)
     assert lines == ["model.num_layers: the run has 4, given 6", "optimizer.b2: the run has 0.95, given 0.9"]
+    rounding = loading.override(BASE, ["--model.remat", "full", "--model.attention", "reference"])
+    rounding = loading.override(rounding, ["--model.loss_chunk", "7", "--train.micro_batch_size", "64"])
+    assert refused(BASE, rounding) == []
+    assert {change.allowed for change in changes(BASE, rounding)} == {ROUNDING}
+    dropped = [loading.override(config, ["--model.dropout", "0.1"]) for config in (BASE, rounding)]
+    assert refused(*dropped) == ["train.micro_batch_size: the run has 0, given 64"]  # its masks count rows
 
 
 @pytest.mark.parametrize(
@@ -127,7 +267,6 @@ def test_free_degree_takes_the_rest_or_says_why(devices: int, a: int, b: int, fr
     [
         (c.LayoutConfig(fsdp=3), 8, "layout.fsdp = 3"),
         (c.LayoutConfig(data=-1, fsdp=-1), 8, "layout.fsdp = -1: layout.data is -1 already"),
-        (c.LayoutConfig(data=0), 8, "layout.data = 0: must be positive"),
         (c.LayoutConfig(fsdp=1, tensor=8), 8, "layout.tensor = 8: does not divide model.num_heads = 4; nearest 4"),
         (c.LayoutConfig(fsdp=96), 96, "not divisible by replica x data x fsdp = 96 of the mesh; nearest 288"),
         (c.LayoutConfig(fsdp=256), 256, "layout.fsdp = 256: does not divide model.embed_dim = 128; nearest 128"),

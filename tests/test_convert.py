@@ -258,8 +258,8 @@ def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < moved < 1e-5  # three steps of warm-up
     task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"))
-    stream = task.stream(None, (0, 1))
-    nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1, 8)[0])
+    stream = task.stream(None, range(config.micro_batch_size))
+    nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1)[0])
     stream.close()
     losses = [entry["loss"] for entry in logged if entry.get("loss") is not None]
     assert losses[0] == pytest.approx(float(nats / count), rel=1e-5)

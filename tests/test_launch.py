@@ -280,13 +280,9 @@ def test_slurm_prints_the_command_and_the_batch_script(fakes: Fakes) -> None:
         "#!/usr/bin/env bash\n"
         "set -euo pipefail\n"
         "export JAX_LOCAL_DEVICE_IDS=0,1,2,3 # left to itself, JAX takes one GPU a process here\n"
-        "if [ -e runs/a/config.json ]; then\n"
-        "  what=(--resume runs/a --train.seed 1)\n"
-        "else\n"
-        f"  what=({CONFIG} --run runs/a --train.seed 1)\n"
-        "fi\n"
         "status=0\n"
-        'srun --cpu-bind=none --wait=120 gptjax train --distributed "${what[@]}" || status=$?\n'
+        f"srun --cpu-bind=none --wait=120 gptjax train --distributed {CONFIG} --run runs/a --resume auto "
+        "--train.seed 1 || status=$?\n"
         'if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi # SIGTERM, and saved\n'
         'exit "$status"\n'
         "GPTJAX\n"
@@ -304,21 +300,18 @@ def test_slurm_submits_what_the_dry_run_prints(fakes: Fakes) -> None:
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
-def test_slurm_job_starts_then_resumes_and_requeues_only_when_stopped(
-    fakes: Fakes, status: int, requeued: bool
-) -> None:
+def test_slurm_job_starts_or_goes_on_and_requeues_when_stopped(fakes: Fakes, status: int, requeued: bool) -> None:
     run = fakes.folder / "runs/it's a"
     fakes.bash(SLURM, *JOB[:-1], str(run), "--", CONFIG, *AWKWARD)
     fakes.add("srun", f"exit {status}")
     fakes.add("scontrol")
     common = ["srun", "--cpu-bind=none", "--wait=120", "gptjax", "train", "--distributed"]
-    for what in ([CONFIG, "--run", str(run)], ["--resume", str(run)]):
+    what = [CONFIG, "--run", str(run), "--resume", "auto"]
+    for _ in range(2):  # a requeued job types the same
         (fakes.folder / "calls").unlink()
         made = fakes.bash(fakes.folder / "script", SLURM_JOB_ID="7")
         assert (made.returncode, made.stderr) == (status, "")
         assert fakes.calls() == [[*common, *what, *AWKWARD], *[["scontrol", "requeue", "7"]] * requeued]
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").touch()
 
 
 def without(flag: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The model against independent truth: float64 references, closed forms, PyTorch's GPT-2."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.hardware import require_float8
-from gptjax.model import accounting
+from gptjax.model import accounting, gpt
 from gptjax.model.attention import reference
+from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
 from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up, multiply
 from gptjax.model.loss import IGNORED, cross_entropy, logits
@@ -113,16 +115,18 @@ def test_scan_unroll_and_remat_are_one_function() -> None:
 
     def run(config: ModelConfig, params: dict) -> tuple[jax.Array, dict]:
         def loss(params: dict) -> jax.Array:
-            return jnp.sum(forward(model.clone(config=config), params, tokens)[0] ** 2)
+            hidden, _, _ = forward(model.clone(config=config), params, tokens, dropout_key=jax.random.key(3))
+            return jnp.sum(hidden**2)
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    value, grads = run(CONFIG, params)
+    config = replace(CONFIG, dropout=0.1)
+    value, grads = run(config, params)
     for remat in ("dots", "full"):
-        again, same = run(replace(CONFIG, remat=remat), params)
+        again, same = run(replace(config, remat=remat), params)
         np.testing.assert_allclose(again, value, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), same, grads)
-    unrolled, unrolled_grads = run(replace(CONFIG, scan_layers=False), unstack(params, CONFIG))
+    unrolled, unrolled_grads = run(replace(config, scan_layers=False), unstack(params, CONFIG))
     np.testing.assert_allclose(unrolled, value, rtol=1e-6)
     grads = unstack(grads, CONFIG)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), unrolled_grads, grads)
@@ -227,14 +231,71 @@ def test_dropout_is_keyed_and_off_by_default() -> None:
     model, params = build(config)
     tokens = tokens_of(config)
 
-    def hidden(key: int | None) -> jax.Array:
-        rngs = {} if key is None else {"dropout": jax.random.key(key)}
-        return jax.jit(lambda p: forward(model, p, tokens, deterministic=key is None, rngs=rngs)[0])(params)
+    run = jax.jit(lambda p, key: forward(model, p, tokens, dropout_key=key)[0])
+    off, one, again, other = (run(params, key) for key in (None, *map(jax.random.key, (1, 1, 2))))
+    assert jnp.array_equal(one, again)
+    assert not jnp.array_equal(one, other)
+    plain = jax.jit(lambda p: forward(model.clone(config=CONFIG), p, tokens, dropout_key=jax.random.key(1))[0])(params)
+    assert jnp.array_equal(off, plain)
 
-    assert jnp.array_equal(hidden(1), hidden(1))
-    assert not jnp.array_equal(hidden(1), hidden(2))
-    plain = jax.jit(lambda p: forward(model.clone(config=CONFIG), p, tokens)[0])(params)
-    assert jnp.array_equal(hidden(None), plain)
+
+@partial(jax.jit, static_argnums=2)
+def masks(rate: float, key: jax.Array, batch: int, positions: jax.Array) -> jax.Array:
+    """bool [4 micro-batches, 5 sites, B, T, 32 channels]: what is kept."""
+
+    def one(micro_batch: jax.Array, site: jax.Array) -> jax.Array:
+        keys = token_keys(jax.random.fold_in(key, micro_batch), batch, positions)
+        return dropout(jnp.ones((*keys.shape, 32)), rate, keys, site) != 0
+
+    return jax.vmap(lambda i: jax.vmap(partial(one, i))(jnp.arange(5)))(jnp.arange(4))
+
+
+@settings(max_examples=15)
+@given(rate=st.sampled_from([0.02, 0.1, 0.5, 0.9]), seed=st.integers(0, 2**31 - 1))
+def test_every_place_has_a_mask_of_its_own_at_the_right_rate(rate: float, seed: int) -> None:
+    """Micro-batch, site, row, position, channel: the share that is kept, and how often two places apart by any shift
+    of one of them agree, are those of independent draws within 6 deviations."""
+    kept = np.array(masks(rate, jax.random.key(seed), 3, jnp.arange(16)))
+
+    def assert_share(events: np.ndarray, share: float, draws: int) -> None:
+        assert abs(events.mean() - share) < 6 * np.sqrt(share * (1 - share) / draws)
+
+    assert_share(kept, 1 - rate, kept.size)
+    for axis, size in enumerate(kept.shape):
+        for part in np.moveaxis(kept, axis, 0):
+            assert_share(part, 1 - rate, part.size)
+        for shift in range(1, size):
+            # Pairs share their draws, hence half the count.
+            assert_share(kept == np.roll(kept, shift, axis), rate**2 + (1 - rate) ** 2, kept.size // 2)
+
+
+@settings(max_examples=15)
+@given(order=st.permutations(range(16)), rows=st.sampled_from([1, 3]), seed=st.integers(0, 2**31 - 1))
+def test_masks_follow_the_tokens(order: list[int], rows: int, seed: int) -> None:
+    """However the sequence is stored, and whatever rows come after."""
+    key = jax.random.key(seed)
+    whole = np.array(masks(0.5, key, 3, jnp.arange(16)))
+    np.testing.assert_array_equal(masks(0.5, key, rows, jnp.array(order)), whole[:, :, :rows, order])
+
+
+def test_dropout_scales_what_it_keeps() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 32)), jnp.bfloat16)
+    keys = token_keys(jax.random.key(0), 2, jnp.arange(7))
+    out, pull = jax.vjp(jax.jit(lambda x: dropout(x, 0.2, keys, 3)), x)
+    assert out.dtype == x.dtype
+    want = np.where(out == 0, 0, np.float32(x) / 0.8)
+    np.testing.assert_allclose(np.float32(out), want, rtol=2**-7)
+    np.testing.assert_allclose(np.float32(pull(jnp.ones_like(x))[0]), np.where(out == 0, 0, 1 / 0.8), rtol=2**-7)
+
+
+def test_no_two_places_in_the_model_share_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding, and after attention and after the MLP of each layer."""
+    config, tokens, sites = replace(CONFIG, dropout=0.5, scan_layers=False), tokens_of(CONFIG), []
+    model = GPT(config, jnp.dtype("float32"))
+    params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens)["params"]))
+    monkeypatch.setattr(gpt, "dropout", lambda x, rate, keys, site: sites.append((rate, keys.shape, site)) or x)
+    jax.eval_shape(lambda p: forward(model, p, tokens, dropout_key=jax.random.key(0))[0], params)
+    assert sites == [(0.5, tokens.shape, i) for i in range(2 * config.num_layers + 1)]
 
 
 def test_logits_and_gradient_equal_pytorch_gpt2() -> None:

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from gptjax.config.load import load_config
 from gptjax.errors import UserError
-from gptjax.loading import load_config
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected

@@ -60,64 +60,101 @@ def naive_batches(records: list[Record], seed: int | None, lanes: int, shapes: l
         yield [[next(s) for s in streams for _ in range(micro_batch // lanes)] for _ in range(num_micro)]
 
 
-def streams(records, processes: int, **options):
-    return [TokenStream(records, BYTES, T, share=(i, processes), **options) for i in range(processes)]
+def ranges(micro_batch: int, processes: int) -> list[tuple[int, ...]]:
+    """The rows of each process where they are consecutive."""
+    each = micro_batch // processes
+    return [tuple(range(i * each, (i + 1) * each)) for i in range(processes)]
 
 
-def global_batch(processes: list[TokenStream], shape: tuple[int, int]) -> np.ndarray:
-    return np.concatenate([process.batch(*shape) for process in processes], axis=1)
+@st.composite
+def shares(draw, micro_batch: int) -> list[tuple[int, ...]]:
+    """Any rows for each of 1 to 4 processes, in disjoint sets of one size, each held by one process or by two."""
+    parts, holders = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1)]))
+    order, each = draw(st.permutations(range(micro_batch))), micro_batch // parts
+    sets = [tuple(sorted(order[i * each : (i + 1) * each])) for i in range(parts)]
+    return draw(st.permutations(sets * holders))
+
+
+class Processes:
+    """The streams of several processes, put together as the devices would."""
+
+    def __init__(self, records, rows: list[tuple[int, ...]], micro_batch: int, **options):
+        self.micro_batch, self.rows = micro_batch, rows
+        self.streams = [TokenStream(records, BYTES, T, micro_batch=micro_batch, rows=r, **options) for r in rows]
+
+    def batch(self, num_micro: int) -> np.ndarray:
+        whole = np.full((num_micro, self.micro_batch, T + 1), -1, np.int32)
+        for rows, stream in zip(self.rows, self.streams, strict=True):
+            batch = stream.batch(num_micro)
+            assert batch.dtype == np.int32
+            assert (whole[:, rows] == -1).all() or (whole[:, rows] == batch).all()
+            whole[:, rows] = batch
+        return whole
+
+    @property
+    def positions(self) -> list[int]:
+        return merge_positions([stream.positions for stream in self.streams])
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
 
 
 @pytest.mark.parametrize(("lanes", "seed"), [(1, 3), (2, None), (4, 3), (8, 3)])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_any_number_of_processes_reads_the_naive_sequence(processes, lanes, seed):
+@pytest.mark.parametrize(("micro_batch", "counts"), [(8, (1, 2, 1, 6, 3)), (24, (1, 3))])
+def test_any_number_of_processes_reads_the_naive_sequence(micro_batch, counts, processes, lanes, seed):
     records = corpus(15)  # about 500 tokens, so these batches reach the fourth epoch at least
-    shapes = [(1, 8), (2, 8), (1, 16), (3, 16), (2, 24)]
-    running = streams(records, processes, lanes=lanes, seed=seed)
-    for shape, expected in zip(shapes, naive_batches(records, seed, lanes, shapes), strict=True):
-        batch = global_batch(running, shape)
-        assert batch.dtype == np.int32 and batch.shape == (*shape, T + 1)
-        assert batch.tolist() == expected
-    for stream in running:
-        stream.close()
+    shapes = [(num_micro, micro_batch) for num_micro in counts]
+    running = Processes(records, ranges(micro_batch, processes), micro_batch, lanes=lanes, seed=seed)
+    for (num_micro, _), expected in zip(shapes, naive_batches(records, seed, lanes, shapes), strict=True):
+        assert running.batch(num_micro).tolist() == expected
+    running.close()
 
 
 def test_a_process_runs_only_the_lanes_it_touches():
     records = corpus(15)
-    first, *_ = streams(records, 4, lanes=8, seed=0)
-    assert [p == NOT_RUN for p in first.positions] == [False] * 2 + [True] * 6
-    shared = streams(records, 8, lanes=2, seed=0)
-    assert [p.positions.index(0) for p in shared] == [0] * 4 + [1] * 4
-    uneven = streams(records, 3, lanes=2, seed=0)
-    assert [[p >= 0 for p in s.positions] for s in uneven] == [[True, False], [True, True], [False, True]]
-    expected = next(naive_batches(records, 0, 2, [(2, 6)]))
-    assert global_batch(uneven, (2, 6)).tolist() == expected
+
+    def run(rows: list[tuple[int, ...]], micro_batch: int, lanes: int) -> list[list[int]]:
+        """The lanes of each process, and the batch is right."""
+        made = Processes(records, rows, micro_batch, lanes=lanes, seed=0)
+        ran = [[lane for lane, p in enumerate(s.positions) if p != NOT_RUN] for s in made.streams]
+        assert made.batch(2).tolist() == next(naive_batches(records, 0, lanes, [(2, micro_batch)]))
+        made.close()
+        return ran
+
+    assert run(ranges(8, 4), 8, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert run(ranges(8, 8), 8, 2) == [[0]] * 4 + [[1]] * 4
+    assert run(ranges(6, 3), 6, 2) == [[0], [0, 1], [1]]
+    assert run([(0, 1, 4, 5), (2, 3, 6, 7)], 8, 4) == [[0, 2], [1, 3]]
+    assert run([(0, 2, 4, 6), (1, 3, 5, 7)], 8, 4) == [[0, 1, 2, 3]] * 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    before=st.lists(st.sampled_from([(1, 8), (2, 8), (1, 16), (1, 40)]), max_size=4),
+    data=st.data(),
+    before=st.lists(st.integers(1, 3), max_size=4),
+    first=st.sampled_from([8, 16, 40]),
+    second=st.sampled_from([8, 16, 40]),
     lanes=st.sampled_from([1, 2, 4, 8]),
-    first=st.sampled_from([1, 2, 4, 8]),
-    second=st.sampled_from([1, 2, 4, 8]),
     seed=st.sampled_from([None, 0, 2**32 - 1]),
     threads=st.integers(1, 4),
 )
-def test_resume_on_another_number_of_processes_goes_on_exactly(before, lanes, first, second, seed, threads):
+def test_resume_on_other_processes_goes_on_exactly(data, before, first, second, lanes, seed, threads):
+    """With any rows to each process, and another micro-batch from there on."""
     records = corpus(9, seed=1)
     options = {"lanes": lanes, "seed": seed, "threads": threads}
-    shapes = [*before, (2, 16), (1, 8)]
+    shapes = [*((num_micro, first) for num_micro in before), (2, second), (1, second)]
     expected = list(naive_batches(records, seed, lanes, shapes))
-    started = streams(records, first, **options)
-    for shape in before:
-        global_batch(started, shape)
-    positions = merge_positions([stream.positions for stream in started])
-    resumed = streams(records, second, positions=positions, **options)
-    assert merge_positions([stream.positions for stream in resumed]) == positions
-    for shape, rows in zip(shapes[len(before) :], expected[len(before) :], strict=True):
-        assert global_batch(resumed, shape).tolist() == rows
-    for stream in started + resumed:
-        stream.close()
+    started = Processes(records, data.draw(shares(first)), first, **options)
+    for num_micro, rows in zip(before, expected, strict=False):
+        assert started.batch(num_micro).tolist() == rows
+    resumed = Processes(records, data.draw(shares(second)), second, positions=started.positions, **options)
+    assert resumed.positions == started.positions
+    for num_micro, rows in zip((2, 1), expected[len(before) :], strict=True):
+        assert resumed.batch(num_micro).tolist() == rows
+    started.close()
+    resumed.close()
 
 
 class Counted:
@@ -138,8 +175,8 @@ class Counted:
 def test_each_epoch_has_every_record_once_in_a_new_order(size):
     # Records of T letters, the last always an end-of-text, so each record is one row.
     records = [Record(f"{i:0{T - 1}d}", True) for i in range(size)] + [Record("x" * (T - 1), True)]
-    stream = TokenStream(records, BYTES, T, lanes=1, seed=5)
-    epochs = [[BYTES.decode(row[:-2]) for row in stream.batch(1, size + 1)[0]] for _ in range(3)]
+    stream = TokenStream(records, BYTES, T, lanes=1, seed=5, micro_batch=size + 1)
+    epochs = [[BYTES.decode(row[:-2]) for row in stream.batch(1)[0]] for _ in range(3)]
     assert stream.positions == [3 * (size + 1) << 32]
     for epoch in epochs:
         assert sorted(epoch) == sorted(record.text for record in records)
@@ -150,9 +187,9 @@ def test_each_epoch_has_every_record_once_in_a_new_order(size):
 def test_resume_reads_no_record_twice_and_ahead_is_bounded():
     source = Counted([Record("y" * 99, True)] * 1000)
     position = 500 << 32 | 40
-    stream = TokenStream(source, BYTES, T, lanes=1, seed=None, threads=2, positions=[position])
+    stream = TokenStream(source, BYTES, T, lanes=1, seed=None, micro_batch=1, threads=2, positions=[position])
     source.reads[0] = 0  # the first records are read to see that the split is long enough
-    stream.batch(1, 1)
+    stream.batch(1)
     stream.close()
     read = [index for index, times in enumerate(source.reads) if times]
     assert read[0] == 500 and max(read) <= 506 and max(source.reads) == 1
@@ -165,25 +202,26 @@ def test_positions_that_do_not_fit():
             merge_positions(wrong)
     for positions in ([0], [0, NOT_RUN]):
         with pytest.raises(ValueError, match="2 lanes need 2 positions"):
-            TokenStream(corpus(9), BYTES, T, lanes=2, seed=0, positions=positions)
-    stream = TokenStream(corpus(9), BYTES, T, lanes=2, seed=0, share=(1, 3))
-    for micro_batch in (3, 4):
-        with pytest.raises(ValueError, match=f"must divide a micro-batch of {micro_batch}"):
-            stream.batch(1, micro_batch)
+            TokenStream(corpus(9), BYTES, T, lanes=2, seed=0, micro_batch=2, positions=positions)
+    with pytest.raises(ValueError, match="2 lanes must divide a micro-batch of 3"):
+        TokenStream(corpus(9), BYTES, T, lanes=2, seed=0, micro_batch=3)
 
 
 @settings(max_examples=30, deadline=None)
-@given(documents=st.integers(3, 30), batch_size=st.sampled_from([4, 8]), processes=st.sampled_from([1, 2, 4]))
-def test_evaluation_counts_every_token_once(documents, batch_size, processes):
+@given(documents=st.integers(3, 30), rows=shares(8))
+def test_evaluation_counts_every_token_once(documents, rows):
+    batch_size = 8
     records = [Record("z" * T, True), *corpus(documents, seed=documents)]
     tokens = [t for r in records for t in [*r.text.encode(), *[256] * r.last]]
-    runs = [list(eval_batches(records, BYTES, T, batch_size, share=(i, processes))) for i in range(processes)]
-    batches = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    batches = list(eval_batches(records, BYTES, T, batch_size))
+    for mine in rows:
+        for whole, part in zip(batches, eval_batches(records, BYTES, T, batch_size, rows=mine), strict=True):
+            assert part.tolist() == whole[list(mine)].tolist()
     assert {b.shape for b in batches} == {(batch_size, T + 1)} and batches[0].dtype == np.int32
-    rows = np.concatenate(batches)
-    targets = rows[:, 1:].ravel()
+    joined = np.concatenate(batches)
+    targets = joined[:, 1:].ravel()
     assert targets[targets != PADDING].tolist() == tokens[1:]
-    inputs = rows[:, :-1].ravel()[: len(tokens) - 1]
+    inputs = joined[:, :-1].ravel()[: len(tokens) - 1]
     assert inputs.tolist() == tokens[:-1]
     assert len(batches) == -(-(len(tokens) - 1) // (batch_size * T))
     assert [b.tolist() for b in eval_batches(records, BYTES, T, batch_size, limit=2)] == [
@@ -195,16 +233,14 @@ def test_evaluation_counts_every_token_once(documents, batch_size, processes):
 def test_a_split_shorter_than_one_row():
     short = [Record("a" * (T - 1), True)]
     for make in (
-        lambda records: TokenStream(records, BYTES, T, lanes=1, seed=0),
+        lambda records: TokenStream(records, BYTES, T, lanes=1, seed=0, micro_batch=1),
         lambda records: next(eval_batches(records, BYTES, T, 2)),
     ):
         with pytest.raises(UserError, match=rf"model.seq_len = {T}: .* only {T} tokens.* lower it to {T - 1} "):
             make(short)
         make([Record("a" * T, True)])
-    with pytest.raises(ValueError, match="must divide a batch of 3"):
-        next(eval_batches(corpus(9), BYTES, T, 3, share=(0, 2)))
     with pytest.raises(ValueError, match="stall"):
-        TokenStream([Record("", False)], BYTES, T, lanes=1, seed=0)
+        TokenStream([Record("", False)], BYTES, T, lanes=1, seed=0, micro_batch=1)
 
 
 def test_errors_of_a_source_reach_the_reader():
@@ -214,9 +250,9 @@ def test_errors_of_a_source_reach_the_reader():
                 raise UserError("record 3 is gone")
             return super().__getitem__(index)
 
-    stream = TokenStream(Broken([Record("a" * 40, True)] * 9), BYTES, T, lanes=1, seed=None)
+    stream = TokenStream(Broken([Record("a" * 40, True)] * 9), BYTES, T, lanes=1, seed=None, micro_batch=20)
     with pytest.raises(UserError, match="record 3 is gone"):
-        stream.batch(1, 20)
+        stream.batch(1)
 
 
 def test_prefetcher_keeps_order_depth_and_errors():

@@ -1,6 +1,7 @@
 """A stage of four weights, compiled in a moment, whose batches say what goes wrong: for tests of the loop."""
 
 import signal
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def signal_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if tokens == (step - 1) * STEP_TOKENS and left:
             left.clear()
             signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)  # a thread hears it, and these steps take microseconds
         return plain(config, tokens)
 
     monkeypatch.setattr(loop, "learning_rate", rate)

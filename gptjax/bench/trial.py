@@ -102,7 +102,7 @@ def _child() -> None:
     config = from_json(job["config"])
     try:
         if job.get("distributed"):
-            from gptjax.tasks.launch import join
+            from gptjax.tasks.join import join
 
             join(os.environ)
         extras = Extras(**job["extras"]) if "extras" in job else None

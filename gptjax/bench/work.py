@@ -16,14 +16,16 @@ from jax.sharding import NamedSharding
 
 from gptjax.bench.parts import seconds_by_part
 from gptjax.config import Config
+from gptjax.data.sources import build
 from gptjax.data.stream import Prefetcher
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.checkpoint import Position
-from gptjax.train.loop import PREFETCH, batches, process_share
+from gptjax.train.loop import PREFETCH, batches
 from gptjax.train.schedule import learning_rate
 from gptjax.train.step import TrainState, abstract_state, make_step
 
@@ -86,9 +88,10 @@ class Work:
     @contextmanager
     def stream(self, count: int) -> Iterator[Iterator[jax.Array]]:
         """The first batches of the config's own text, prefetched as in training."""
-        task = replace(self.task, tokenizer=load_tokenizer(self.config.data.tokenizer))
-        share = process_share(self._tokens, self.config.micro_batch_size)
-        made = batches(self.config, task, self._tokens, share, Position())
+        data = self.config.data
+        task = replace(self.task, tokenizer=load_tokenizer(data.tokenizer), corpus=build(data))
+        rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
+        made = batches(self.config, task, self._tokens, rows, Position())
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:
             yield (next(ahead).tokens for _ in range(count))
 

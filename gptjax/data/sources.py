@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
 
-FORMAT_VERSION = "1.0.0"  # part of the digest: raise it when the records of the same files change
+FORMAT_VERSION = "1.1.0"  # part of the digest: raise it when the records of the same files change
+DIGEST = "digest.txt"
 BLOCK_BYTES = 1 << 20
 BATCH_RECORDS = 256  # records between two rewrites of the data set's metadata
 # Not library code, or tables rather than text that reads as Python.
@@ -42,7 +43,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TextSource:
-    """The records of one split by index; opened with `open_source`."""
+    """The records of one split by index."""
 
     name: str
     rows: Sequence[dict[str, Any]]
@@ -62,29 +63,82 @@ class TextSource:
         return Record(row[self.text_field].decode(), bool(row["last"]) if self.pieces else True)
 
 
-def open_source(config: DataConfig, split: str) -> TextSource:
-    """Open one split, such as `train[:95%]`, of `data.source`, building the data set if need be.
+@dataclass(frozen=True)
+class Corpus:
+    """A data set that is there, whatever becomes of the files that it was made from. Made by `build` or `reopen`."""
 
-    Raises UserError for files, fields, data sets or splits that are missing, broken or empty, and
-    for a disk that is full; a build that fails leaves nothing behind.
+    name: str
+    folder: Path
+    digest: str
+    """Of its records in order; of a data set of TFDS's catalogue: of its name, version, counts and shards."""
+    text_field: str
+    pieces: bool
+    max_chars: int
+    builder: Any
+
+    def split(self, name: str) -> TextSource:
+        """One split, such as `train[:95%]`. Raises UserError where there is none of the name, or nothing in it."""
+        splits = {each: info.num_examples for each, info in self.builder.info.splits.items()}
+        records = ", ".join(f"{each} of {count} record{'s' * (count != 1)}" for each, count in splits.items())
+        try:
+            empty = self.builder.info.splits[name].num_examples <= 0
+        except (ValueError, KeyError, AssertionError):
+            raise UserError(f"split {name}: not a split of {self.name}, which has {records}") from None
+        if empty:
+            remedy = "choose other data.train_split and data.eval_split"
+            remedy += f", or lower data.max_chars = {self.max_chars}" if self.pieces else ""
+            raise UserError(f"split {name}: empty, as {self.name} has {records}; {remedy}")
+        try:
+            rows = self.builder.as_data_source(name)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"data.source = {self.name}: {_reason(error)}; prepare it as array_record") from error
+        return TextSource(self.name, rows, self.text_field, self.pieces)
+
+
+def build(config: DataConfig) -> Corpus:
+    """The data set of `data.source`, made now unless it is there.
+
+    Raises UserError for files, fields or data sets that are missing, broken or empty, and for a disk that is full; a
+    build that fails leaves nothing behind.
     """
-    local = not config.source.startswith("tfds:")
-    builder = _local_builder(config) if local else _tfds_builder(config)
-    splits = {name: info.num_examples for name, info in builder.info.splits.items()}
-    records = ", ".join(f"{name} of {count} record{'s' * (count != 1)}" for name, count in splits.items())
-    try:
-        empty = builder.info.splits[split].num_examples <= 0
-    except (ValueError, KeyError, AssertionError):
-        raise UserError(f"split {split}: not a split of {config.source}, which has {records}") from None
-    if empty:
-        remedy = "choose other data.train_split and data.eval_split"
-        remedy += f", or lower data.max_chars = {config.max_chars}" if local else ""
-        raise UserError(f"split {split}: empty, as {config.source} has {records}; {remedy}")
-    try:
-        rows = builder.as_data_source(split)
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"data.source = {config.source}: {_reason(error)}; prepare it as array_record") from error
-    return TextSource(config.source, rows, "text" if local else config.text_field, pieces=local)
+    if not config.source.startswith("tfds:"):
+        return reopen(config, _local(config))
+    builder = _tfds_builder(config)
+    _prepare(config, builder)
+    return _of_catalogue(config, builder)
+
+
+def reopen(config: DataConfig, folder: Path) -> Corpus:
+    """What `build` made, perhaps on another host, in a folder that this one sees.
+
+    Raises UserError where it is not there.
+    """
+    import tensorflow_datasets as tfds
+
+    if config.source.startswith("tfds:"):
+        builder = _tfds_builder(config)
+        if builder.is_prepared():
+            return _of_catalogue(config, builder)
+    elif found := next((there for there in (folder, _own_folder(config)) if (there / DIGEST).is_file()), None):
+        builder = tfds.builder_from_directory(str(found))
+        digest = (found / DIGEST).read_text().strip()
+        return Corpus(config.source, found, digest, "text", True, config.max_chars, builder)
+    raise UserError(
+        f"data.source = {config.source}: the data set in {folder} is not there on {socket.gethostname()}; let hosts "
+        "share data.cache_dir (TFDS_DATA_DIR), or build it first on every host: gptjax data CONFIG"
+    )
+
+
+def open_source(config: DataConfig, split: str) -> TextSource:
+    """One split of `data.source`, building the data set if need be; raises what `build` and `Corpus.split` raise."""
+    return build(config).split(split)
+
+
+def _of_catalogue(config: DataConfig, builder: Any) -> Corpus:
+    splits = {name: [info.num_bytes, *info.shard_lengths] for name, info in builder.info.splits.items()}
+    about = json.dumps([builder.info.full_name, config.text_field, splits], sort_keys=True)
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    return Corpus(config.source, Path(builder.data_dir), digest, config.text_field, False, config.max_chars, builder)
 
 
 def _tfds_builder(config: DataConfig) -> Any:
@@ -102,6 +156,11 @@ def _tfds_builder(config: DataConfig) -> Any:
         raise UserError(f"data.source = {config.source}: {reason}") from None
     if config.text_field not in builder.info.features:  # better before the download than after
         raise _no_field(config, config.source, builder.info.features)
+    return builder
+
+
+def _prepare(config: DataConfig, builder: Any) -> None:
+    """Download and write what is not there."""
     try:
         if not builder.is_prepared():
             for host in {urlsplit(url).hostname for url in builder.url_infos}:
@@ -112,23 +171,31 @@ def _tfds_builder(config: DataConfig) -> Any:
             f"data.source = {config.source}: TFDS could not prepare it ({_reason(error)}); it needs network, or a copy "
             f"prepared as array_record in {builder.data_dir}"
         ) from error
-    return builder
 
 
-def _local_builder(config: DataConfig) -> Any:
-    """The data set of local files, written now unless the cache has it."""
-    import tensorflow_datasets as tfds
-
+def local_folder(config: DataConfig) -> tuple[Path, list[Path]]:
+    """Where the data set of local files lies, or will, and the files that it is made from, in order."""
     name, files = _find(config)
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = json.dumps([FORMAT_VERSION, config.text_field, config.max_chars, stats])
     cache = Path(config.cache_dir).expanduser() / "datasets"
-    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", files
+
+
+def _own_folder(config: DataConfig) -> Path:
+    """Where this host would have the data set, from its own copy of the files if it has one."""
+    try:
+        return local_folder(config)[0]
+    except UserError:
+        return Path()
+
+
+def _local(config: DataConfig) -> Path:
+    """The folder of the data set of local files, written now unless the cache has it."""
+    folder, files = local_folder(config)
     if not folder.is_dir():
-        records = (r for file in files for doc in _documents(file, config) for r in cut(doc, config.max_chars))
-        first = next(records, None)
-        if first is None:
-            raise UserError(f"data.source = {config.source}: no text in {len(files)} file(s); give files with text")
+        records = _records(config, files)
+        first = next(records)
         try:
             _build(folder, itertools.chain([first], records))
         except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
@@ -136,11 +203,42 @@ def _local_builder(config: DataConfig) -> Any:
                 f"data.cache_dir = {config.cache_dir}: cannot write the data set ({_reason(error)}); "
                 "free space or choose another"
             ) from error
-    return tfds.builder_from_directory(str(folder))
+    return folder
+
+
+def look(config: DataConfig) -> tuple[str, Corpus | None]:
+    """What a run would read, in words, and the data set if it is built; nothing is written.
+
+    Raises UserError where the files or the data set are not there, or their beginning cannot be read.
+    """
+    if config.source.startswith("tfds:"):
+        builder = _tfds_builder(config)
+        made = _of_catalogue(config, builder) if builder.is_prepared() else None
+        return f"{config.source} {'in' if made else 'to be prepared in'} {builder.data_dir}", made
+    folder, files = local_folder(config)
+    size = sum(file.stat().st_size for file in files)
+    shown = ", ".join(str(file) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    text = f"{config.source}: {len(files):,} file(s), {size / 1e6:,.1f} MB: {shown}"
+    if folder.is_dir():
+        return f"{text}; built in {folder}", reopen(config, folder)
+    next(_records(config, files))
+    return f"{text}; to be built in {folder}", None
+
+
+def _records(config: DataConfig, files: Sequence[Path]) -> Iterator[Record]:
+    """Of all files in order. Raises UserError where there is no text in them."""
+    none = True
+    for file in files:
+        for document in _documents(file, config):
+            for record in cut(document, config.max_chars):
+                none = False
+                yield record
+    if none:
+        raise UserError(f"data.source = {config.source}: no text in {len(files)} file(s); give files with text")
 
 
 def _build(folder: Path, records: Iterable[Record]) -> None:
-    """Write the records in order as a TFDS data set, all of it or nothing.
+    """Write the records in order as a TFDS data set, and their digest, all of it or nothing.
 
     A GeneratorBasedBuilder would hold every record of an ordered data set in memory; the sequential
     writer holds one batch.
@@ -149,6 +247,7 @@ def _build(folder: Path, records: Iterable[Record]) -> None:
     import tensorflow_datasets as tfds
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         data = Path(temporary) / "data"
         data.mkdir()
@@ -159,15 +258,24 @@ def _build(folder: Path, records: Iterable[Record]) -> None:
         info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
         writer = tfds.core.SequentialWriter(info, max_examples_per_shard=1 << 62, file_format="array_record")
         writer.initialize_splits(["train"])
-        rows = ({"text": record.text, "last": record.last} for record in records)
+        rows = ({"text": record.text, "last": record.last} for record in _digested(records, digest))
         while batch := list(itertools.islice(rows, BATCH_RECORDS)):
             writer.add_examples({"train": batch})
         writer.close_all()
+        (data / DIGEST).write_text(digest.hexdigest() + "\n")
         try:
             data.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same records
                 raise
+
+
+def _digested(records: Iterable[Record], digest: Any) -> Iterator[Record]:
+    """The records, while `digest` takes in each text with its length and whether a document ends there."""
+    for record in records:
+        text = record.text.encode()
+        digest.update(f"{len(text)} {record.last:d} ".encode() + text)
+        yield record
 
 
 def _find(config: DataConfig) -> tuple[str, list[Path]]:

@@ -3,8 +3,8 @@
 - The order of records is one shuffle per epoch, by seed; record k of lane l is number k * lanes + l.
 - A lane joins its records, with an end-of-text token after each document, and cuts rows of T+1
   tokens at stride T: a row's last token is the next row's first, so each is a target exactly once.
-- Row r of a micro-batch of b rows belongs to lane r // (b / lanes), so a process that holds a share
-  of the rows runs only the lanes it touches, and the sequence is the same for any number of processes.
+- Row r of a micro-batch of b rows belongs to lane r // (b / lanes), so a process that holds some of the
+  rows runs only the lanes they touch, and the sequence is the same for any number of processes.
 - A lane's position is one integer, so a stream resumes anywhere, on any number of processes.
 """
 
@@ -38,9 +38,9 @@ class Source(Protocol):
 class TokenStream:
     """The endless training rows of one process.
 
-    `share` is (index, count): of `count` equal ranges of every micro-batch's rows this process holds
-    range `index`. `seed` None keeps the records in order. `positions` resumes: a position for each
-    lane, such as `merge_positions` gives. Raises UserError where the source has fewer than T+1 tokens.
+    Of every `micro_batch` rows this process holds `rows`, in ascending order; None means all. `seed` None keeps the
+    records in order. `positions` resumes: a position for each lane, such as `merge_positions` gives. Raises UserError
+    where the source has fewer than T+1 tokens, and ValueError where lanes do not divide `micro_batch`.
     """
 
     def __init__(
@@ -51,35 +51,31 @@ class TokenStream:
         *,
         lanes: int,
         seed: int | None,
+        micro_batch: int,
+        rows: Sequence[int] | None = None,
         threads: int = 1,
-        share: tuple[int, int] = (0, 1),
         positions: Sequence[int] | None = None,
     ):
         require_one_row(source, tokenizer, seq_len)
-        self.seq_len, self.lanes, self.share = seq_len, lanes, share
-        index, count = share
-        first, end = index * lanes // count, -((index + 1) * lanes // -count)
+        if micro_batch % lanes:
+            raise ValueError(f"{lanes} lanes must divide a micro-batch of {micro_batch}")
         start = [0] * lanes if positions is None else list(positions)
         if len(start) != lanes or min(start) < 0:
             raise ValueError(f"{lanes} lanes need {lanes} positions of 0 or more, got {start}")
-        records = _tokenized(source, tokenizer, seed)
-        per_lane = max(1, threads // (end - first))
-        self._run = {lane: _Lane(records[lane::lanes], start[lane], per_lane) for lane in range(first, end)}
+        self.seq_len, self.lanes = seq_len, lanes
+        self._per_lane = micro_batch // lanes
+        mine = np.arange(micro_batch) if rows is None else np.array(rows)
+        run, which = np.unique(mine // self._per_lane, return_inverse=True)
+        self._take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
+        records, each = _tokenized(source, tokenizer, seed), max(1, threads // len(run))
+        self._run = {lane: _Lane(records[lane::lanes], start[lane], each) for lane in run.tolist()}
 
-    def batch(self, num_micro: int, micro_batch: int) -> np.ndarray:
-        """The next micro-batches, int32 [num_micro, rows of this process, T+1].
-
-        `micro_batch` counts the rows of all processes; it and `num_micro` may change at each call.
-        Raises ValueError where lanes or processes do not divide `micro_batch`.
-        """
-        index, count = self.share
-        if micro_batch % self.lanes or micro_batch % count:
-            raise ValueError(f"{self.lanes} lanes and {count} processes must divide a micro-batch of {micro_batch}")
-        per_lane, held = micro_batch // self.lanes, micro_batch // count
-        rows = [lane.rows(num_micro * per_lane, self.seq_len) for lane in self._run.values()]
-        joined = np.concatenate([r.reshape(num_micro, per_lane, -1) for r in rows], axis=1)
-        skip = index * held - min(self._run) * per_lane  # rows of the first lane that another process holds
-        return joined[:, skip : skip + held]
+    def batch(self, num_micro: int) -> np.ndarray:
+        """The next micro-batches, int32 [num_micro, rows of this process, T+1]; their number may change at each
+        call."""
+        rows = [lane.rows(num_micro * self._per_lane, self.seq_len) for lane in self._run.values()]
+        joined = np.concatenate([r.reshape(num_micro, self._per_lane, -1) for r in rows], axis=1)
+        return joined[:, self._take]
 
     @property
     def positions(self) -> list[int]:
@@ -145,22 +141,19 @@ def eval_batches(
     seq_len: int,
     batch_size: int,
     *,
+    rows: Sequence[int] | None = None,
     limit: int = -1,
     threads: int = 1,
-    share: tuple[int, int] = (0, 1),
 ) -> Iterator[np.ndarray]:
-    """One pass in order: int32 [rows of this process, T+1] for each batch of `batch_size` rows.
+    """One pass in order: int32 [rows of this process, T+1] for each batch of `batch_size` rows, of which this process
+    holds `rows` (None means all).
 
     Every token but the split's first is a target exactly once; the rows of the last batch are filled
     up with PADDING, which is no id: mask it as a target and replace it as an input. `limit` is the
-    number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens, and
-    ValueError where the processes do not divide `batch_size`.
+    number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens.
     """
     require_one_row(source, tokenizer, seq_len)
-    index, count = share
-    if batch_size % count:
-        raise ValueError(f"{count} processes must divide a batch of {batch_size}")
-    mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    mine = slice(None) if rows is None else list(rows)
     stride = batch_size * seq_len
     records = _iterate(_tokenized(source, tokenizer, None, repeat=False), threads)
     held: list[np.ndarray] = []

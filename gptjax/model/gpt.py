@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import KEPT, Attend, Mask, reference
+from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
 
@@ -200,11 +201,13 @@ class Block(nn.Module):
     config: ModelConfig
     kind: str
     parallelism: Parallelism
-    deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache, start: Any, segments: Any) -> tuple[Array, Cache]:
-        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]."""
+    def __call__(
+        self, x: Array, cache: Cache, start: Any, segments: Any, noise: Any, layer: Any
+    ) -> tuple[Array, Cache]:
+        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]; noise [B, T]:
+        the tokens' keys for the dropout of this layer, one of L."""
         c, constrain = self.config, self.parallelism.constrain
         product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
         linear = partial(Linear, product=product)
@@ -229,7 +232,7 @@ class Block(nn.Module):
         h = constrain(h, ("batch", "length", "heads", None))
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
-        x = constrain(x + self._dropout(h), RESIDUAL)
+        x = constrain(x + dropout(h, c.dropout, noise, 2 * layer + 1), RESIDUAL)
 
         h = constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
         with jax.named_scope("mlp"):
@@ -240,10 +243,7 @@ class Block(nn.Module):
             # XLA would make GELU part of the float8 product and fail on what its gradient needs (jaxlib 0.10.2).
             h = gelu(jax.lax.optimization_barrier(h) if c.fp8 else h)
             h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
-        return constrain(x + self._dropout(h), RESIDUAL), cache
-
-    def _dropout(self, x: Array) -> Array:
-        return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+        return constrain(x + dropout(h, c.dropout, noise, 2 * layer + 2), RESIDUAL), cache
 
 
 class Unit(nn.Module):
@@ -251,14 +251,17 @@ class Unit(nn.Module):
 
     config: ModelConfig
     parallelism: Parallelism
-    deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache, start: Any, segments: Any) -> tuple[Array, Cache]:
-        new_cache = []
-        for i, kind in enumerate(self.config.attention_pattern):
-            block = Block(self.config, kind, self.parallelism, self.deterministic, name=f"block_{i}")
-            x, block_cache = block(x, None if cache is None else cache[i], start, segments)
+    def __call__(
+        self, x: Array, cache: Cache, start: Any, segments: Any, noise: Any, number: Any
+    ) -> tuple[Array, Cache]:
+        """See Block; number: which of the U units this is."""
+        pattern, new_cache = self.config.attention_pattern, []
+        for i, kind in enumerate(pattern):
+            block = Block(self.config, kind, self.parallelism, name=f"block_{i}")
+            own = None if cache is None else cache[i]
+            x, block_cache = block(x, own, start, segments, noise, number * len(pattern) + i)
             new_cache.append(block_cache)
         return x, None if cache is None else tuple(new_cache)
 
@@ -300,13 +303,13 @@ class GPT(nn.Module):
         segments: Array | None = None,
         cache: Cache = None,
         start: Array | None = None,
-        deterministic: bool = True,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, Array, Cache]:
         """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache.
 
         positions [T]: where the tokens stand, 0..T-1 unless given (`attend` must then expect that order);
         segments [B, T]: a token attends only to its own number; cache and start: sampling, one position after
-        another from `start` on.
+        another from `start` on; dropout_key: of this micro-batch, or None for no dropout.
         """
         c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -326,38 +329,39 @@ class GPT(nn.Module):
         # GPU compiler lay the whole residual stream out with B innermost.
         here = jnp.einsum("b,td->btd", jnp.ones(tokens.shape[:1], self.dtype), here)
         x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
-        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        noise = None
+        if dropout_key is not None and c.dropout:
+            noise = token_keys(dropout_key, len(tokens), jnp.arange(length) if positions is None else positions)
+        x = dropout(x, c.dropout, noise, 0)
 
         unit = Unit
         if c.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
             unit = nn.remat(Unit, policy=policy, prevent_cse=not c.scan_layers)
-        settings = (c, self.parallelism, deterministic)
+        settings = (c, self.parallelism)
         units = c.num_layers // len(c.attention_pattern)
         if self.parallelism.pipeline is not None:
             one_unit = unit(*settings, parent=None)
 
-            def apply(weights: Any, x: Array, segments: Array | None, key: Array | None) -> Array:
-                rngs = {} if key is None else {"dropout": key}
-                return one_unit.apply({"params": weights}, x, None, None, segments, rngs=rngs)[0]
+            def apply(weights: Any, number: Array, x: Array, beside: Any) -> Array:
+                return one_unit.apply({"params": weights}, x, None, None, *beside, number)[0]
 
-            key = None if deterministic else self.make_rng("dropout")
-            x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, segments, key)
+            x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, (segments, noise))
         elif c.scan_layers:
             scanned = nn.scan(
                 unit,
                 variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=units,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, cache = scanned(*settings, name="units")(x, cache, start, segments)
+            x, cache = scanned(*settings, name="units")(x, cache, start, segments, noise, jnp.arange(units))
         else:
             new_cache = []
             for i in range(units):
                 here_cache = None if cache is None else jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start, segments)
+                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start, segments, noise, i)
                 new_cache.append(unit_cache)
             cache = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_cache)
         x = LayerNorm(name="norm_final")(constrain(x, OUTSIDE))

@@ -28,7 +28,14 @@ from gptjax.planner.bill import Collective, read
 
 COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 """The module that brings the compiler of a platform."""
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Of this machine, not of the topology: without them libtpu complains that it could not find them out.
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,15 @@ def versions() -> str:
 def _sources() -> str:
     """This package's own source, which also turns a config into a program."""
     root = Path(__file__).parents[1]
-    parts = ("*.py", "model/**/*.py", "sharding/*.py", "train/step.py", "tasks/pretrain.py", "planner/compile.py")
+    parts = (
+        "*.py",
+        "config/*.py",
+        "model/**/*.py",
+        "sharding/*.py",
+        "train/step.py",
+        "tasks/pretrain.py",
+        "planner/compile.py",
+    )
     return _digest(*(path.read_text() for part in parts for path in sorted(root.glob(part))))
 
 

@@ -17,6 +17,9 @@ from gptjax.planner.memory import arrays_at_peak
 from gptjax.planner.search import Candidate, Search, finalists, fits, priced, search, smaller
 from gptjax.planner.traffic import Transfer, billed
 
+EXTRAS = {"tpu": "tpu", "gpu": "cuda-aot"}
+"""What to install for a platform's compiler."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -162,7 +165,7 @@ def own_layout(config: Config, topology: Topology) -> Candidate | None:
 
 def asked(topology: Topology, settings: Settings) -> str:
     """The compiler that will be asked; 'none: ' and the reason otherwise."""
-    platform, extra = topology.chip.platform, {"tpu": "tpu", "gpu": "cuda-aot"}[topology.chip.platform]
+    platform, extra = topology.chip.platform, EXTRAS[topology.chip.platform]
     if settings.analytic:
         return "none: --analytic"
     if not available(platform):

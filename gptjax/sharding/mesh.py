@@ -22,8 +22,6 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
     free = [name for name, degree in given.items() if degree == -1]
     if len(free) > 1:
         raise UserError(f"layout.{free[1]} = -1: layout.{free[0]} is -1 already; nearest 1")
-    if wrong := [name for name, degree in given.items() if degree < 1 and degree != -1]:
-        raise UserError(f"layout.{wrong[0]} = {given[wrong[0]]}: must be positive, or -1 for the rest; nearest 1")
     fixed = 1
     for name, degree in given.items():
         fixed *= 1 if name in free else degree

@@ -26,8 +26,8 @@ from gptjax.config import Config
 from gptjax.sharding.rules import Axes, Layout, is_boxed
 
 AXIS = "pipeline"
-Apply = Callable[[Any, Array, Array | None, Array | None], Array]
-"""(parameters of one unit, x [b, T, D], segments [b, T] or None, dropout key or None) -> x."""
+Apply = Callable[[Any, Array, Array, Any], Array]
+"""(parameters of one unit, its number among the U, x [b, T, D], what goes beside x: a tree of [b, T]) -> x."""
 
 
 def bubble(stages: int, rounds: int, chunks: int) -> float:
@@ -46,7 +46,7 @@ def inside(layout: Layout) -> Layout:
 
 
 def on_mesh(config: Config, layout: Layout, boxed: Any, dtype: jnp.dtype) -> Callable[..., Array]:
-    """What runs the stacked units: (apply, parameters [U, ...], x [B, T, D], segments [B, T], dropout key) -> x.
+    """What runs the stacked units: (apply, parameters [U, ...], x [B, T, D], beside: a tree of [B, T]) -> x.
 
     `apply` must expect the layout of `inside`. boxed: the shapes of the stacked parameters with their logical axes;
     dtype: of the products, in which weights are gathered.
@@ -57,14 +57,13 @@ def on_mesh(config: Config, layout: Layout, boxed: Any, dtype: jnp.dtype) -> Cal
     names = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=is_boxed)
     deal = partial(_deal, layout, names, config.layout.pipeline_rounds, dtype)
 
-    def run(apply: Apply, stacked: Any, x: Array, segments: Array | None, key: Array | None) -> Array:
+    def run(apply: Apply, stacked: Any, x: Array, beside: Any) -> Array:
         axes: Axes = ("batch", "stages", None, "residual_length", None)
         cut = layout.constrain(x.reshape(ways, chunks, -1, *x.shape[1:]), axes)  # [d, m, b, T, D]
-        ids = None if segments is None else segments.reshape(ways, chunks, -1, segments.shape[1])
-        ids = None if ids is None else layout.constrain(ids, ("batch", None, None, "length"))
-        keys = None if key is None else jax.random.split(key, ways)
+        beside = jax.tree.map(lambda ids: ids.reshape(ways, chunks, -1, ids.shape[1]), beside)
+        beside = jax.tree.map(lambda ids: layout.constrain(ids, ("batch", None, None, "length")), beside)
         each = jax.vmap(partial(_schedule, apply, inside(layout)), spmd_axis_name=parts)
-        out = each(jax.lax.stop_gradient(deal(stacked)), _sums(deal, stacked), cut, ids, keys)
+        out = each(jax.lax.stop_gradient(deal(stacked)), _sums(deal, stacked), cut, beside)
         return layout.constrain(out, axes).reshape(x.shape)
 
     return run
@@ -123,22 +122,19 @@ def _summed_in_backward(_: None, grad: Array) -> tuple[None, Array]:
 _summed_in.defvjp(_summed_in_forward, _summed_in_backward)
 
 
-def _schedule(
-    apply: Apply, layout: Layout, weights: Any, sums: Any, x: Array, segments: Array | None, key: Array | None
-) -> Array:
-    """x [m, b, T, D] -> the same after all units; weights and sums [r, p, k, ...]."""
+def _schedule(apply: Apply, layout: Layout, weights: Any, sums: Any, x: Array, beside: Any) -> Array:
+    """x [m, b, T, D] and beside [m, b, T] -> x after all units; weights and sums [r, p, k, ...]."""
     chunks, constrain = x.shape[0], layout.constrain
-    rounds, stages = jax.tree.leaves(weights)[0].shape[:2]
+    rounds, stages, count = jax.tree.leaves(weights)[0].shape[:3]
+    numbers = jnp.arange(rounds * stages * count).reshape(rounds, stages, count)  # as the weights are dealt
 
-    def stage(own: Any, x: Array, ids: Array | None, key: Array | None) -> Array:
+    def stage(own: Any, numbers: Array, x: Array, beside: Any) -> Array:
         """One group of k units on one chunk."""
 
         def unit(x: Array, part: tuple[Any, Array]) -> tuple[Array, None]:
-            weights, index = part
-            return apply(weights, x, ids, None if key is None else jax.random.fold_in(key, index)), None
+            return apply(*part, x, beside), None
 
-        count = jax.tree.leaves(own)[0].shape[0]
-        return jax.lax.scan(unit, x, (own, jnp.arange(count)))[0]
+        return jax.lax.scan(unit, x, (own, numbers))[0]
 
     every = jax.vmap(stage, spmd_axis_name=AXIS)
     flow_axes: Axes = ("stages", "batch", "residual_length", None)
@@ -152,9 +148,9 @@ def _schedule(
         item = jnp.clip(time - jnp.arange(stages), 0, chunks * rounds - 1)  # [p]
         entry = jax.lax.dynamic_index_in_dim(waiting, time % chunks, axis=1, keepdims=False)
         own = jax.tree.map(lambda w, s: _summed_in(_pick(w, item // chunks), _pick(s, item // chunks)), weights, sums)
-        ids = None if segments is None else segments[item % chunks]
-        keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(item * stages + jnp.arange(stages))
-        out = constrain(every(own, constrain(jnp.where(first, entry, flow), flow_axes), ids, keys), flow_axes)
+        theirs = jax.tree.map(lambda ids: ids[item % chunks], beside)
+        x = constrain(jnp.where(first, entry, flow), flow_axes)
+        out = constrain(every(own, _pick(numbers, item // chunks), x, theirs), flow_axes)
         flow = _hand_on(out, layout.sharding(flow_axes), stages)
         slot = (time - stages + 1) % chunks
         old = jax.lax.dynamic_index_in_dim(waiting, slot, axis=1, keepdims=False)

@@ -1,17 +1,26 @@
-"""From a config or a run folder to a running stage: devices, mesh, tokenizer and task put together."""
+"""From a config or a run folder to a running stage: devices, mesh, tokenizer, text and task put together, and all of it
+checked, on all processes, before there is a run folder."""
 
+import hashlib
 import logging
 import os
 import shlex
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax.config import Config
-from gptjax.data.sources import open_source
+from gptjax.config import Config, to_json
+from gptjax.config.fields import walk
+from gptjax.config.saved import get
+from gptjax.data.sources import Corpus, build, reopen
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -20,62 +29,168 @@ from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
+from gptjax.train import run as folders
+from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
-from gptjax.train.run import new_run, saved_tokenizer
+from gptjax.train.processes import compare, every, first, is_first, together
+from gptjax.train.step import abstract_state
+
+PATIENCE = 10.0  # seconds until a folder counts as not shared
 
 
-def train(config: Config, resume: Path | None, *, distributed: bool = False) -> int:
+@dataclass(frozen=True)
+class Resumed:
+    """A run that is to go on."""
+
+    folder: Path
+    saved: Config
+    new_data: bool = False
+    """Whether its user has said that another text is meant."""
+
+
+def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> int:
     """Run pretraining, from random weights or those of `init_from`, to its end; returns the exit status (128 + the
     signal that stopped it, or 0).
 
-    `distributed` joins the other processes first; see `join`.
+    `named` starts a new run in exactly the config's folder. Several processes have joined each other before.
     """
     prepare(config)
-    if distributed:
-        join(os.environ)
-    layout = Layout(make_mesh(config), rule_table(config.layout))
-    if config.model.fp8:
-        require_float8(jax.devices()[0])
-    tokenizer = saved_tokenizer(resume) if resume else load_tokenizer(config.data.tokenizer)
-    check_vocabulary(config, tokenizer)
-    for split in (config.data.train_split, config.data.eval_split):
-        # Whatever is wrong with the text shows here, before there is a run folder.
-        require_one_row(open_source(config.data, split), tokenizer, config.model.seq_len)
-    task = Pretrain(config, jax.default_backend(), layout, tokenizer)
-    facts = _facts(task, tokenizer, layout)
-    weights = _first_weights(config) if config.init_from and not resume else None  # refused before a folder, too
-    run = resume or new_run(config, tokenizer)
-    facts |= {"run": str(run)} | ({"weights": config.init_from} if weights else {})
+    config = folders.located(config) if resumed else folders.pinned(config)
+    _same_everywhere(config)
+    layout, tokenizer = together(lambda: _layout(config)), together(lambda: _tokenizer(config, resumed))
+    corpus = _corpus(config)
+    task = together(lambda: _task(config, layout, tokenizer, corpus))
+    compare({"attention backend": task.attention[0]})
+    weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
+    with _folder(task, resumed, named) as run:
+        known = facts(task) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
 
-    def load(places: Any) -> Any:
-        """Also for a run that was stopped before its first checkpoint."""
-        return (weights or _first_weights(config)).load(config.model, places)
+        def load(places: Any) -> Any:
+            """Also for a run that was stopped before its first checkpoint."""
+            return (weights or _first_weights(config)).load(config.model, places)
 
-    number = fit(config, task, layout, run, resume is not None, facts, load if config.init_from else None)
-    if jax.process_index() == 0:
-        print(f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True)
+        number = fit(config, task, layout, run, resumed is not None, known, load if config.init_from else None)
+        if is_first():
+            print(
+                f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True
+            )
     return 128 + number if number else 0
 
 
-def join(environment: Mapping[str, str]) -> None:
-    """Join the other processes: JAX finds them by itself on TPU pods and under SLURM, elsewhere the environment says
-    where. Raises UserError where neither does, or they cannot be reached."""
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    given = [environment[name] for name in names if environment.get(name)]
-    remedy = f"set {', '.join(names)} (host:port, how many, which from 0), or run on a TPU pod or under SLURM"
-    if given and len(given) < len(names):
-        missing = next(name for name in names if not environment.get(name))
-        raise UserError(f"--distributed: {missing} is not set; {remedy}")
+def _same_everywhere(config: Config) -> None:
+    """Raises UserError that names the process whose code, versions or config differ."""
+    compare({"code": folders.code_digest()} | folders.versions())
+    if len(set(every(hashlib.sha256(to_json(config).encode()).hexdigest()))) > 1:
+        compare({leaf.name: str(get(config, leaf.name)) for leaf in walk(Config)})
+
+
+def _layout(config: Config) -> Layout:
+    if config.model.fp8:
+        require_float8(jax.devices()[0])
+    return Layout(make_mesh(config), rule_table(config.layout))
+
+
+def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> Pretrain:
+    """The stage, checked against its layout, vocabulary and text."""
+    check_vocabulary(config, tokenizer)
+    task = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
+    for source in (task.training_text, task.evaluation_text):
+        require_one_row(source, tokenizer, config.model.seq_len)
+    rows_by_process(layout, config.micro_batch_size)
+    layout.shardings(abstract_state(config, task.init))
+    assert task.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
+    return task
+
+
+def _tokenizer(config: Config, resumed: Resumed | None) -> Tokenizer:
+    """The run's own copy for a run that goes on; another name for it must name the same."""
+    if resumed is None:
+        return load_tokenizer(config.data.tokenizer)
+    saved = folders.saved_tokenizer(resumed.folder)
+    if config.data.tokenizer != resumed.saved.data.tokenizer:
+        given = load_tokenizer(config.data.tokenizer)
+        if given.pieces != saved.pieces or given.files != saved.files:
+            raise UserError(
+                f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "
+                "run has its own"
+            )
+    return saved
+
+
+def _corpus(config: Config) -> Corpus:
+    """The text, built by the first process alone; the others open what it has built."""
+    folder = first(lambda: str(build(config.data).folder))
+    corpus = together(lambda: reopen(config.data, Path(folder)))
+    compare({"data digest": corpus.digest})
+    return corpus
+
+
+@contextmanager
+def _folder(task: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Path]:
+    """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
+    config, held, folder = task.config, [], resumed.folder if resumed else None
+
+    def take() -> str:
+        if resumed:
+            held.append(RunLock(resumed.folder, warn))
+            _take_over(task, resumed)
+            return str(resumed.folder)
+        made, lock = folders.claim(config, named, warn)
+        held.append(lock)
+        assert task.tokenizer
+        folders.fill_run(made, replace(config, run=str(made)), task.tokenizer, task.corpus)
+        return str(made)
+
     try:
-        where: dict[str, Any] = {}
-        if given:
-            where = {"coordinator_address": given[0], "num_processes": int(given[1]), "process_id": int(given[2])}
-        jax.distributed.initialize(**where)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: {str(error).splitlines()[0]}; {remedy}") from error
+        folder = Path(first(take))
+        mark = first(lambda: folders.mark(folder))
+        together(lambda: _shared(folder, mark))
+        yield folder
+    except BaseException:
+        if is_first() and resumed is None and folder is not None:
+            folders.abandon(folder)
+        raise
+    finally:
+        for lock in held:
+            lock.release()
+
+
+def _shared(folder: Path, mark: str) -> None:
+    """Raises UserError where this host does not see the first one's run folder: what is not shared cannot be read
+    again. A network file system may take seconds to show it."""
+    end = time.monotonic() + PATIENCE
+    while folders.mark(folder) != mark:
+        if time.monotonic() > end:
+            raise UserError(
+                f"run {folder}: {socket.gethostname()} does not see what the first process wrote there; name a folder "
+                "on storage that all hosts share, with --run"
+            )
+        time.sleep(0.2)
+
+
+def _take_over(task: Pretrain, resumed: Resumed) -> None:
+    """Put what this start changes in force, unless it changes what makes the run."""
+    config, corpus = task.config, task.corpus
+    assert corpus
+    if text := folders.changed_code(resumed.folder):
+        warn(text)
+    if text := folders.changed_data(resumed.folder, config, corpus):
+        if not resumed.new_data:
+            raise UserError(
+                f"--resume {resumed.folder}: {text}; give the old text, or --new-data to go on with this one"
+            )
+        warn(f"{text}: going on with it as --new-data says")
+    folders.pin_data(resumed.folder, config, corpus)
+    folders.go_on(resumed.folder, resumed.saved, config)
+
+
+def warn(text: str) -> None:
+    if is_first():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def next_commands(run: Path, stopped: bool) -> str:
@@ -90,19 +205,23 @@ def next_commands(run: Path, stopped: bool) -> str:
 
 
 def prepare(config: Config) -> None:
-    """Process-wide settings of JAX, before the first computation."""
+    """Process-wide settings of JAX."""
     for name in ("absl", "asyncio"):  # Orbax logs every save, and failures that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_writes
+    sys.unraisablehook = _without_late_errors
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        compilation_cache.reset_cache()  # JAX looks once for a cache, at the first program of the process
 
 
-def _without_late_writes(unraisable: Any) -> None:
-    """After a failed save TensorStore's other writes still report to Orbax's closed event loop: the one line that
-    names the failure is enough. Everything else is shown as ever."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+LATE = ("Event loop is closed", "Encountered error while reading array index")
+
+
+def _without_late_errors(unraisable: Any) -> None:
+    """After a save or a restore that failed, the other arrays' writes and reads still report to Orbax's closed event
+    loop: the one line that names the failure is enough. Everything else is shown as ever."""
+    if not str(unraisable.exc_value).startswith(LATE):
         sys.__unraisablehook__(unraisable)
 
 
@@ -124,27 +243,19 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     return [tokenizer.decode(row.tolist()) for row in made]
 
 
-def describe_data(config: Config) -> str:
-    """Records and the first text of each split, after building what is not built yet."""
-    lines = []
-    for split in (config.data.train_split, config.data.eval_split):
-        source = open_source(config.data, split)
-        lines.append(f"{source.name} {split}: {len(source):,} records; the first begins {source[0].text[:60]!r}")
-    return "\n".join(lines)
-
-
-def _facts(task: Pretrain, tokenizer: Tokenizer, layout: Layout) -> dict[str, Any]:
-    config, platform = task.config, task.platform
-    source = open_source(config.data, config.data.train_split)
+def facts(task: Pretrain) -> dict[str, Any]:
+    """What a run is, beside what the loop says of every stage."""
+    config, platform, tokenizer = task.config, task.platform, task.tokenizer
+    assert task.layout and tokenizer and task.corpus
     options = compiler_options(platform, config.train.deterministic)
-    return _stages(config, layout) | {
+    return _stages(config, task.layout) | {
         "attention": ": ".join(task.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{source.name}, {len(source):,} training records, {config.data.tokenizer} tokenizer of "
-        f"{tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
+        "data": f"{task.corpus.name}, {len(task.training_text):,} training records, {config.data.tokenizer} tokenizer "
+        f"of {tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
         f"(padded to {config.model.padded_vocab_size:,})",
     }
 

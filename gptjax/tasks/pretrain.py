@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on packed rows. What a stage supplies, and nothing more."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import Config
-from gptjax.data.sources import open_source
+from gptjax.data.sources import Corpus, TextSource
 from gptjax.data.stream import TokenStream, eval_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
@@ -38,6 +38,8 @@ class Pretrain:
     """None on a single device."""
     tokenizer: Tokenizer | None = None
     """None where only shapes and the loss are wanted."""
+    corpus: Corpus | None = None
+    """The text, opened once: what becomes of its files does not reach a run. None as for the tokenizer."""
 
     @cached_property
     def attention(self) -> tuple[str, str]:
@@ -85,10 +87,8 @@ class Pretrain:
             positions = context.order(inputs.shape[1], ways)
             inputs, targets = inputs[:, positions], targets[:, positions]
             segments = None if segments is None else segments[:, positions]
-        rngs = {} if key is None else {"dropout": key}
-        off = key is None or c.dropout == 0
         hidden, embedding, _ = forward(
-            self.model, params, inputs, positions=positions, segments=segments, deterministic=off, rngs=rngs
+            self.model, params, inputs, positions=positions, segments=segments, dropout_key=key
         )
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
@@ -107,27 +107,28 @@ class Pretrain:
         ends = inputs == self._tokenizer.eot
         return jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
 
-    def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream:
-        """The training rows from a position on."""
+    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
+        """The training rows from a position on: of every micro-batch those of this process."""
         data = self.config.data
         return TokenStream(
-            open_source(data, data.train_split),
+            self.training_text,
             self._tokenizer,
             self.config.model.seq_len,
             lanes=data.lanes,
             seed=data.seed,
+            micro_batch=self.config.micro_batch_size,
+            rows=rows,
             threads=data.threads,
-            share=share,
             positions=positions,
         )
 
-    def evaluate(self, params: Any, place: Callable[[np.ndarray], Array], share: tuple[int, int]) -> dict[str, float]:
-        """Loss in nats per token and bits per byte over the evaluation split, in order."""
-        data, limit = self.config.data, self.config.train.eval_batches
-        source = open_source(data, data.eval_split)
-        size = self.config.micro_batch_size
-        rows = eval_batches(source, self._tokenizer, self.config.model.seq_len, size, limit=limit, share=share)
-        sums = [self._evaluate_batch(params, place(batch)) for batch in rows]
+    def evaluate(self, params: Any, place: Callable[[np.ndarray], Array], rows: Sequence[int]) -> dict[str, float]:
+        """Loss in nats per token and bits per byte over the evaluation split, in order; `rows` of every batch are this
+        process's to read and `place`."""
+        c, text = self.config, self.evaluation_text
+        shape = c.model.seq_len, c.micro_batch_size
+        batches = eval_batches(text, self._tokenizer, *shape, rows=rows, limit=c.train.eval_batches)
+        sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
         nats, targets, size_bytes = (math.fsum(column) for column in zip(*jax.device_get(sums), strict=True))
         return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / size_bytes}
 
@@ -151,6 +152,19 @@ class Pretrain:
         how = Sampling(temperature=0.8, top_k=50)
         made = generate(self.plain_model, params, ids, num_samples=1, num_tokens=SAMPLE_TOKENS, how=how, seed=0)
         return prompt + self._tokenizer.decode(made[0].tolist())
+
+    @cached_property
+    def training_text(self) -> TextSource:
+        return self._split(self.config.data.train_split)
+
+    @cached_property
+    def evaluation_text(self) -> TextSource:
+        return self._split(self.config.data.eval_split)
+
+    def _split(self, name: str) -> TextSource:
+        if self.corpus is None:
+            raise ValueError("this task was built without a text")
+        return self.corpus.split(name)
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -1,24 +1,39 @@
-"""Checkpoints: Orbax's manager, a position that the host keeps, and a fingerprint against silent damage."""
+"""Checkpoints: Orbax's manager, a position that the host keeps, and a fingerprint against silent damage.
+
+Damage is what a file tells of itself: it is missing, cannot be decoded, or its arrays are not those that were saved.
+Everything else that goes wrong in reading, of the file system, of memory or of a config that asks for other arrays,
+is an error of this start, and leaves the checkpoints as they are.
+"""
 
 import errno
+import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
+from gptjax.sharding.rules import leaf_name
+from gptjax.train.fingerprint import fingerprint
+from gptjax.train.processes import every, is_first, together
+
+X = TypeVar("X")
 
 FOLDER = "checkpoints"
-FORMAT = 1
-CHANGED = "its arrays do not match the fingerprint taken when they were saved"
+FORMAT = 2
+# How TensorStore begins the message of a read that failed because of what it read.
+DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not whole, or not what was saved; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
         )
+        if self._folder.exists() and not self._folder.is_dir():
+            raise UserError(f"{self._folder}: not a folder; move it away")
         return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: Any, position: Position) -> bool:
@@ -56,10 +73,11 @@ class Checkpoints:
         """
         if position.step in self._manager.all_steps():
             return False
+        prints = fingerprint(state)
         meta = {
             "format": FORMAT,
             "position": asdict(position),
-            "fingerprint": fingerprint(state),
+            "arrays": {name: [*about, prints[name]] for name, about in shapes(state).items()},
             "config": to_json(self._config),
         }
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -88,38 +106,39 @@ class Checkpoints:
     def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position] | None:
         """The newest intact checkpoint, laid out as the shardings of `abstract` say; None before the first save.
 
-        A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used.
-        Raises UserError when damage left none.
+        A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
+        agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
         """
         saved = sorted(self._manager.all_steps(), reverse=True)
         for step in saved:
             try:
                 return self._restore(step, abstract)
-            except UserError:
-                raise
-            except Exception as error:  # whatever a broken file makes Orbax, TensorStore or JSON raise
-                damaged = f"checkpoint {self._folder / str(step)} is damaged ({_first_line(error)})"
-                warn(f"{damaged}; using the one before it")
+            except Damaged as error:
+                warn(f"checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
                 self._set_aside(step)
-        if saved or list(self._folder.glob("*.damaged")):
+        if saved or list(self._folder.glob("*.damaged*")):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
         return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, Position]:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["format"] != FORMAT:
-            raise UserError(f"{self._folder / str(step)}: format {meta['format']}, this version reads {FORMAT}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._manager.restore(step, args=arguments)["state"]
-        if fingerprint(state) != meta["fingerprint"]:
-            raise ValueError(CHANGED)
+        state, meta = _agreed(lambda: self._read(step, abstract))
+        _agreed(lambda: unchanged(state, meta["arrays"]))
         data = meta["position"].pop("data")
         return state, Position(**meta["position"], data=None if data is None else tuple(data))
 
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        meta = read_meta(self._manager, step)
+        same_arrays(self._folder / str(step), shapes(abstract), meta["arrays"])
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        with reading(self._folder / str(step)):
+            return self._manager.restore(step, args=arguments)["state"], meta
+
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if is_first():
             folder = self._folder / str(step)
-            folder.rename(folder.with_name(f"{step}.damaged"))
+            names = (folder.with_name(f"{step}.damaged{'' if n == 1 else f'-{n}'}") for n in itertools.count(1))
+            folder.rename(next(name for name in names if not name.exists()))
+        every("")  # nobody lists the steps before it is gone
         self._manager.close()
         self._manager = self._open()
 
@@ -131,40 +150,112 @@ class Checkpoints:
 def restore_params(run: Path, abstract: Any) -> Any:
     """The parameters alone of the newest checkpoint of a run, laid out as the shardings of `abstract` say.
 
-    Raises UserError where the run has none, or a damaged one.
+    Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager((run / FOLDER).absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
-        item = {"params": abstract}
-        restore = ocp.checkpoint_utils.construct_restore_args(item)
-        arguments = ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
-        both = ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore())
+        item, folder = {"params": abstract}, run / FOLDER / str(step)
         try:
-            restored = manager.restore(step, args=both)
-            params, written = restored["state"]["params"], restored["meta"]["fingerprint"]
-            if fingerprint(params) != written[: len(jax.tree.leaves(params))]:  # they are the state's first leaves
-                raise ValueError(CHANGED)
-        except Exception as error:  # whatever a broken file makes Orbax, TensorStore or JSON raise
-            damaged = f"checkpoint {run / FOLDER / str(step)} is damaged ({_first_line(error)})"
-            raise UserError(f"{damaged}; gptjax train --resume {run} goes back to the one before it") from error
-        return params
+            meta = read_meta(manager, step)
+            saved = {name: about for name, about in meta["arrays"].items() if name.startswith("params/")}
+            same_arrays(folder, shapes(item), saved)
+            restore = ocp.checkpoint_utils.construct_restore_args(item)
+            arguments = ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
+            with reading(folder):
+                restored = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+            unchanged(restored, saved)
+        except Damaged as error:
+            raise UserError(
+                f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
+            ) from error
+        return restored["params"]
 
 
-def fingerprint(state: Any) -> list[int]:
-    """One checksum per array: its 32-bit words summed modulo 2³², equal on every layout, changed by any flipped bit."""
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays of a step. Raises Damaged, or UserError for another version's."""
+    folder = Path(manager.directory) / str(step)
+    with reading(folder):
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if not isinstance(meta, dict) or "format" not in meta:
+        raise Damaged("its meta is not whole")
+    if meta["format"] != FORMAT:
+        raise UserError(
+            f"{folder}: format {meta['format']}, this version reads {FORMAT}; go on with the version that wrote it"
+        )
+    return meta
 
-    @jax.jit
-    def sums(leaves: list[jax.Array]) -> jax.Array:
-        words = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
-        return jnp.stack([jnp.sum(w, dtype=jnp.uint32) for w in words])
 
-    return [int(x) for x in np.asarray(sums(jax.tree.leaves(state)))]
+def shapes(tree: Any) -> dict[str, list[Any]]:
+    """Name -> [shape, dtype] of every array, or of what stands for one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
-def _first_line(error: Exception) -> str:
+def same_arrays(folder: Path, wanted: dict[str, list[Any]], saved: dict[str, list[Any]]) -> None:
+    """Raises UserError that names the first array in which a checkpoint is not what a config makes."""
+    for name in sorted(wanted.keys() | saved.keys()):
+        here, there = wanted.get(name), saved.get(name, [])[:2] or None
+        if here != there:
+            a, b = (f"{about[1]}{about[0]}" if about else "no such array" for about in (there, here))
+            raise UserError(
+                f"{folder}: {name}: the checkpoint has {a}, the config makes {b}; use the config of its run"
+            )
+
+
+def unchanged(tree: Any, saved: dict[str, list[Any]]) -> None:
+    """Raises Damaged that names the first array which is not what was saved."""
+    prints = fingerprint(tree)
+    if changed := [name for name, mark in prints.items() if saved[name][2] != mark]:
+        raise Damaged(
+            f"{changed[0]} does not match the fingerprint taken when it was saved; {len(changed)} such arrays"
+        )
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Sorts what reading a checkpoint can meet: Damaged, a UserError for the file system, the rest as it is."""
+    try:
+        yield
+    except (Damaged, UserError):
+        raise
+    except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of three kinds
+        causes = [*_causes(error)]
+        if any(isinstance(cause, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError) for cause in causes):
+            raise Damaged(_first_line(error)) from error
+        if system := next((cause for cause in causes if isinstance(cause, OSError)), None):
+            reason = system.strerror or _first_line(system)
+            raise UserError(f"{folder}: cannot be read ({reason}); nothing is changed, mend that and resume") from error
+        if any(str(cause).startswith(DECODING) for cause in causes) or _lacks_item(error):
+            raise Damaged(_first_line(causes[-1])) from error
+        raise
+
+
+def _lacks_item(error: Exception) -> bool:
+    return isinstance(error, KeyError) and "was not found in the checkpoint" in str(error)
+
+
+def _agreed(action: Callable[[], X]) -> X:
+    """`action` on every process. Damage that one of them finds is damage for all, and an error is an error for all."""
+    damage = ""
+
+    def run() -> X | None:
+        nonlocal damage
+        try:
+            return action()
+        except Damaged as error:
+            damage = str(error)
+            return None
+
+    result = together(run)
+    if found := next(filter(None, every(damage)), ""):
+        raise Damaged(found)
+    return result  # type: ignore[return-value]
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -175,10 +266,13 @@ def _storage_reason(error: BaseException) -> str | None:
     return next((reason for reason in reasons if reason in _chain(error)), None)
 
 
-def _chain(error: BaseException | None) -> str:
+def _chain(error: BaseException) -> str:
     """The messages of an exception and of all its causes: the reason sits below Orbax's own."""
-    texts = []
+    return " ".join(" ".join([str(cause), *getattr(cause, "__notes__", [])]) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, what caused it, and so on."""
     while error is not None:
-        texts += [str(error), *getattr(error, "__notes__", [])]
+        yield error
         error = error.__cause__ or error.__context__
-    return " ".join(texts)

@@ -2,14 +2,12 @@
 
 import platform
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import jax
@@ -20,10 +18,10 @@ from jax.sharding import NamedSharding
 
 from gptjax.config import Config, TrainConfig
 from gptjax.data.stream import Prefetcher, TokenStream, merge_positions
-from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import num_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
+from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.meter import Clock, Meter, require_finite
@@ -31,6 +29,7 @@ from gptjax.train.metrics import Reporter
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
+from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step, placed, start_state
 
 PREFETCH = 2  # batches ready on the devices ahead of the step
@@ -42,9 +41,9 @@ class Task(Protocol):
     @property
     def loss(self) -> LossFn: ...
     def init(self, key: Array) -> Params: ...
-    def stream(self, positions: tuple[int, ...] | None, share: tuple[int, int]) -> TokenStream: ...
+    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream: ...
     def evaluate(
-        self, params: Params, place: Callable[[np.ndarray], Array], share: tuple[int, int]
+        self, params: Params, place: Callable[[np.ndarray], Array], rows: Sequence[int]
     ) -> dict[str, float]: ...
     def sample(self, params: Params) -> str: ...
 
@@ -90,8 +89,8 @@ def fit(
         run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None
     )
     try:
-        _announce(config, layout, reporter, position, facts)
-        with _signals() as stop:
+        with signals() as stop:
+            _announce(config, layout, reporter, position, facts)
             return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
     finally:
         reporter.close()
@@ -108,13 +107,13 @@ def _loop(
     checkpoints: Checkpoints,
     reporter: Reporter,
     run: Path,
-    stop: "StopFlag",
+    stop: StopFlag,
     more: Sequence[Action],
 ) -> int:
     """From `position` on: a step, then what it owes."""
     train = config.train
     batch_sharding = layout.sharding((None, "batch", None))
-    share = process_share(batch_sharding, config.micro_batch_size)
+    mine = rows_by_process(layout, config.micro_batch_size)[jax.process_index()]
     rows_sharding = layout.sharding(("batch", None))
 
     def place_rows(rows: np.ndarray) -> Array:
@@ -125,7 +124,7 @@ def _loop(
         return {} if checkpoints.save(now.state, _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
-        return task.evaluate(now.state.params, place_rows, share)
+        return task.evaluate(now.state.params, place_rows, mine)
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
@@ -147,7 +146,7 @@ def _loop(
                 require_finite(action.name, now.position.step, values)
 
     now = Moment(position, state, position.tokens >= train.total_tokens)
-    made = batches(config, task, batch_sharding, share, position)
+    made = batches(config, task, batch_sharding, mine, position)
     with Prefetcher(lambda: next(made), PREFETCH) as ahead, closing(trace):
         step_fn: Any = None
         if not now.ended:
@@ -159,9 +158,8 @@ def _loop(
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
             state, metrics = step_fn(now.state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
             now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
-            done = now.position.step
             meter.add(now.position, float(lr), metrics)
-            stopping = stop.agreed(done)
+            stopping = stop.agreed()
             do(due(todo, now, stopping), now)
             if stopping:
                 break
@@ -210,15 +208,16 @@ def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: 
 
 
 def batches(
-    config: Config, task: Task, sharding: NamedSharding, share: tuple[int, int], position: Position
+    config: Config, task: Task, sharding: NamedSharding, mine: Sequence[int], position: Position
 ) -> Iterator[Batch]:
-    """Every step's batch, on the devices; runs in the prefetch thread."""
-    stream = task.stream(position.data, share)
+    """Every step's batch, on the devices; runs in the prefetch thread. The rows `mine` of each micro-batch are this
+    process's to read."""
+    stream = task.stream(position.data, mine)
     micro, most = config.micro_batch_size, config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
             num_micro = size // micro
-            rows = stream.batch(num_micro, micro)
+            rows = stream.batch(num_micro)
             # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
             rows = np.pad(rows, ((0, most - num_micro), (0, 0), (0, 0)))
             shape = (most, micro, config.model.seq_len + 1)
@@ -243,38 +242,31 @@ def _whole(position: Position) -> Position:
     return replace(position, data=tuple(merge_positions(every.tolist())))
 
 
-def process_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
-    """(index, count): of `count` equal ranges of a micro-batch's rows, this process holds range `index`."""
-    every: Any = sharding.addressable_devices_indices_map((1, rows, 1)).values()
-    held = {range(*index[1].indices(rows)) for index in every}
-    low, high = min(r.start for r in held), max(r.stop for r in held)
-    if sum(map(len, held)) != high - low or rows % (high - low) or low % (high - low):
-        raise UserError(
-            f"layout: the rows of process {jax.process_index()} are not one range of the batch; put data and fsdp "
-            "before tensor on the hosts (let layout.tensor divide the devices of a host)"
-        )
-    return low // (high - low), rows // (high - low)
-
-
-def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
-    """The plain facts before the first step."""
+def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, num_processes: int) -> dict[str, str]:
+    """What a run is, in words, on so many devices of a kind."""
     params, step_tokens = num_params(config.model), config.train.batch_size * config.model.seq_len
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
-    device = jax.devices()[0]
     pattern = ",".join(config.model.attention_pattern)
     lines = {
         "model": f"{params:,} parameters, {config.model.num_layers} layers of {pattern}, "
         f"{train_flops_per_token(config.model):.3e} FLOPs per token (causality and band counted exactly)",
-        "devices": f"{jax.device_count()} x {device.device_kind}, layout {degrees or 'single device'}"
-        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
+        + (f", {num_processes} processes" if num_processes > 1 else ""),
         "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
         "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "
         f"{config.train.total_tokens / params:.1f} tokens per parameter",
     }
-    if peak_flops(device.device_kind) is None:
-        lines["mfu"] = f"not shown: no peak is listed for {device.device_kind}"
+    if peak_flops(device_kind) is None:
+        lines["mfu"] = f"not shown: no peak is listed for {device_kind}"
+    return lines
+
+
+def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
+    """The plain facts before the first step."""
+    devices = jax.devices()
+    lines = plain_facts(config, layout, len(devices), devices[0].device_kind, jax.process_count())
     for name, text in (lines | facts).items():
         reporter.say(f"{name:<10}{text}")
     started = {
@@ -284,36 +276,6 @@ def _announce(config: Config, layout: Layout, reporter: Reporter, position: Posi
     reporter.record("start", position.step, **started, **lines, **facts)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def agreed(self, step: int) -> bool:
-        """Whether all processes stop after this step: one that hears of it alone would leave the others waiting."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.number = signal.SIGTERM
-        return bool(self.number)
-
-
-@contextmanager
-def _signals() -> Iterator[StopFlag]:
-    """Several processes leave the signals to jax.distributed, which tells all of them of one process's SIGTERM."""
-    stop = StopFlag()
-    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _warn(text: str) -> None:

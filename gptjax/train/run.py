@@ -1,85 +1,239 @@
-"""The run folder: all of one run in one place, and nothing of it elsewhere."""
+"""The run folder: all of one run in one place, what it is made from pinned there, and nothing of it elsewhere.
 
+config.json is what is in force, history.jsonl every start with what it changed, data.json the text by its digest.
+"""
+
+import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from gptjax.config import Config, from_json, to_json
+from gptjax.config import Config, from_json, to_json, validate
+from gptjax.config.fields import OnResume
+from gptjax.config.saved import Change, changes
+from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
+from gptjax.files import read_json, write_whole
+from gptjax.train import lock
+from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
+from gptjax.train.metrics import read_log
 
 CONFIG, META, LOG, TOKENIZER = "config.json", "meta.json", "log.jsonl", "tokenizer"
+HISTORY, DATA = "history.jsonl", "data.json"
+RESTORE = "put it back from a copy, or start a new run"
+UNFINISHED = {lock.NAME, META, TOKENIZER, DATA, HISTORY}
+"""What a start that was killed may leave before it has written CONFIG, and the next one may take over."""
 
 
-def new_run(config: Config, tokenizer: Tokenizer) -> Path:
-    """Create and fill the folder of a new run; process 0 chooses and the others are told.
+def located(config: Config) -> Config:
+    """The config with local paths made whole, so that a run goes on from whatever folder it is started in."""
 
-    The config is written last: a folder that has one is whole. Raises UserError if the folder is taken.
+    def whole(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    local = config.data.source != "stdlib" and not config.data.source.startswith("tfds:")
+    source = whole(config.data.source) if local else config.data.source
+    return replace(config, data=replace(config.data, source=source), init_from=whole(config.init_from))
+
+
+def pinned(config: Config) -> Config:
+    """The config of a new run, without what would change its meaning when another field changes."""
+    multiple = config.ramp_multiple if config.train.ramp_start else config.train.ramp_multiple
+    return located(replace(config, train=replace(config.train, ramp_multiple=multiple)))
+
+
+def base_folder(config: Config) -> Path:
+    return Path(config.run) if config.run else Path("runs") / config.name
+
+
+def claim(config: Config, named: bool, warn: Any) -> tuple[Path, lock.RunLock]:
+    """An own, locked, empty folder for a new run: the one that is `named`, else the first free of runs/NAME, ...-2.
+
+    Raises UserError where the folder is taken or cannot be made.
     """
-    base = Path(config.run) if config.run else Path("runs") / config.name
-    if jax.process_index() == 0:
-        number = _first_free(base) if not config.run else 0 if base.exists() and any(base.iterdir()) else 1
-    if jax.process_count() > 1:
-        number = int(multihost_utils.broadcast_one_to_all(number if jax.process_index() == 0 else 0))
-    if number == 0:
-        raise UserError(f"run = {base}: exists and is not empty; gptjax train --resume {base}, or name another")
-    folder = _numbered(base, number)
-    if jax.process_index() == 0:
-        fill_run(folder, config, tokenizer)
+    base = base_folder(config)
+    try:
+        folder = _exactly(base) if named or config.run else _first_free(base)
+    except OSError as error:
+        raise UserError(f"run {base}: cannot be made ({error.strerror}); name another with --run") from None
+    held = lock.RunLock(folder, warn)
+    inside = {path.name for path in folder.iterdir()}
+    if inside - UNFINISHED:
+        held.release()
+        remedy = f"gptjax train --resume {folder}, or " if CONFIG in inside else ""
+        raise UserError(f"run = {folder}: exists and is not empty; {remedy}name another")
+    return folder, held
+
+
+def _exactly(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def fill_run(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what a run folder holds before its first step; the config last."""
+def _first_free(base: Path) -> Path:
+    """Made here, so that two starts at once get two folders."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def fill_run(folder: Path, config: Config, tokenizer: Tokenizer, corpus: Corpus | None = None) -> None:
+    """Write what a run folder holds before its first step. The config comes last: a folder that has one is whole."""
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER)
-    (folder / META).write_text(json.dumps(_provenance() | {"tokenizer": tokenizer.spec}, indent=2))
-    (folder / CONFIG).write_text(to_json(config))
+    started = provenance()
+    write_whole(folder / META, json.dumps(started | {"tokenizer": tokenizer.spec}, indent=2).encode())
+    if corpus is not None:
+        pin_data(folder, config, corpus)
+    _append(folder / HISTORY, started)
+    write_whole(folder / CONFIG, to_json(config).encode())
 
 
-def _first_free(base: Path) -> int:
-    """Of runs/NAME, runs/NAME-2, ..."""
-    return next(number for number in itertools.count(1) if not _numbered(base, number).exists())
+def go_on(folder: Path, saved: Config, given: Config) -> None:
+    """Note another start of a run, and put what it changes in force."""
+    changed = {change.name: [change.saved, change.given] for change in changes(saved, given)}
+    _append(folder / HISTORY, provenance() | {"changed": changed})
+    if changed:
+        write_whole(folder / CONFIG, to_json(given).encode())
 
 
-def _numbered(base: Path, number: int) -> Path:
-    return base if number == 1 else base.with_name(f"{base.name}-{number}")
+def mark(folder: Path) -> str:
+    """What tells a run folder as it is now from every other; empty where there is none."""
+    path = folder / CONFIG
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def abandon(folder: Path) -> None:
+    """Take away the folder of a new run that never made a step, so that the corrected command can have its name."""
+    records = read_log(folder / LOG) if (folder / LOG).exists() else []
+    saved = (folder / CHECKPOINTS).is_dir() and any(path.name.isdigit() for path in (folder / CHECKPOINTS).iterdir())
+    if not saved and all(record.get("kind") == "start" for record in records):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run(path: str) -> tuple[Path, Config]:
-    """An existing run folder and its resolved config; raises UserError where it is none."""
+    """An existing run folder and the config in force; raises UserError where it is none, or is damaged."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"run {path}: no {CONFIG} in it, so it is not a run folder (nor a Hugging Face directory); name one below "
             "runs/"
         )
-    return folder, from_json((folder / CONFIG).read_text())
+    try:
+        return folder, pinned(from_json((folder / CONFIG).read_bytes()))
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}; take it from a checkpoint's meta, or start a new run") from None
+    except OSError as error:
+        raise UserError(f"{folder / CONFIG}: {error.strerror}; make it readable") from None
 
 
-def _provenance() -> dict[str, Any]:
+def going_on(saved: Config, given: Config, folder: Path) -> tuple[Config, list[Change]]:
+    """The config with which a run goes on, and what its user should know of the changes.
+
+    Raises UserError where the given config changes what it may not.
+    """
+    kept = replace(given.train, ramp_multiple=given.train.ramp_multiple or saved.train.ramp_multiple)
+    config = validate(located(replace(given, run=saved.run, train=kept)))
+    every = [*changes(saved, config)]
+    if wrong := [str(change) for change in every if change.allowed is None]:
+        raise UserError(f"--resume {folder}: this config contradicts the run: " + "; ".join(wrong))
+    return config, [change for change in every if change.allowed is not OnResume.FREE]
+
+
+def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
+    write_whole(folder / DATA, json.dumps(_data_facts(config, corpus), indent=2).encode())
+
+
+def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:
+    splits = (config.data.train_split, config.data.eval_split)
+    return {"digest": corpus.digest, "records": {split: len(corpus.split(split)) for split in splits}}
+
+
+def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:
+    """How the text differs from that of the run, in one line; None where it is the same, or none was pinned yet.
+
+    Raises UserError where the run's own note of it is damaged.
+    """
+    if not (folder / DATA).is_file():
+        return None
+    saved, now = read_json(folder / DATA, RESTORE), _data_facts(config, corpus)
+    if saved.get("digest") == now["digest"]:
+        return None
+    counts = "; ".join(
+        f"{split}: {saved.get('records', {}).get(split, 0):,} records then, {count:,} now"
+        for split, count in now["records"].items()
+    )
+    return (
+        f"{corpus.name} is not the text that the run was trained on (digest {str(saved.get('digest'))[:12]} then, "
+        f"{now['digest'][:12]} now; {counts})"
+    )
+
+
+def changed_code(folder: Path) -> str | None:
+    """How the program differs from that of the run's last start, in one line; None where it does not."""
+    starts = read_log(folder / HISTORY) if (folder / HISTORY).is_file() else []
+    if not starts or (last := starts[-1]).get("code") == (now := provenance())["code"]:
+        return None
+    return f"the code has changed since the run's last start ({_commit(last)} then, {_commit(now)} now)"
+
+
+def _commit(start: dict[str, Any]) -> str:
+    return f"commit {str(start.get('commit'))[:9]}" + (" and uncommitted changes" if start.get("modified") else "")
+
+
+def provenance() -> dict[str, Any]:
+    """Who starts a run: code, command, versions, devices."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     return {
         "commit": commit.stdout.strip() or "unknown",
         "modified": bool(dirty.stdout.strip()),
+        "code": code_digest(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")},
+        "versions": versions(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
     }
 
 
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")}
+
+
+def code_digest() -> str:
+    """Of this package's source."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
 def saved_tokenizer(run: Path) -> Tokenizer:
     """The run's own copy, so that a run folder samples and resumes wherever it is moved."""
-    spec = json.loads((run / META).read_text())["tokenizer"]
+    spec = read_json(run / META, RESTORE).get("tokenizer")
+    if not isinstance(spec, str):
+        raise UserError(f"{run / META}: names no tokenizer; write its `tokenizer`, such as bytes, into it")
     return load_tokenizer(spec.format(run / TOKENIZER))

@@ -18,7 +18,7 @@ def learning_rate(config: OptimizerConfig, tokens: int) -> float:
 
 
 def batch_size(config: Config, tokens: int) -> int:
-    """Sequences of the step that starts at `tokens`: the linear ramp, rounded down to whole micro-batches.
+    """Sequences of the step that starts at `tokens`: the linear ramp, rounded down to `ramp_multiple`.
 
     The ramp changes the number of micro-batches, never a compiled shape.
     """
@@ -26,7 +26,7 @@ def batch_size(config: Config, tokens: int) -> int:
     if not start or tokens >= config.train.ramp_tokens:
         return full
     exact = start + (full - start) * tokens / config.train.ramp_tokens
-    return int(exact // config.micro_batch_size) * config.micro_batch_size
+    return int(exact // config.ramp_multiple) * config.ramp_multiple
 
 
 def steps(config: Config, step: int, tokens: int) -> Iterator[tuple[int, int, int]]:

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from gptjax.cli import MALLOC
+from gptjax.malloc import SETTINGS as MALLOC
 
 SIZES = {  # layers, heads, width, context, batch, vocabulary: those of nanoGPT's CPU run, and a wider one
     "width 128, context 64": (4, 4, 128, 64, 12, 65),

@@ -1,0 +1,67 @@
+"""Do the fields of a config agree with each other? What one field alone can have wrong stands on the field."""
+
+from gptjax.config.schema import Config
+from gptjax.errors import UserError
+
+
+def nearest_divisor(total: int, wanted: int) -> int:
+    """The divisor of `total` closest to `wanted`."""
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - wanted))
+
+
+def validate(config: Config) -> Config:
+    """Return the config, or raise UserError that names field, value and the nearest right one."""
+    _model(config)
+    _batch(config)
+    optimizer = config.optimizer
+    if optimizer.warmup_tokens > optimizer.decay_tokens:
+        raise UserError(
+            f"optimizer.warmup_tokens = {optimizer.warmup_tokens}: longer than optimizer.decay_tokens = "
+            f"{optimizer.decay_tokens}, at which the decay ends; nearest {optimizer.decay_tokens}"
+        )
+    return config
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    if model.embed_dim % model.num_heads:
+        near = nearest_divisor(model.embed_dim, model.num_heads)
+        raise UserError(
+            f"model.num_heads = {model.num_heads}: does not divide model.embed_dim = {model.embed_dim}; nearest {near}"
+        )
+    unit = len(model.attention_pattern)
+    if model.num_layers % unit:
+        near = max(unit, round(model.num_layers / unit) * unit)
+        pattern = ",".join(model.attention_pattern)
+        raise UserError(
+            f"model.num_layers = {model.num_layers}: not a multiple of the pattern {pattern} ({unit}); nearest {near}"
+        )
+    if model.window > model.seq_len and "banded" in model.attention_pattern:
+        raise UserError(
+            f"model.window = {model.window}: must lie in 1..model.seq_len = {model.seq_len}; nearest {model.seq_len}"
+        )
+
+
+def _batch(config: Config) -> None:
+    train, micro, multiple = config.train, config.micro_batch_size, config.ramp_multiple
+    if train.batch_size % micro:
+        near = nearest_divisor(train.batch_size, micro)
+        raise UserError(
+            f"train.micro_batch_size = {micro}: does not divide train.batch_size = {train.batch_size}; nearest {near}"
+        )
+    if multiple % micro or train.batch_size % multiple:
+        raise UserError(
+            f"train.ramp_multiple = {multiple}: must be a multiple of the micro-batch {micro} that divides "
+            f"train.batch_size = {train.batch_size}; nearest {micro}"
+        )
+    if train.ramp_start and (train.ramp_start % multiple or train.ramp_start > train.batch_size):
+        near = min(max(multiple, round(train.ramp_start / multiple) * multiple), train.batch_size)
+        raise UserError(
+            f"train.ramp_start = {train.ramp_start}: must be a multiple of the micro-batch {multiple}, at most "
+            f"train.batch_size = {train.batch_size}; nearest {near}"
+        )
+    if micro % config.data.lanes:
+        near = nearest_divisor(micro, config.data.lanes)
+        raise UserError(
+            f"data.lanes = {config.data.lanes}: does not divide the micro-batch of {micro} sequences; nearest {near}"
+        )

@@ -1,0 +1,142 @@
+"""One run folder, one run: a lock that names its holder and beats while the holder lives.
+
+No clocks are compared, for hosts disagree about them: a lock of a process that is gone from this host is stale, and so
+is one whose beat stands still while another start watches it.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.files import write_whole
+
+NAME = "lock"
+BEAT = 5.0  # seconds between two beats
+PATIENCE = 30.0  # seconds without a beat after which a holder on another host counts as dead
+
+
+class RunLock:
+    """Held from construction to `release`. Raises UserError where another process holds the folder."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None], patience: float = PATIENCE, beat: float = BEAT):
+        self._path, self._warn, self._patience = folder / NAME, warn, patience
+        self._own = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "id": uuid.uuid4().hex,
+        }
+        self._count = 0
+        self._take()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._keep, args=(beat,), name="run lock", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
+        while not self._create():
+            holder = _read(self._path)
+            if not _is_dead(holder):
+                self._watch(holder)
+            self._break(holder)
+
+    def _create(self) -> bool:
+        try:
+            with self._path.open("x") as file:
+                file.write(self._text())
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise UserError(f"run {self._path.parent}: cannot be written ({error.strerror}); name another") from None
+        return True
+
+    def _text(self) -> str:
+        return json.dumps(self._own | {"beat": self._count})
+
+    def _watch(self, holder: dict[str, Any]) -> None:
+        """Return if the holder gives no beat for so long; raises UserError at the first that it gives."""
+        where = _named(holder)
+        self._warn(f"run {self._path.parent} is locked by {where}; watching for {self._patience:g} s whether it lives")
+        end = time.monotonic() + self._patience
+        while time.monotonic() < end:
+            time.sleep(min(0.2, self._patience))
+            now = _read(self._path)
+            if now != holder and now:
+                raise UserError(
+                    f"run {self._path.parent}: {_named(now)} is at work on it; wait for it, stop it, or name another"
+                )
+            if not self._path.exists():
+                return
+
+    def _break(self, holder: dict[str, Any]) -> None:
+        """Take a stale lock away; of two that try at once, one takes the other's new lock and gives it back."""
+        aside = self._path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):
+            self._path.rename(aside)
+            if _read(aside).get("id") != holder.get("id"):
+                with suppress(OSError):
+                    os.link(aside, self._path)
+            else:
+                self._warn(f"took over the lock of {_named(holder)}, which is gone")
+            aside.unlink()
+
+    def _keep(self, beat: float) -> None:
+        while not self._released.wait(beat):
+            if _read(self._path).get("id") != self._own["id"]:
+                # Another start found this process dead, as after a long pause of the machine. Two runs that write one
+                # folder would destroy it, so there is nothing to save or to wait for.
+                print(f"error: lost the lock of run {self._path.parent} to another process; ending", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+            self._count += 1
+            with suppress(OSError):  # a full disk must not end a run that could still save
+                write_whole(self._path, self._text().encode())
+
+    def release(self) -> None:
+        self._released.set()
+        self._thread.join()
+        if _read(self._path).get("id") == self._own["id"]:
+            self._path.unlink(missing_ok=True)
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The lock's holder; {} where there is none, or it is being written."""
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that is no more."""
+    pid = holder.get("pid")
+    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and _born(pid) != holder.get("born")
+
+
+def _born(pid: int) -> str:
+    """When a process of this host started, as the kernel counts: a number that is used again is another process."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else rest[18]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "alive"

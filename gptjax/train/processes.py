@@ -1,0 +1,68 @@
+"""What several processes must agree on before they compute together: an error of one is everyone's error, and whoever
+differs is named. With one process all of it is free."""
+
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gptjax.errors import UserError
+
+X = TypeVar("X")
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def every(text: str) -> list[str]:
+    """The text of each process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = text.encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
+    padded = np.frombuffer(data.ljust(int(sizes.max()) + 1, b"\0"), np.uint8)
+    rows: Any = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+def together(action: Callable[[], X]) -> X:
+    """`action` on every process, which must not itself talk to the others. Raises on all of them where it raises on
+    one: a process that ends alone leaves the others waiting for it."""
+    raised, result = None, None
+    try:
+        result = action()
+    except Exception as error:
+        raised = error
+    errors = every("" if raised is None else str(raised) or type(raised).__name__)
+    if raised is not None:
+        raise raised
+    for index, text in enumerate(errors):
+        if text:
+            raise UserError(f"process {index}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def first(action: Callable[[], str]) -> str:
+    """`action` on the first process; its text on all, or its UserError on all."""
+    return every(together(lambda: action() if is_first() else ""))[0]
+
+
+def compare(facts: Mapping[str, str]) -> None:
+    """Raises UserError, on every process, that names the first fact in which processes differ, the odd ones, and both
+    values."""
+    for name, value in facts.items():
+        values = every(f"{socket.gethostname()}\0{value}")
+        hosts, texts = zip(*(text.split("\0", 1) for text in values), strict=True)
+        if len(set(texts)) == 1:
+            continue
+        usual = Counter(texts).most_common(1)[0][0]
+        odd = next(i for i, text in enumerate(texts) if text != usual)
+        raise UserError(
+            f"{name}: process {odd} on {hosts[odd]} has {texts[odd] or 'none'}, most have {usual or 'none'}; start the "
+            "same code, config and data on every host"
+        )

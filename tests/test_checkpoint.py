@@ -1,0 +1,317 @@
+"""What a checkpoint is worth: damage is found, and nothing else is taken for it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.files import read_json, write_whole
+from gptjax.train import fingerprint as module
+from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, restore_params
+from gptjax.train.fingerprint import fingerprint
+
+State = dict[str, Any]
+
+
+def make() -> State:
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    return {"params": {"w": matrix, "half": matrix[:3].astype(jnp.bfloat16)}, "count": jnp.int32(7)}
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture(scope="module")
+def written(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of one state, for tests to copy."""
+    run = tmp_path_factory.mktemp("checkpoints") / "run"
+    checkpoints = Checkpoints(run, replace(tiny, train=replace(tiny.train, keep_last=5)))
+    for step in (1, 2, 3):
+        assert checkpoints.save(make() | {"count": jnp.int32(step)}, Position(step, 10 * step, (step,)))
+    checkpoints.close()
+    return run
+
+
+@pytest.fixture
+def run(written: Path, tmp_path: Path) -> Path:
+    shutil.copytree(written, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def restore(run: Path, config: Config, wanted: State | None = None) -> tuple[State, Position, list[str]]:
+    warnings: list[str] = []
+    checkpoints = Checkpoints(run, config)
+    found = checkpoints.restore(abstract(make() if wanted is None else wanted), warnings.append)
+    assert found
+    checkpoints.close()
+    return *found, warnings
+
+
+def names(run: Path) -> set[str]:
+    return {path.name for path in (run / FOLDER).iterdir()}
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_manifests(step: Path) -> None:
+    for manifest in step.rglob("manifest.ocdbt"):
+        halve(manifest)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped": lambda step: flip(largest(step / "state")),
+    "truncated": lambda step: halve(largest(step / "state")),
+    "deleted": lambda step: largest(step / "state").unlink(),
+    "emptied": lambda step: largest(step / "state").write_bytes(b""),
+    "manifest": cut_manifests,
+    "no state": lambda step: shutil.rmtree(step / "state"),
+    "meta cut": lambda step: halve(step / "meta" / "metadata"),
+    "meta empty": lambda step: (step / "meta" / "metadata").write_text(""),
+    "meta null": lambda step: (step / "meta" / "metadata").write_text("null"),
+    "no meta": lambda step: shutil.rmtree(step / "meta"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_set_aside_as_often_as_it_comes(kind: str, run: Path, tiny: Config, written: Path) -> None:
+    for time in ("", "-2"):  # the same step twice: the run came to it again
+        DAMAGE[kind](run / FOLDER / "3")
+        with pytest.raises(UserError, match=r"is damaged \(.*\); gptjax train --resume .* goes back") as error:
+            restore_params(run, abstract(make())["params"])
+        assert "\n" not in str(error.value) and "3" in names(run)
+        state, position, warnings = restore(run, tiny)
+        assert position == Position(2, 20, (2,))
+        assert fingerprint(state) == fingerprint(make() | {"count": jnp.int32(2)})
+        assert len(warnings) == 1 and f"{FOLDER}/3 is damaged (" in warnings[0] and "\n" not in warnings[0]
+        assert f"3.damaged{time}" in names(run) and "3" not in names(run)
+        shutil.copytree(written / FOLDER / "3", run / FOLDER / "3")
+
+
+def test_when_all_are_damaged_the_run_says_so(run: Path, tiny: Config) -> None:
+    for step in "123":
+        flip(largest(run / FOLDER / step / "state"))
+    with pytest.raises(UserError, match="every checkpoint is damaged; start a new run"):
+        restore(run, tiny)
+
+
+def test_arrays_that_were_saved_elsewhere_in_the_tree_are_damage(run: Path, tiny: Config, written: Path) -> None:
+    """Whole files of another checkpoint: rows exchanged, an array reversed, two signs exchanged."""
+    w = make()["params"]["w"]
+    swapped = w.at[jnp.array([3, 9])].set(w[jnp.array([9, 3])])
+    signs = w.at[0, 0].set(-w[0, 0]).at[0, 1].set(-w[0, 1])
+    for changed in (swapped, w[::-1], signs):
+        other = run.with_name("other")
+        checkpoints = Checkpoints(other, tiny)
+        state = make() | {"count": jnp.int32(3)}
+        checkpoints.save(state | {"params": state["params"] | {"w": changed}}, Position(3, 30, (3,)))
+        checkpoints.close()
+        shutil.rmtree(run / FOLDER / "3" / "state")
+        shutil.move(other / FOLDER / "3" / "state", run / FOLDER / "3" / "state")
+        shutil.rmtree(other)
+        _, position, warnings = restore(run, tiny)
+        assert position.step == 2 and "params/w does not match the fingerprint" in warnings[0]
+        shutil.copytree(written / FOLDER / "3", run / FOLDER / "3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"extra": jnp.zeros(2)}, "extra: the checkpoint has no such array, the config makes float32[2]"),
+        (lambda s: {"params": s["params"]}, "count: the checkpoint has int32[], the config makes no such array"),
+        (
+            lambda s: s | {"params": s["params"] | {"w": jnp.zeros((64, 16))}},
+            "params/w: the checkpoint has float32[64, 32], the config makes float32[64, 16]",
+        ),
+        (
+            lambda s: s | {"params": s["params"] | {"half": s["params"]["half"].astype(jnp.float32)}},
+            "params/half: the checkpoint has bfloat16[3, 32], the config makes float32[3, 32]",
+        ),
+    ],
+)
+def test_another_tree_is_an_error_that_names_the_leaf(
+    change: Callable[[State], State], message: str, run: Path, tiny: Config
+) -> None:
+    before = names(run)
+    with pytest.raises(UserError) as error:
+        restore(run, tiny, change(make()))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert names(run) == before
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (PermissionError(13, "Permission denied"), r"cannot be read \(Permission denied\); nothing is changed"),
+        (OSError(5, "Input/output error"), r"cannot be read \(Input/output error\)"),
+        (OSError(116, "Stale file handle"), r"cannot be read \(Stale file handle\)"),
+        (MemoryError(), ""),
+        (ValueError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte"), "RESOURCE_EXHAUSTED"),
+        (ValueError("UNAVAILABLE: the bucket did not answer"), "UNAVAILABLE"),
+        (TypeError("a mistake in a library"), "a mistake"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_an_error_of_this_start_is_no_damage(
+    raised: Exception, expected: str, run: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manager that raises stands in for the disk, the bucket or the memory that fails."""
+    before = names(run)
+    real = ocp.CheckpointManager.restore
+
+    def failing(self: Any, step: int, args: Any = None) -> Any:
+        if "state" in dict(args.items()):
+            try:
+                raise raised
+            except Exception as cause:
+                raise Exception("Encountered error while reading array index") from cause
+        return real(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
+    kind = UserError if isinstance(raised, OSError) else Exception
+    with pytest.raises(kind) as error:
+        restore(run, tiny)
+    if isinstance(raised, OSError):
+        assert error.match(expected)
+    else:
+        assert error.value.__cause__ is raised
+    assert names(run) == before
+
+
+def test_another_format_is_one_line_and_stays(run: Path, tiny: Config) -> None:
+    path = run / FOLDER / "3" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"format": 1}))
+    with pytest.raises(UserError, match="format 1, this version reads 2; go on with the version that wrote it"):
+        restore(run, tiny)
+    assert "3" in names(run)
+
+
+def test_checkpoints_that_are_a_file(tmp_path: Path, tiny: Config) -> None:
+    (tmp_path / FOLDER).write_text("x")
+    with pytest.raises(UserError, match="not a folder; move it away"):
+        Checkpoints(tmp_path, tiny)
+
+
+# The fingerprint
+
+
+DTYPES = ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool", "float8_e4m3fn", "int4", "complex64"]
+
+
+@given(st.data())
+def test_a_fingerprint_sees_places_signs_and_bits(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(["float32", "bfloat16", "int8", "bool"]))
+    values = data.draw(
+        st.lists(st.integers(0, 1) if dtype == "bool" else st.integers(-100, 100), min_size=12, max_size=12)
+    )
+    array = np.array(values).reshape(3, 4)
+
+    def print_of(x: np.ndarray) -> str:
+        return fingerprint({"x": jnp.asarray(x.astype(np.int32)).astype(dtype)})["x"]
+
+    i, j = data.draw(st.tuples(st.integers(0, 11), st.integers(0, 11)))
+    swapped = array.copy()
+    swapped.flat[[i, j]] = array.flat[[j, i]]
+    one_off = array.copy()
+    one_off.flat[i] = not one_off.flat[i] if dtype == "bool" else one_off.flat[i] + 1
+    variants = [swapped, array[::-1], array[:, ::-1], np.roll(array, 1, axis=0), -array, one_off]
+    for other in variants:
+        if dtype == "bool":
+            other = other != 0
+        same = np.array_equal(other, array if dtype != "bool" else array != 0)
+        assert (print_of(other) == print_of(array)) == same
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fingerprint_of_any_type_is_the_same_on_every_layout(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    array = jnp.asarray(rng.integers(0, 2 if dtype == "bool" else 7, (8, 16)), jnp.int32).astype(dtype)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    alone = fingerprint({"x": jax.device_put(array, jax.devices()[0])})
+    for spec in (("a", "b"), (None, ("b", "a")), ()):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        if dtype == "int4":  # jaxlib 0.10.2 does not move sharded arrays of half bytes
+            continue
+        assert fingerprint({"x": jax.device_put(array, sharding)}) == alone
+    other = jnp.asarray(np.asarray(array.astype(jnp.complex64 if dtype == "complex64" else jnp.float32))[::-1])
+    assert fingerprint({"x": other.astype(dtype)}) != alone
+
+
+def test_fingerprints_of_keys_scalars_and_nothing() -> None:
+    tree = {"key": jax.random.key(3), "scalar": jnp.float32(2), "none": jnp.zeros((0, 3)), "old": jax.random.PRNGKey(3)}
+    prints = fingerprint(tree)
+    assert prints.keys() == tree.keys()
+    assert prints["key"] != fingerprint({"key": jax.random.key(4)})["key"]
+    assert all(len(mark) == 16 for mark in prints.values())
+
+
+def test_a_fingerprint_gathers_nothing_and_is_compiled_once() -> None:
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    array = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, PartitionSpec("a")))
+    text = module._sums.lower(array).compile().as_text()
+    assert "all-gather" not in text and "all-reduce" in text
+    tree = {str(i): array * i for i in range(5)}
+    fingerprint(tree)
+    programs = module._sums._cache_size()
+    fingerprint(jax.tree.map(lambda x: x + 1, tree))
+    assert module._sums._cache_size() == programs
+
+
+# Whole files
+
+
+def test_a_whole_file_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append("sync") or sync(handle))
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("rename") or rename(self, to))
+    write_whole(tmp_path / "a" / "file", b"data")
+    assert events == ["sync", "rename", "sync"]  # the bytes, then the name
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a" / "file", b"other")
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "a").iterdir()] == [("file", b"data")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "No such file"), ("", "not whole JSON"), ('{"a": 1', "not whole JSON"), ("3", "object")],
+)
+def test_a_small_file_that_is_not_whole_is_one_line(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_json(tmp_path / "x.json", "do this")
+    assert str(error.value).endswith("; do this") and "\n" not in str(error.value)

@@ -1,0 +1,73 @@
+"""Two real processes, joined over the loopback: what one of them has wrong is everyone's error, and is named."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import Config, to_json
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start(words: list[str], index: int, port: int, before: list[str]) -> "subprocess.Popen[str]":
+    where = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [*before, sys.executable, "-m", "gptjax", "train", *words, "--distributed"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | where | flags, stdout=pipe, stderr=pipe, text=True)
+
+
+def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str, str]]:
+    """(status, output, errors) of two processes with words of their own, each perhaps started by another command."""
+    port = free_port()
+    processes = [start(own, index, port, before[index]) for index, own in enumerate(words)]
+    done = [process.communicate(timeout=240) for process in processes]
+    return [(p.returncode, out, errors) for p, (out, errors) in zip(processes, done, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = replace(tiny, train=replace(tiny.train, total_tokens=512, eval_batches=0))
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(config)!r})\n"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_process_that_differs_is_named(file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = [file, "--run", str(run), "--resume", "auto"]
+    done = both(line, [*line, "--optimizer.b2", "0.9"])
+    host = socket.gethostname()
+    for status, _, errors in done:
+        assert status != 0
+        assert f"error: optimizer.b2: process 1 on {host} has 0.9, most have 0.95; start the same code" in errors
+        assert "Traceback" not in errors
+    assert not run.exists()
+
+
+def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: str, tmp_path: Path) -> None:
+    """The second process sees an empty file system in the place of the cache, as another host does."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cache} && exec "$@"', "sh"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives no process a file system of its own (unshare --mount)")
+    line = [file, "--run", str(tmp_path / "run"), "--data.cache_dir", str(cache)]
+    done = both(line, line, before=([], apart))
+    for status, _, errors in done:
+        assert status != 0
+        assert "is not there on" in errors and "let hosts share data.cache_dir" in errors
+        assert "build it first on every host: gptjax data CONFIG" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+    assert len([*(cache / "datasets").iterdir()]) == 1
