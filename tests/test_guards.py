@@ -180,10 +180,12 @@ def test_a_streak_ends_the_run_at_one_step_whatever_is_logged(log_interval: int,
 
 
 def test_spikes_count_as_bad_steps(tiny: Config, tmp_path: Path) -> None:
-    """Two after 110 steps, rejected; a third in a row is the limit."""
+    """Two after 110 steps, rejected where that is asked; a third bad step in a row is the limit."""
     config = toy_config(tiny, 120, log_interval=1)
-    config = replace(config, optimizer=replace(config.optimizer, skip_spike_sigma=6.0, max_bad_steps=3))
     spikes = {112: SPIKE, 113: SPIKE}
+    assert fit(config, Toy(spikes), tmp_path / "off") == 0
+    assert records(tmp_path / "off", "train")[-1]["skipped"] == 0
+    config = replace(config, optimizer=replace(config.optimizer, skip_spike_sigma=6.0, max_bad_steps=3))
     assert fit(config, Toy(spikes), tmp_path / "two") == 0
     assert records(tmp_path / "two", "train")[-1]["skipped"] == 2
     with pytest.raises(UserError, match="step 114: 3 bad steps in a row"):

@@ -112,7 +112,8 @@ class _Events:
             return
         kind, step, when = record["kind"], record["step"], datetime.fromisoformat(record["time"]).timestamp()
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+            placed = name == "step" or (name in ("tokens", "seconds") and kind != "train")
+            if not placed and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(f"{kind}/{name}", value, step, walltime=when)
 
     def close(self) -> None:
