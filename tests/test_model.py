@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -298,22 +299,20 @@ def test_no_two_places_in_the_model_share_a_site(monkeypatch: pytest.MonkeyPatch
     assert sites == [(0.5, tokens.shape, i) for i in range(2 * config.num_layers + 1)]
 
 
-def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
+def pytorch_gpt2(config: ModelConfig, params: dict) -> Any:
+    """The same weights in the peer's model, in float32."""
     torch = pytest.importorskip("torch", reason="needs the peers extra")
     transformers = pytest.importorskip("transformers", reason="needs the peers extra")
-    config = ModelConfig(3, 4, 48, seq_len=20, vocab_size=131)
-    model, params = build(config)
-    tokens = np.array(tokens_of(config))
+    sizes = {"n_positions": config.seq_len, "n_embd": config.embed_dim, "n_layer": config.num_layers}
+    sizes |= {"vocab_size": config.vocab_size, "n_head": config.num_heads}
     peer = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=131, n_positions=20, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-        )
+        transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     ).eval()
 
     def tensor(x: jax.Array, *shape: int) -> "torch.Tensor":
         return torch.nn.Parameter(torch.tensor(np.array(x)).reshape(shape or x.shape))
 
-    peer.transformer.wte.weight = peer.lm_head.weight = tensor(params["embedding"][:131])
+    peer.transformer.wte.weight = peer.lm_head.weight = tensor(params["embedding"][: config.vocab_size])
     peer.transformer.wpe.weight = tensor(params["positions"])
     for name, norm in [("norm_final", peer.transformer.ln_f)]:
         norm.weight, norm.bias = tensor(params[name]["scale"]), tensor(params[name]["bias"])
@@ -326,6 +325,15 @@ def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
         for name, linear in linears.items():
             linear.weight = tensor(ours[name]["kernel"], *linear.weight.shape)
             linear.bias = tensor(ours[name]["bias"], *linear.bias.shape)
+    return peer
+
+
+def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    config = ModelConfig(3, 4, 48, seq_len=20, vocab_size=131)
+    model, params = build(config)
+    tokens = np.array(tokens_of(config))
+    peer = pytorch_gpt2(config, params)
     ids = torch.tensor(tokens, dtype=torch.long)
     loss = torch.nn.functional.cross_entropy(peer(ids).logits[:, :-1].reshape(-1, 131), ids[:, 1:].reshape(-1))
     loss.backward()
@@ -341,6 +349,24 @@ def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
     np.testing.assert_allclose(grads["embedding"][:131], peer.transformer.wte.weight.grad, atol=1e-5)
     qkv = grads["units"]["block_0"]["qkv"]["kernel"][1].reshape(48, 144)
     np.testing.assert_allclose(qkv, peer.transformer.h[1].attn.c_attn.weight.grad, atol=1e-5)
+
+
+def test_layer_norm_far_from_zero_is_as_exact_as_pytorchs() -> None:
+    """A constant c in all channels of the residual stream changes no logit: how far it does in float32, against
+    float64 of the same weights. The mean of squares less the square of the mean would be 0.1 off at c = 100."""
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    config = ModelConfig(2, 4, 32, seq_len=16, vocab_size=128)
+    model, params = build(config)
+    tokens = tokens_of(config)
+    ours = jax.jit(lambda p: logits(*forward(model, p, tokens)[:2], 128)[..., :128])
+    ids = torch.tensor(np.array(tokens), dtype=torch.long)
+    for c in (0, 1, 10, 100, 1000):
+        shifted = params | {"positions": params["positions"] + np.float32(c)}
+        peer = pytorch_gpt2(config, shifted)
+        with torch.no_grad():
+            theirs, exact = peer(ids).logits.numpy(), peer.double()(ids).logits.numpy()
+        error, bar = (np.abs(scores - exact).max() for scores in (np.array(ours(shifted)), theirs))
+        assert error <= 4 * bar, (c, error, bar)
 
 
 def test_parameter_and_flop_counts() -> None:
