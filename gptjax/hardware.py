@@ -8,25 +8,39 @@ import jax
 
 from gptjax.errors import UserError
 
-# Dense bfloat16 peak in FLOP/s by a part of jax's `device_kind`: vendor datasheets, and "How to Scale Your
-# Model" for TPUs. The first match wins.
+# Dense bfloat16 peak in FLOP/s by jax's whole `device_kind`, since the cards of one name differ (H100: 989, 835 and 756
+# TFLOP/s). NVIDIA's datasheets, half of what they give with sparsity; "How to Scale Your Model" for TPUs. Per device:
+# a chip of TPU v2, v3 and 7x is two.
 PEAK_FLOPS = {
-    "H200": 9.89e14,
-    "H100": 9.89e14,
-    "A100": 3.12e14,
+    "NVIDIA H200": 9.89e14,
+    "NVIDIA H200 NVL": 8.35e14,
+    "NVIDIA GH200 480GB": 9.89e14,
+    "NVIDIA H100 80GB HBM3": 9.89e14,
+    "NVIDIA H100 NVL": 8.35e14,
+    "NVIDIA H100 PCIe": 7.56e14,
+    "NVIDIA H20": 1.48e14,
+    "NVIDIA A100-SXM4-80GB": 3.12e14,
+    "NVIDIA A100-SXM4-40GB": 3.12e14,
+    "NVIDIA A100 80GB PCIe": 3.12e14,
+    "NVIDIA A100-PCIE-40GB": 3.12e14,
     "TPU7x": 1.15e15,
-    "TPU v6": 9.18e14,
+    "TPU v6 lite": 9.18e14,
+    "TPU v6e": 9.18e14,
+    "TPU v5": 4.59e14,
+    "TPU v5p": 4.59e14,
     "TPU v5 lite": 1.97e14,
     "TPU v5e": 1.97e14,
-    "TPU v5": 4.59e14,
     "TPU v4": 2.75e14,
-    "TPU v3": 1.4e14,
+    "TPU v4 lite": 1.37e14,
+    "TPU v3": 7.0e13,
+    "TPU v2": 2.3e13,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device, or None for a device that is not listed (its MFU is then not printed)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    """Peak of one device, or None for a device that is not listed, a part of a card (MIG) among them: its MFU is then
+    not printed, and never another card's."""
+    return PEAK_FLOPS.get(device_kind)
 
 
 def require_float8(device: Any) -> None:

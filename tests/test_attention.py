@@ -320,14 +320,31 @@ def test_self_test_finds_what_is_wrong(attend: Attend, answer: str | None) -> No
     assert got is None or "second line" not in got
 
 
-def test_self_test_is_remembered_per_machine(tmp_path: Path) -> None:
+def test_only_a_passed_self_test_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "deep" / "attention.json"
     about = (Mask(64),), 64, jnp.dtype("float32")
     assert "no execution plans" in selftest.remembered(path, broken, *about)
-    assert "no execution plans" in selftest.remembered(path, blockwise.attend, *about)  # not run again
-    assert selftest.remembered(path, blockwise.attend, (Mask(65),), *about[1:]) is None
-    (key, *_) = json.loads(path.read_text())
+    assert not path.exists()
+    assert selftest.remembered(path, blockwise.attend, *about) is None  # what failed once is tried again
+    assert selftest.remembered(path, broken, *about) is None  # what passed is not
+    assert "no execution plans" in selftest.remembered(path, broken, (Mask(65),), *about[1:])
+    whole = path.read_bytes()
+    (key,) = json.loads(whole)
     assert jax.__version__ in key
+    assert not capsys.readouterr().err
+    for damaged in (whole[: len(whole) // 2], b"", b"\xff", b"{}", b'{"of an older version": "raised out of memory"}'):
+        path.write_bytes(damaged)
+        assert "no execution plans" in selftest.remembered(path, broken, *about)
+        said = capsys.readouterr().err
+        assert str(path) in said
+        assert said.count("\n") == 1
+    assert selftest.remembered(path, blockwise.attend, *about) is None
+    assert path.read_bytes() == whole
+
+
+def test_a_reference_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "reference", broken)
+    assert "no execution plans" in selftest.self_test(blockwise.attend, (Mask(),), 64, jnp.dtype("float32"))
 
 
 def test_a_refusal_leaves_no_run_folder(tiny: Config, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 from gptjax import cli
 from gptjax.bench.attention import exponent
 from gptjax.errors import UserError
+from gptjax.hardware import peak_flops
+from gptjax.planner.chips import CHIPS
 
 TINY = ["--lengths", "8,32", "--window", "4", "--head-dim", "8"]
 
@@ -51,3 +53,43 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path
     with pytest.raises(UserError, match=message):
         cli.run(["bench", "attention", *TINY, *arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H100", None),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100X", None),
+        ("TPU7x", 1150),
+        ("TPU v6 lite", 918),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v4", 275),
+        ("TPU v4 lite", 137),
+        ("TPU v3", 70),  # per core, which is what jax counts
+        ("TPU v2", 23),
+        ("TPU v99", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_is_that_of_the_very_card(device_kind: str, tera: float | None) -> None:
+    assert peak_flops(device_kind) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_planned_chips_are_the_cards_of_the_big_nodes() -> None:
+    tera = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 1150, "a100": 312, "h100": 989, "h200": 989}
+    assert {family: chip.flops / 1e12 for family, chip in CHIPS.items()} == pytest.approx(tera)

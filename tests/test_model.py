@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from gptjax.model.attention import reference
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
 from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up, multiply
-from gptjax.model.loss import IGNORED, cross_entropy, logits
+from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
 
 CONFIG = ModelConfig(
     4, 4, 32, seq_len=24, vocab_size=200, attention_pattern=("dense", "banded"), window=5, loss_chunk=7
@@ -74,6 +75,41 @@ def test_bfloat16_head_is_exact_far_from_zero() -> None:
     assert float(plain) - float(want) > 1e-2
 
 
+@settings(max_examples=10)
+@given(length=st.integers(1, 20), chunk=st.integers(1, 25), ignored=st.integers(0, 5), split=st.booleans())
+def test_log_probs_equal_the_samplers_and_float64(length: int, chunk: int, ignored: int, split: bool) -> None:
+    """In bfloat16, too: its products are exact in float32, so that only sums round."""
+    rng = np.random.default_rng(length)
+    lead = (2, 2) if split else (2,)  # with the axis of a sequence over two devices, or without
+    hidden, embedding = rng.normal(size=(*lead, length, 8)), rng.normal(size=(128, 8))
+    targets = rng.integers(0, 100, (*lead, length))
+    targets[0, ..., :ignored] = IGNORED
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, table = jnp.asarray(hidden, dtype), jnp.asarray(embedding, dtype)
+        got = log_probs(x, table, jnp.asarray(targets), 100, chunk)
+        assert got.dtype == jnp.float32
+        drawn_from = np.asarray(jax.nn.log_softmax(logits(x, table, 100)))
+        scores = np.float64(x) @ np.float64(table)[:100].T
+        exact = scores - np.logaddexp.reduce(scores, -1, keepdims=True)
+        for want in (drawn_from, exact):
+            picked = np.take_along_axis(want, np.maximum(targets, 0)[..., None], -1)[..., 0]
+            np.testing.assert_allclose(got, np.where(targets == IGNORED, 0, picked), atol=1e-5)
+
+
+def test_training_loss_in_bfloat16_is_log_probs_up_to_its_rounding() -> None:
+    """Scores of deviation 5, rounded to 8 bits: one token is off by hundredths of a nat, the mean of 512 by less than
+    a thousandth."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(512, 64)), jnp.bfloat16)
+    embedding = jnp.asarray(0.6 * rng.normal(size=(512, 64)), jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, 500, 512))
+    one = jax.vmap(lambda x, y: cross_entropy(x[None], embedding, y[None], 500, 1))
+    gap = np.asarray(one(hidden, targets) + log_probs(hidden, embedding, targets, 500, 64))
+    print("GAP", np.abs(gap).max(), gap.mean())
+    assert 0.01 < np.abs(gap).max() < 0.1
+    assert abs(gap.mean()) < 5e-3
+
+
 def test_gradient_of_a_frequent_token_is_summed_whole() -> None:
     """4,096 places of one token, each with a gradient of 1: bfloat16 would stop at 256."""
     table, tokens = jnp.ones((4, 2), jnp.bfloat16), jnp.full((2, 2048), 3)
@@ -87,8 +123,10 @@ def test_no_full_logits_in_memory() -> None:
     embedding = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
     targets = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
     loss = jax.jit(jax.grad(cross_entropy, (0, 1)), static_argnums=(3, 4))
-    memory = loss.lower(hidden, embedding, targets, 8192, 32).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 8 * 1024 * 8192 * 4 / 4
+    probs = jax.jit(jax.grad(lambda *inputs: log_probs(*inputs).sum(), (0, 1)), static_argnums=(3, 4))
+    for function in (loss, probs):
+        memory = function.lower(hidden, embedding, targets, 8192, 32).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 8 * 1024 * 8192 * 4 / 4
 
 
 def build(config: ModelConfig, seed: int = 0) -> tuple[GPT, dict]:
@@ -298,22 +336,20 @@ def test_no_two_places_in_the_model_share_a_site(monkeypatch: pytest.MonkeyPatch
     assert sites == [(0.5, tokens.shape, i) for i in range(2 * config.num_layers + 1)]
 
 
-def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
+def pytorch_gpt2(config: ModelConfig, params: dict) -> Any:
+    """The same weights in the peer's model, in float32."""
     torch = pytest.importorskip("torch", reason="needs the peers extra")
     transformers = pytest.importorskip("transformers", reason="needs the peers extra")
-    config = ModelConfig(3, 4, 48, seq_len=20, vocab_size=131)
-    model, params = build(config)
-    tokens = np.array(tokens_of(config))
+    sizes = {"n_positions": config.seq_len, "n_embd": config.embed_dim, "n_layer": config.num_layers}
+    sizes |= {"vocab_size": config.vocab_size, "n_head": config.num_heads}
     peer = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=131, n_positions=20, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-        )
+        transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     ).eval()
 
     def tensor(x: jax.Array, *shape: int) -> "torch.Tensor":
         return torch.nn.Parameter(torch.tensor(np.array(x)).reshape(shape or x.shape))
 
-    peer.transformer.wte.weight = peer.lm_head.weight = tensor(params["embedding"][:131])
+    peer.transformer.wte.weight = peer.lm_head.weight = tensor(params["embedding"][: config.vocab_size])
     peer.transformer.wpe.weight = tensor(params["positions"])
     for name, norm in [("norm_final", peer.transformer.ln_f)]:
         norm.weight, norm.bias = tensor(params[name]["scale"]), tensor(params[name]["bias"])
@@ -326,6 +362,15 @@ def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
         for name, linear in linears.items():
             linear.weight = tensor(ours[name]["kernel"], *linear.weight.shape)
             linear.bias = tensor(ours[name]["bias"], *linear.bias.shape)
+    return peer
+
+
+def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    config = ModelConfig(3, 4, 48, seq_len=20, vocab_size=131)
+    model, params = build(config)
+    tokens = np.array(tokens_of(config))
+    peer = pytorch_gpt2(config, params)
     ids = torch.tensor(tokens, dtype=torch.long)
     loss = torch.nn.functional.cross_entropy(peer(ids).logits[:, :-1].reshape(-1, 131), ids[:, 1:].reshape(-1))
     loss.backward()
@@ -341,6 +386,24 @@ def test_logits_and_gradient_equal_pytorch_gpt2() -> None:
     np.testing.assert_allclose(grads["embedding"][:131], peer.transformer.wte.weight.grad, atol=1e-5)
     qkv = grads["units"]["block_0"]["qkv"]["kernel"][1].reshape(48, 144)
     np.testing.assert_allclose(qkv, peer.transformer.h[1].attn.c_attn.weight.grad, atol=1e-5)
+
+
+def test_layer_norm_far_from_zero_is_as_exact_as_pytorchs() -> None:
+    """A constant c in all channels of the residual stream changes no logit: how far it does in float32, against
+    float64 of the same weights. The mean of squares less the square of the mean would be 0.1 off at c = 100."""
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    config = ModelConfig(2, 4, 32, seq_len=16, vocab_size=128)
+    model, params = build(config)
+    tokens = tokens_of(config)
+    ours = jax.jit(lambda p: logits(*forward(model, p, tokens)[:2], 128)[..., :128])
+    ids = torch.tensor(np.array(tokens), dtype=torch.long)
+    for c in (0, 1, 10, 100, 1000):
+        shifted = params | {"positions": params["positions"] + np.float32(c)}
+        peer = pytorch_gpt2(config, shifted)
+        with torch.no_grad():
+            theirs, exact = peer(ids).logits.numpy(), peer.double()(ids).logits.numpy()
+        error, bar = (np.abs(scores - exact).max() for scores in (np.array(ours(shifted)), theirs))
+        assert error <= 4 * bar, (c, error, bar)
 
 
 def test_parameter_and_flop_counts() -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a tied head without the full logits, forward or backward."""
+"""Cross-entropy and log-probabilities of a tied head without the full logits, forward or backward."""
 
 from functools import partial
 
@@ -20,9 +20,29 @@ def _accumulate(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def log_probs(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
+    """Each target's log-probability in nats, float32 [..., T], by the `logits` that the sampler draws from; 0 where it
+    is IGNORED. What anyone reads or compares; shapes and `chunk` as for `cross_entropy`."""
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(x: Array, y: Array) -> Array:
+        scores = logits(x, embedding, vocab_size)
+        return jnp.where(y == IGNORED, 0, _picked(scores, y) - jax.nn.logsumexp(scores, axis=-1))
+
+    chunks = jax.lax.map(lambda part: one_chunk(*part), _split(hidden, targets, chunk))
+    *lead, length = targets.shape
+    return jnp.moveaxis(chunks, 0, -2).reshape(*lead, -1)[..., :length]
+
+
+def _picked(scores: Array, targets: Array) -> Array:
+    """The targets' scores [..., c]; IGNORED takes that of id 0."""
+    return jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
-    """Summed negative log-likelihood in nats over targets that are not IGNORED.
+    """Summed negative log-likelihood in nats over targets that are not IGNORED, for training alone: in bfloat16 its
+    scores are rounded, which moves one token by some 0.01 nats; `log_probs` is what else reads a model.
 
     hidden [..., T, D], embedding [V', D] in the compute dtype, targets [..., T]. Logits of `chunk`
     positions per leading index are in memory at once. The forward pass of a differentiated call also makes the
@@ -55,8 +75,7 @@ def _scores(x: Array, table: Array, vocab_size: int) -> Array:
 def _nats(scores: Array, targets: Array) -> tuple[Array, Array]:
     """Summed nats, and the log-normaliser per position [..., c]."""
     log_z = jax.nn.logsumexp(scores, axis=-1)
-    picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(targets == IGNORED, 0, log_z - picked)), log_z
+    return jnp.sum(jnp.where(targets == IGNORED, 0, log_z - _picked(scores, targets))), log_z
 
 
 def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:

@@ -39,12 +39,12 @@ GIB = 2.0**30
 CHIPS = {
     "v4": Chip("TPU v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 0.70),
     "v5e": Chip("TPU v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 9e10, 6.25e9, 0.70),
-    "v5p": Chip("TPU v5p", PEAK_FLOPS["TPU v5"], 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.70),
-    "v6e": Chip("TPU v6e", PEAK_FLOPS["TPU v6"], 31.25 * GIB, 1.6e12, 1.8e11, 6.25e9, 0.60),
+    "v5p": Chip("TPU v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.70),
+    "v6e": Chip("TPU v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1.8e11, 6.25e9, 0.60),
     "tpu7x": Chip("TPU7x core", PEAK_FLOPS["TPU7x"], 94.75 * GIB, 3.69e12, 1.8e11, 6.25e9, 0.60),
-    "a100": Chip("A100 80GB", PEAK_FLOPS["A100"], 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.75, "gpu"),
-    "h100": Chip("H100 80GB", PEAK_FLOPS["H100"], 72.7 * GIB, 3.35e12, 4.5e11, 5e10, 0.65, "gpu"),
-    "h200": Chip("H200", PEAK_FLOPS["H200"], 129 * GIB, 4.8e12, 4.5e11, 5e10, 0.65, "gpu"),
+    "a100": Chip("A100 80GB", PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.75, "gpu"),
+    "h100": Chip("H100 80GB", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 72.7 * GIB, 3.35e12, 4.5e11, 5e10, 0.65, "gpu"),
+    "h200": Chip("H200", PEAK_FLOPS["NVIDIA H200"], 129 * GIB, 4.8e12, 4.5e11, 5e10, 0.65, "gpu"),
 }
 ALIASES = {"v5litepod": "v5e"}
 CORES_COUNTED = ("v4", "v5p", "tpu7x")

@@ -20,7 +20,7 @@ from gptjax.infer.sampling import Sampling, generate
 from gptjax.model.attention import Need
 from gptjax.model.gpt import GPT, Parallelism, compute_dtype, forward, layer_mask
 from gptjax.model.kernels import BACKENDS, choose
-from gptjax.model.loss import IGNORED, cross_entropy
+from gptjax.model.loss import IGNORED, cross_entropy, log_probs
 from gptjax.sharding import context, pipeline
 from gptjax.sharding.rules import Layout
 
@@ -79,6 +79,15 @@ class Pretrain:
 
     def loss(self, params: Any, tokens: Array, key: Array | None) -> tuple[Array, Array]:
         """tokens [b, T+1] -> summed nats, number of targets; a key of None switches dropout off."""
+        hidden, embedding, targets = self._before_head(params, tokens, key)
+        with jax.named_scope("loss"):
+            c = self.config.model
+            nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
+        return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+
+    def _before_head(self, params: Any, tokens: Array, key: Array | None) -> tuple[Array, Array, Array]:
+        """tokens [b, T+1] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
+        `ways` devices, [b, ways, T/ways] in place of [b, T]."""
         c = self.config.model
         inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
         segments = self._documents(inputs) if c.separate_documents else None
@@ -93,9 +102,7 @@ class Pretrain:
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
             hidden, targets = hidden.reshape(*parts, c.embed_dim), targets.reshape(parts)
-        with jax.named_scope("loss"):
-            nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
-        return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+        return hidden, embedding, targets
 
     @property
     def _ways(self) -> int:
@@ -135,13 +142,13 @@ class Pretrain:
     @cached_property
     def _evaluate_batch(self) -> Callable[[Any, Array], tuple[Array, Array, Array]]:
         """jit of (params, tokens [b, T+1]) -> nats, targets, and the UTF-8 bytes that the targets stand for."""
-        token_bytes = self._tokenizer.token_bytes()
+        c, token_bytes = self.config.model, self._tokenizer.token_bytes()
 
         def sums(params: Any, tokens: Array) -> tuple[Array, Array, Array]:
-            nats, count = self.loss(params, tokens, None)
-            targets = tokens[:, 1:]
+            hidden, embedding, targets = self._before_head(params, tokens, None)
+            nats = -jnp.sum(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
             size = jnp.where(targets == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(targets, 0)])
-            return nats, count, jnp.sum(size)
+            return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32), jnp.sum(size)
 
         return jax.jit(sums)
 

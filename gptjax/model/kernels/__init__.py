@@ -61,4 +61,4 @@ def _refusal(name: str, need: Need, self_tests: Path) -> str | None:
     if (reason := backend.refuse(need)) or backend.tested:
         return reason
     wrong = remembered(self_tests.expanduser(), backend.attend, need.masks, need.head_dim, need.dtype)
-    return wrong and f"it failed its self-test on this machine: {wrong}"
+    return wrong and f"it failed its self-test at this start (the next one tries again): {wrong}"
