@@ -5,8 +5,10 @@ the model and the step open.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
@@ -24,6 +26,7 @@ PARTS = {
 }
 """Part -> scopes. The projections are those of queries, keys, values and output; the rest is embeddings, LayerNorms,
 residuals and the summing of gradients."""
+UNKNOWN = "unknown"
 CONTROL = ("while", "call", "conditional")  # their time is that of what they run
 
 
@@ -48,34 +51,68 @@ def instructions(program: str) -> dict[str, str]:
     return parts
 
 
-def seconds_by_part(folder: Path, program: str, module: str) -> dict[str, float]:
-    """Seconds in each part of all executions of `module` in the trace under `folder`.
-
-    A GPU's kernels run one after another; a CPU may run several instructions at once, and then their times overlap.
-    """
-    parts, seconds = instructions(program), dict.fromkeys(PARTS, 0.0)
-    for name, spent in _events(folder, module).items():
-        if name in parts:
-            seconds[parts[name]] += spent
+def seconds_by_part(folder: Path, program: str, module: str, workers: int) -> dict[str, float]:
+    """Seconds of the clock in each part, of all executions of `module` in the trace under `folder`; UNKNOWN is what
+    runs under names that the program does not have. Their sum is the time in which anything ran."""
+    parts = instructions(program)
+    control = {one.name for body in split(program)[0].values() for one in body if one.opcode in CONTROL}
+    seconds = dict.fromkeys([*PARTS, UNKNOWN], 0.0)
+    for name, spent in divided([s for s in _spans(folder, module) if s.instruction not in control], workers).items():
+        seconds[parts.get(name, UNKNOWN)] += spent
     return seconds
 
 
-def _events(folder: Path, module: str) -> dict[str, float]:
-    """Instruction -> seconds, of the devices where they keep a record, else of the host's threads."""
+class Span(NamedTuple):
+    """One execution of an instruction, in nanoseconds of the trace."""
+
+    instruction: str
+    start: float
+    stop: float
+    """The thread or stream that ran it goes on."""
+    done: float
+    """What it left to other threads is done, too: most of a product on a CPU."""
+
+
+def divided(spans: list[Span], workers: int) -> dict[str, float]:
+    """Instruction -> seconds of the clock, a moment in which several are in progress being divided among them: one
+    share for each thread that is in one, and those of the other `workers` for what was left to them."""
+    edges = [(s.start, s.instruction, 1, 0) for s in spans]
+    edges += [(s.stop, s.instruction, -1, 1) for s in spans]
+    edges += [(s.done, s.instruction, 0, -1) for s in spans]
+    running, left, seconds = Counter[str](), Counter[str](), defaultdict[str, float](float)
+    for (now, name, runs, leaves), (then, *_) in pairwise(sorted(edges)):
+        running[name] += runs
+        left[name] += leaves
+        if then == now:
+            continue
+        running, left = +running, +left  # those above 0
+        free = max(workers - running.total(), 0) if left else 0
+        share = (then - now) * 1e-9 / max(running.total() + free, 1)
+        for other, count in running.items():
+            seconds[other] += share * count
+        for other, count in left.items():
+            seconds[other] += share * free * count / left.total()
+    return seconds
+
+
+def _spans(folder: Path, module: str) -> list[Span]:
+    """Every execution of an instruction of `module`, from the devices where they keep a record, else from the host's
+    threads."""
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    planes = {plane.name: plane for plane in ProfileData.from_file(str(newest)).planes}
-    devices = [plane for name, plane in planes.items() if name.startswith("/device:")]
-    for chosen in (devices, planes.values()):
-        seconds: dict[str, float] = defaultdict(float)
-        for plane in chosen:
-            for line in plane.lines:
-                for event in line.events:
-                    stats = dict(event.stats)
-                    if stats.get("hlo_module") == module:
-                        seconds[str(stats["hlo_op"])] += event.duration_ns * 1e-9
-        if seconds:
+    planes = list(ProfileData.from_file(str(newest)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    for chosen in (devices, planes):
+        events = [(e, dict(e.stats)) for plane in chosen for line in plane.lines for e in line.events]
+        # On a CPU the event of an instruction is its call alone; another, linked by a number, says when all is done.
+        done = {stats["_c"]: e.start_ns for e, stats in events if e.name.startswith("end: ") and "_c" in stats}
+        spans = [
+            Span(str(stats["hlo_op"]), e.start_ns, e.end_ns, max(e.end_ns, done.get(stats.get("_p"), 0)))
+            for e, stats in events
+            if stats.get("hlo_module") == module
+        ]
+        if spans:
             break
-    return seconds
+    return spans
 
 
 def floors(config: Config, limits: dict[str, float], width: int, state_bytes: dict[str, int]) -> dict[str, float]:

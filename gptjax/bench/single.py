@@ -140,12 +140,11 @@ def _judged(config: Config, answer: Row, facts: dict[str, Any]) -> Row:
 
 
 def parts(config: Config, answer: Row, facts: dict[str, Any]) -> dict[str, Row]:
-    """Part -> its share of the trace's step, and its floor as a share of the measured step."""
-    spent, step = answer["parts_s"], median(answer["times_s"])
+    """Part -> its share of the traced step, and what its floor would be of that; with idle they sum to 1."""
+    spent = answer["parts_s"]
+    whole = sum(spent.values())
     least = floors(config, facts["limits"], answer["compute_width"], answer["state_bytes"])
-    whole = max(sum(spent.values()), step)  # a CPU runs several at once, and then more than the step is spent
-    shares = {part: {"share": seconds / whole, "floor": least[part] / step} for part, seconds in spent.items()}
-    return shares | {"idle": {"share": 1 - sum(spent.values()) / whole, "floor": 0.0}}
+    return {part: {"share": s / whole, "floor": least.get(part, 0.0) / whole} for part, s in spent.items()}
 
 
 def search(config: Config, facts: dict[str, Any], options: Options) -> tuple[Config, list[Row]]:

@@ -5,8 +5,12 @@ from typing import Any
 
 from gptjax.bench.layouts_report import cell
 from gptjax.bench.measure import si
+from gptjax.bench.parts import UNKNOWN
 
 Row = dict[str, Any]
+BELOW = 0.1  # of a floor: the limits are measured, too
+AWAY = 0.25  # of the measured step: what a trace may cost, or a machine drift
+IDLE = 0.5  # of the step: more is a trace that misses work, or a step too short to be one
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -60,17 +64,29 @@ def _figures(rows: list[Row]) -> str:
 
 
 def _parts(rows: list[Row]) -> str:
-    """Share of the step in each part, and what its floor would be of the same step."""
+    """Share of the step in each part, and what its floor would be of the same step; then what cannot be."""
     if not rows:
         return ""
-    head = ["share of the step (floor)", *rows[0]["parts"]]
-    lines = []
-    for row in rows:
-        shown = [f"{part['share']:.0%} ({part['floor']:.0%})" for part in row["parts"].values()]
-        if row["parts"]["idle"]["share"] == 1:
-            shown = ["the trace names no instruction of the step"] + [""] * (len(shown) - 1)
-        lines.append([row["name"], *shown])
-    return _table(head, lines)
+    named = [part for part in rows[0]["parts"] if part != UNKNOWN]
+    shown = [[f"{row['parts'][part]['share']:.0%} ({row['parts'][part]['floor']:.0%})" for part in named] for row in rows]
+    table = _table(["share of the step (floor)", *named], [[r["name"], *c] for r, c in zip(rows, shown, strict=True)])
+    return "\n\n".join([table, *(f"**{row['name']}: {doubt}.**" for row in rows for doubt in doubts(row))])
+
+
+def doubts(row: Row) -> list[str]:
+    """What shows that the instrument erred: in its attribution, or in the limits that the floors rest on."""
+    parts, found = row["parts"], []
+    for part, of in parts.items():
+        if of["share"] < (1 - BELOW) * of["floor"]:
+            found.append(f"{part} has {of['share']:.0%} of the step, below its floor of {of['floor']:.0%}")
+    if (unknown := parts.get(UNKNOWN, {"share": 0.0})["share"]) > 0.01:
+        found.append(f"{unknown:.0%} of the step ran under names that the program does not have")
+    if (idle := parts["idle"]["share"]) < -0.01 or idle > IDLE:
+        found.append(f"{idle:.0%} of the step is in no instruction that the trace names")
+    traced = sum(row["parts_s"].values()) / row["median_s"] - 1
+    if abs(traced) > AWAY:
+        found.append(f"the traced step took {traced:+.0%} of the measured one's time")
+    return [f"not to be trusted: {doubt}" for doubt in found]
 
 
 def _options(rows: list[Row]) -> str:

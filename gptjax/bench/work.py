@@ -1,5 +1,6 @@
 """A config's train step on the devices of this process, to be timed, traced and weighed."""
 
+import os
 import re
 import tempfile
 import time
@@ -96,19 +97,29 @@ class Work:
             yield (next(ahead).tokens for _ in range(count))
 
     def parts(self, state: TrainState, more: dict[str, str]) -> dict[str, float]:
-        """Seconds of one step in each part, from a trace of TRACED steps."""
+        """Seconds of one step in each part and idle, from a trace of TRACED steps: their sum is the traced step."""
         # Kernels that are launched as a graph are not traced by their instruction's name.
         alone = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
         step = self.compile(state, more | alone)
         state, _, _ = self.timed(step, state, [self.random_tokens] * WARMUP)
+        text = step.as_text()
+        module = re.match(r"HloModule ([\w.\-]+)", text)
+        assert module
+        quiet = jax.profiler.ProfileOptions()
+        quiet.python_tracer_level = 0  # its own calls are no part of the step, and cost
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
+            with jax.profiler.trace(folder, profiler_options=quiet):
+                started = time.perf_counter()
                 self.timed(step, state, [self.random_tokens] * TRACED)
-            text = step.as_text()
-            module = re.match(r"HloModule ([\w.\-]+)", text)
-            assert module
-            seconds = seconds_by_part(Path(folder), text, module[1])
+                whole = time.perf_counter() - started
+            seconds = seconds_by_part(Path(folder), text, module[1], _threads())
+        seconds["idle"] = whole - sum(seconds.values())
         return {part: spent / TRACED for part, spent in seconds.items()}
+
+
+def _threads() -> int:
+    """Threads that compute at once on this machine's CPU."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_bytes(tree: Any) -> int:
