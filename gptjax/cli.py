@@ -8,6 +8,7 @@ import sys
 from gptjax import malloc
 from gptjax.commands.arguments import HELP, read, usage
 from gptjax.errors import UserError
+from gptjax.terminal import show_anything
 
 VERBS = (
     "train",
@@ -29,6 +30,7 @@ def main() -> None:
     # Nothing else runs on a GPU that trains: JAX's own 75% would leave a quarter of its memory to nobody.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     malloc.start_again()
+    show_anything()
     try:
         sys.exit(run(sys.argv[1:]))
     except UserError as error:

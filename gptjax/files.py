@@ -1,6 +1,7 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and JSON that every reader takes."""
 
 import json
+import math
 import os
 import uuid
 from contextlib import suppress
@@ -37,6 +38,19 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON as every reader takes it: it knows no NaN and no infinity, they are written as null."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: plain(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [plain(child) for child in node]
+        return None if isinstance(node, float) and not math.isfinite(node) else node
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from toy import NAN_GRADIENT, NAN_LOSS, SPIKE, Toy, fit, records, steps_of, toy_
 
 from gptjax.config import Config, OptimizerConfig
 from gptjax.errors import UserError
+from gptjax.files import json_text
 from gptjax.train.checkpoint import FOLDER
-from gptjax.train.metrics import Reporter, json_text
+from gptjax.train.metrics import Reporter
 from gptjax.train.step import TrainState, guard
 
 # The statistics

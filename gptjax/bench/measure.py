@@ -1,6 +1,5 @@
 """What every benchmark shares: times, the device's measured limits, and where a result came from."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config
+from gptjax.files import json_text, write_whole
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import train_flops_per_token, train_flops_per_token_6n
 
@@ -77,8 +77,7 @@ def provenance() -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(path, (json_text(result, indent=1) + "\n").encode())
 
 
 def si(x: float) -> str:

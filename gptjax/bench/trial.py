@@ -24,6 +24,7 @@ from gptjax.bench.measure import limits, provenance
 from gptjax.bench.work import WARMUP, Work, num_bytes, peak
 from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
+from gptjax.files import json_text
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.kernels import BACKENDS
 from gptjax.tasks.pretrain import Pretrain
@@ -113,7 +114,7 @@ def _child() -> None:
         text = f"{type(error).__name__}: {error}"
         status = "out of memory" if any(word in text for word in OUT_OF_MEMORY) else "failed"
         answer = {"status": status, "reason": text.splitlines()[0][:LINE]}
-    print(json.dumps(answer))
+    print(json_text(answer))
 
 
 def _facts(config: Config) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`gptjax plan CONFIG --topology NAME`: what it prints and writes."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from pydantic import Field
 from gptjax.commands.arguments import Overrides, Positional
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
-from gptjax.files import write_whole
+from gptjax.files import json_text, write_whole
 
 if TYPE_CHECKING:
     from gptjax.planner.plan import Plan, Row
@@ -72,7 +71,7 @@ class Command:
         console.out(f"\nbest: {details(made.rows[0])}")
         stem = self.out / f"{config.name}-{self.topology}{f'x{self.slices}' if self.slices > 1 else ''}"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(stem.with_suffix(".json"), (json.dumps(facts(made), indent=1) + "\n").encode())
+        write_whole(stem.with_suffix(".json"), (json_text(facts(made), indent=1) + "\n").encode())
         page(made, stem.with_suffix(".html"))
         console.out(f"\n{stem}.json\n{stem}.html")
         return 0 if made.rows[0].fits else 1

@@ -1,9 +1,7 @@
 """What a run says while it runs: a JSON-lines log always, TensorBoard files, a progress bar or plain lines."""
 
-import io
 import json
 import math
-import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from gptjax.files import write_whole
+from gptjax.files import json_text, write_whole
+from gptjax.terminal import show_anything
 
 Record = dict[str, Any]
 """kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
@@ -118,26 +117,6 @@ class _Events:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def show_anything() -> None:
-    """A character that standard output cannot encode, of a sample or of ours, becomes a question mark and ends
-    nothing."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON as every reader takes it: it knows no NaN and no infinity, they are written as null."""
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: plain(child) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return [plain(child) for child in node]
-        return None if isinstance(node, float) and not math.isfinite(node) else node
-
-    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def read_log(log: Path) -> list[Record]:
