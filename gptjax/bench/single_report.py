@@ -68,7 +68,9 @@ def _parts(rows: list[Row]) -> str:
     if not rows:
         return ""
     named = [part for part in rows[0]["parts"] if part != UNKNOWN]
-    shown = [[f"{row['parts'][part]['share']:.0%} ({row['parts'][part]['floor']:.0%})" for part in named] for row in rows]
+    shown = [
+        [f"{row['parts'][part]['share']:.0%} ({row['parts'][part]['floor']:.0%})" for part in named] for row in rows
+    ]
     table = _table(["share of the step (floor)", *named], [[r["name"], *c] for r, c in zip(rows, shown, strict=True)])
     return "\n\n".join([table, *(f"**{row['name']}: {doubt}.**" for row in rows for doubt in doubts(row))])
 

@@ -36,7 +36,11 @@ def main() -> int:
     known = parser.parse_args()
     known.out.mkdir(parents=True, exist_ok=True)
     # The runs are processes of their own and come first: an accelerator serves one process at a time.
-    checks = {"curve": curve(known.text, known.out), "resume": resume(known.text, known.out), "attention": attention(known.tiny)}
+    checks = {
+        "curve": curve(known.text, known.out),
+        "resume": resume(known.text, known.out),
+        "attention": attention(known.tiny),
+    }
     from gptjax.bench.measure import provenance
 
     result = {**provenance(), "ok": all(check["ok"] for check in checks.values()), **checks}
