@@ -32,10 +32,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="one head size and two lengths, for a CPU")
     known = parser.parse_args()
     known.out.mkdir(parents=True, exist_ok=True)
     # The runs are processes of their own and come first: an accelerator serves one process at a time.
-    checks = {"curve": curve(known.text, known.out), "resume": resume(known.text, known.out), "attention": attention()}
+    checks = {
+        "curve": curve(known.text, known.out),
+        "resume": resume(known.text, known.out),
+        "attention": attention(known.tiny),
+    }
     from gptjax.bench.measure import provenance
 
     result = {**provenance(), "ok": all(check["ok"] for check in checks.values()), **checks}
@@ -93,7 +98,7 @@ def resume(text: str, out: Path) -> dict[str, Any]:
     return {"ok": same and not different, "says": says + "the same"}
 
 
-def attention() -> dict[str, Any]:
+def attention(tiny: bool) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import test_attention as table
@@ -102,12 +107,13 @@ def attention() -> dict[str, Any]:
     from gptjax.model.kernels import BACKENDS, choose
 
     rows, dtype = [], "bfloat16"
-    for head_dim in HEAD_DIMS:
+    head_dims, lengths = (HEAD_DIMS[:1], LENGTHS[:2]) if tiny else (HEAD_DIMS, LENGTHS)
+    for head_dim in head_dims:
         masks = tuple(Mask(window) for window in WINDOWS)
         need = Need(jax.default_backend(), jnp.dtype(dtype), head_dim, LENGTHS[0], masks)
         backend, why = choose("auto", need)
         table.ATTEND[backend] = BACKENDS[backend].attend
-        for length in LENGTHS:
+        for length in lengths:
             for window in WINDOWS:
                 errors = table.measure(backend, Mask(window), length, head_dim, dtype)
                 rows.append({"head_dim": head_dim, "length": length, "window": window, "errors": [*map(float, errors)]})
