@@ -127,11 +127,12 @@ class Checkpoints:
         return state, Position(**meta["position"], data=None if data is None else tuple(data))
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        meta = read_meta(self._manager, step)
-        same_arrays(self._folder / str(step), shapes(abstract), meta["arrays"])
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        with reading(self._folder / str(step)):
-            return self._manager.restore(step, args=arguments)["state"], meta
+        with reader(self._folder) as manager:
+            meta = read_meta(manager, step)
+            same_arrays(self._folder / str(step), shapes(abstract), meta["arrays"])
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            with reading(self._folder / str(step)):
+                return manager.restore(step, args=arguments)["state"], meta
 
     def _set_aside(self, step: int) -> None:
         if is_first():
@@ -152,8 +153,7 @@ def restore_params(run: Path, abstract: Any) -> Any:
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager((run / FOLDER).absolute(), options=options) as manager:
+    with reader((run / FOLDER).absolute()) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
@@ -172,6 +172,14 @@ def restore_params(run: Path, abstract: Any) -> Any:
                 f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
             ) from error
         return restored["params"]
+
+
+def reader(folder: Path) -> ocp.CheckpointManager:
+    """A manager that reads for this process alone: one that finds damage must not leave the others waiting in Orbax."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
