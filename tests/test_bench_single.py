@@ -279,7 +279,8 @@ def test_what_does_not_run_is_a_row(
     ("arguments", "message"),
     [
         (["--peer", "none.py"], r"--peer none.py: no such file; name a script such as tests/peers/gpt2_torch.py"),
-        (["--steps", "0"], "--steps, --rounds and --timeout must be positive; nearest 1"),
+        (["--steps", "0"], "--steps 0: must be positive; nearest 1"),
+        (["--timeout", "nan"], "--timeout nan: expected a number"),
         (["--model.windo", "3"], "model.windo"),
     ],
 )
