@@ -21,7 +21,7 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.files import read_json, write_whole
 from gptjax.train import fingerprint as module
-from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, restore_params
+from gptjax.train.checkpoint import FOLDER, FORMAT, Checkpoints, Position, restore_params
 from gptjax.train.fingerprint import fingerprint
 
 State = dict[str, Any]
@@ -209,7 +209,7 @@ def test_another_format_is_one_line_and_stays(run: Path, tiny: Config) -> None:
     path = run / FOLDER / "3" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(UserError, match="format 1, this version reads 2; go on with the version that wrote it"):
+    with pytest.raises(UserError, match=f"format 1, this version reads {FORMAT}; go on with the version that wrote it"):
         restore(run, tiny)
     assert "3" in names(run)
 
