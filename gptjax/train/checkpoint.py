@@ -32,7 +32,7 @@ X = TypeVar("X")
 FOLDER = "checkpoints"
 FORMAT = 3
 # How TensorStore begins the message of a read that failed because of what it read.
-DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 
 class Damaged(Exception):
@@ -143,8 +143,7 @@ class Checkpoints:
                     ) from error
 
         together(rename)  # nobody lists the steps before it is gone
-        self._manager.close()
-        self._manager = self._open()
+        self._manager.reload()
 
     def close(self) -> None:
         self.wait()
@@ -282,7 +281,8 @@ def system_error(error: BaseException) -> OSError | None:
     on as text."""
     found = None
     for cause in _causes(error):
-        told = re.search(r"OS error (\d+)", " ".join([str(cause), *getattr(cause, "__notes__", [])]))
+        text = " ".join([str(cause), *getattr(cause, "__notes__", [])])
+        told = re.search(r"(?:os_error_code='|OS error )(\d+)", text)
         number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
         if number is None and isinstance(cause, FileNotFoundError):
             number = errno.ENOENT  # Orbax's own, without a number
@@ -316,6 +316,7 @@ def _undecodable(error: BaseException) -> bool:
     return any(
         isinstance(cause, json.JSONDecodeError | UnicodeDecodeError)
         or str(cause).startswith(DECODING)
+        or "Error decoding" in str(cause)  # an invalid argument has no such beginning
         or (isinstance(cause, KeyError) and "was not found in the checkpoint" in str(cause))
         for cause in _causes(error)
     )
