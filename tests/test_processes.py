@@ -81,16 +81,20 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
 
 
 def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: Path) -> None:
-    """Each reads its own part of the arrays: here one of them cannot, and the checkpoint is set aside by both, once."""
+    """A part of the newest checkpoint lies where only the first process sees it: a link that goes through the folder
+    in which a process was started. Both set the checkpoint aside, once, and neither waits for the other."""
     run = tmp_path / "run"
     line = [file, "--run", str(run), "--resume", "auto", "--train.save_interval", "2"]
     first = both(line, line)
     assert [status for status, _, _ in first] == [0, 0], first[1][2]
     steps = sorted(int(path.name) for path in (run / FOLDER).iterdir())
-    own = (run / FOLDER / str(steps[-1]) / "state" / "ocdbt.process_1").rglob("*")
-    victim = max((path for path in own if path.is_file()), key=lambda path: path.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    again = both(line, line)
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    part = run / FOLDER / str(steps[-1]) / "state" / "ocdbt.process_1"
+    part.rename(here / "part")
+    part.symlink_to("/proc/self/cwd/part")
+    again = both(line, line, before=(["env", "-C", str(here)], ["env", "-C", str(elsewhere)]))
     assert [status for status, _, _ in again] == [0, 0], again[1][2]
     assert again[0][2].count("is damaged") == 1 and f"resumed at step {steps[-2]}" in again[0][1]
     assert sorted(path.name for path in (run / FOLDER).iterdir()) == sorted([f"{steps[-1]}.damaged", *map(str, steps)])

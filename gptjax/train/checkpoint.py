@@ -6,9 +6,11 @@ is an error of this start, and leaves the checkpoints as they are.
 """
 
 import errno
+import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,19 +19,20 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.fingerprint import fingerprint
-from gptjax.train.processes import every, is_first, together
+from gptjax.train.processes import every, first, is_first, together
 
 X = TypeVar("X")
 
 FOLDER = "checkpoints"
-FORMAT = 2
+FORMAT = 3
 # How TensorStore begins the message of a read that failed because of what it read.
-DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
 
 class Damaged(Exception):
@@ -62,14 +65,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
         )
-        if self._folder.exists() and not self._folder.is_dir():
-            raise UserError(f"{self._folder}: not a folder; move it away")
+        together(lambda: usable(self._folder, make=True))  # before Orbax, whose processes wait for each other
         return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: Any, position: Position) -> bool:
         """Start writing in the background; False if this step is already saved.
 
-        Raises UserError when the disk is full.
+        Raises UserError when the disk is full, or cannot be written for another reason.
         """
         if position.step in self._manager.all_steps():
             return False
@@ -80,6 +82,7 @@ class Checkpoints:
             "arrays": {name: [*about, prints[name]] for name, about in shapes(state).items()},
             "config": to_json(self._config),
         }
+        meta["digest"] = digest(meta)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._explained():
             return bool(self._manager.save(position.step, args=arguments, force=True))
@@ -95,12 +98,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (reason := _storage_reason(error)) is None:
+            if (system := system_error(error)) is None:
                 raise
             safe = [step for step in self._manager.all_steps() if (self._folder / str(step)).is_dir()]
             last = f"the last complete one is step {max(safe)}" if safe else "none is complete yet"
+            remedy = "free space" if system.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "mend that"
             raise UserError(
-                f"checkpoint in {self._folder}: cannot write ({reason}); {last}; free space and resume"
+                f"checkpoint in {self._folder}: cannot write ({system.strerror}); {last}; {remedy} and resume"
             ) from error
 
     def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position] | None:
@@ -109,7 +113,7 @@ class Checkpoints:
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
         """
-        saved = sorted(self._manager.all_steps(), reverse=True)
+        saved = json.loads(first(lambda: json.dumps(sorted(self._manager.all_steps(), reverse=True))))
         for step in saved:
             try:
                 return self._restore(step, abstract)
@@ -121,27 +125,25 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, Position]:
-        state, meta = _agreed(lambda: self._read(step, abstract))
-        _agreed(lambda: unchanged(state, meta["arrays"]))
+        state, meta = intact(self._folder / str(step), abstract)
         data = meta["position"].pop("data")
         return state, Position(**meta["position"], data=None if data is None else tuple(data))
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        with reader(self._folder) as manager:
-            meta = read_meta(manager, step)
-            same_arrays(self._folder / str(step), shapes(abstract), meta["arrays"])
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            with reading(self._folder / str(step)):
-                return manager.restore(step, args=arguments)["state"], meta
-
     def _set_aside(self, step: int) -> None:
-        if is_first():
-            folder = self._folder / str(step)
-            names = (folder.with_name(f"{step}.damaged{'' if n == 1 else f'-{n}'}") for n in itertools.count(1))
-            folder.rename(next(name for name in names if not name.exists()))
-        every("")  # nobody lists the steps before it is gone
-        self._manager.close()
-        self._manager = self._open()
+        folder = self._folder / str(step)
+        names = (folder.with_name(f"{step}.damaged{'' if n == 1 else f'-{n}'}") for n in itertools.count(1))
+
+        def rename() -> None:
+            if is_first():
+                try:
+                    folder.rename(next(name for name in names if not name.exists()))
+                except OSError as error:
+                    raise UserError(
+                        f"{folder}: cannot be set aside ({error.strerror}); mend that and resume"
+                    ) from error
+
+        together(rename)  # nobody lists the steps before it is gone
+        self._manager.reload()
 
     def close(self) -> None:
         self.wait()
@@ -153,47 +155,78 @@ def restore_params(run: Path, abstract: Any) -> Any:
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
-    with reader((run / FOLDER).absolute()) as manager:
+    folder = (run / FOLDER).absolute()
+    together(lambda: usable(folder, make=False))
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
-        item, folder = {"params": abstract}, run / FOLDER / str(step)
-        try:
-            meta = read_meta(manager, step)
-            saved = {name: about for name, about in meta["arrays"].items() if name.startswith("params/")}
-            same_arrays(folder, shapes(item), saved)
-            restore = ocp.checkpoint_utils.construct_restore_args(item)
-            arguments = ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
-            with reading(folder):
-                restored = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-            unchanged(restored, saved)
-        except Damaged as error:
-            raise UserError(
-                f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
-            ) from error
-        return restored["params"]
+    if step is None:
+        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
+    try:
+        restored, _ = intact(folder / str(step), {"params": abstract}, part="params/")
+    except Damaged as error:
+        raise UserError(
+            f"checkpoint {folder / str(step)} is damaged ({error}); gptjax train --resume {run} goes back to the one "
+            "before it"
+        ) from error
+    return restored["params"]
 
 
-def reader(folder: Path) -> ocp.CheckpointManager:
-    """A manager that reads for this process alone: one that finds damage must not leave the others waiting in Orbax."""
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
-    return ocp.CheckpointManager(folder, options=options)
+def usable(folder: Path, make: bool) -> None:
+    """Raises UserError where a folder of checkpoints cannot be listed, or made where it is to be made."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        os.listdir(folder)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: not a folder; move it away") from None
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); mend that and try again") from error
 
 
-def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What was saved beside the arrays of a step. Raises Damaged, or UserError for another version's."""
-    folder = Path(manager.directory) / str(step)
+def intact(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, Any]]:
+    """`read`, and every array is what was saved: all processes say so, or each raises."""
+    state, meta = agreed(lambda: read(folder, abstract, part))
+    agreed(lambda: unchanged(state, meta["arrays"]))  # each sees its own copy of what is replicated
+    return state, meta
+
+
+def read(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, Any]]:
+    """The arrays of a checkpoint whose names begin with `part`, and what was saved beside them.
+
+    Raises Damaged, and UserError for the file system, another version, and arrays that are not those of `abstract`.
+    """
+    meta = read_meta(folder)
+    saved = {name: about for name, about in meta["arrays"].items() if name.startswith(part)}
+    same_arrays(folder, shapes(abstract), saved)
+    handler = ocp.PyTreeCheckpointHandler()
+    arguments = ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)
+    )
     with reading(folder):
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        # Orbax's handler itself: the manager around it ends in a barrier, where a process that fails is waited for.
+        return handler.restore(epath.Path(folder / "state"), args=arguments), meta
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What was saved beside the arrays of a step. Raises Damaged, or UserError for another version's."""
+    with reading(folder):
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
     if not isinstance(meta, dict) or "format" not in meta:
         raise Damaged("its meta is not whole")
     if meta["format"] != FORMAT:
         raise UserError(
             f"{folder}: format {meta['format']}, this version reads {FORMAT}; go on with the version that wrote it"
         )
+    if meta.pop("digest", None) != digest(meta):
+        raise Damaged("its meta is not what was saved")
     return meta
+
+
+def digest(meta: dict[str, Any]) -> str:
+    """Of what is saved beside the arrays, as JSON: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def shapes(tree: Any) -> dict[str, list[Any]]:
@@ -230,23 +263,71 @@ def reading(folder: Path) -> Iterator[None]:
     except (Damaged, UserError):
         raise
     except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of three kinds
-        causes = [*_causes(error)]
-        if any(isinstance(cause, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError) for cause in causes):
-            raise Damaged(_first_line(error)) from error
-        if system := next((cause for cause in causes if isinstance(cause, OSError)), None):
-            reason = system.strerror or _first_line(system)
-            raise UserError(f"{folder}: cannot be read ({reason}); nothing is changed, mend that and resume") from error
-        if any(str(cause).startswith(DECODING) for cause in causes) or _lacks_item(error):
-            raise Damaged(_first_line(causes[-1])) from error
-        raise
+        system = system_error(error)
+        missing = system is not None and system.errno == errno.ENOENT
+        if system is None or missing:
+            if not (missing or _undecodable(error)) or _out_of_memory(error):
+                raise
+            system = unreadable(folder)
+        if system is None:
+            raise Damaged(_first_line([*_causes(error)][-1])) from error
+        raise UserError(
+            f"{system.filename or folder}: cannot be read ({system.strerror}); nothing is changed, mend that and resume"
+        ) from error
 
 
-def _lacks_item(error: Exception) -> bool:
-    return isinstance(error, KeyError) and "was not found in the checkpoint" in str(error)
+def system_error(error: BaseException) -> OSError | None:
+    """What the operating system said, in an exception or below it, None if it is of another kind. TensorStore passes it
+    on as text."""
+    found = None
+    for cause in _causes(error):
+        text = " ".join([str(cause), *getattr(cause, "__notes__", [])])
+        told = re.search(r"(?:os_error_code='|OS error )(\d+)", text)
+        number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
+        if number is None and isinstance(cause, FileNotFoundError):
+            number = errno.ENOENT  # Orbax's own, without a number
+        if number is not None:
+            name = cause.filename if isinstance(cause, OSError) else None
+            found = OSError(number, os.strerror(number), name)
+            if number != errno.ENOENT:
+                return found
+    return found
 
 
-def _agreed(action: Callable[[], X]) -> X:
-    """`action` on every process. Damage that one of them finds is damage for all, and an error is an error for all."""
+def unreadable(folder: Path) -> OSError | None:
+    """What keeps this process from reading in a folder: for Orbax a folder that cannot be entered is an empty one."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    try:
+        for parent, _, names in os.walk(folder, onerror=stop):
+            for name in names:
+                with open(os.path.join(parent, name), "rb") as file:
+                    file.read(1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
+
+
+def _undecodable(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, json.JSONDecodeError | UnicodeDecodeError)
+        or str(cause).startswith(DECODING)
+        or "Error decoding" in str(cause)  # an invalid argument has no such beginning
+        or (isinstance(cause, KeyError) and "was not found in the checkpoint" in str(cause))
+        for cause in _causes(error)
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return any(isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(cause) for cause in _causes(error))
+
+
+def agreed(action: Callable[[], X]) -> X:
+    """`action` on every process, or Damaged on every process."""
     damage = ""
 
     def run() -> X | None:
@@ -268,19 +349,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _storage_reason(error: BaseException) -> str | None:
-    """Why the storage refused a write, None if the error is of another kind."""
-    reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
-    return next((reason for reason in reasons if reason in _chain(error)), None)
-
-
-def _chain(error: BaseException) -> str:
-    """The messages of an exception and of all its causes: the reason sits below Orbax's own."""
-    return " ".join(" ".join([str(cause), *getattr(cause, "__notes__", [])]) for cause in _causes(error))
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The exception, what caused it, and so on."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
