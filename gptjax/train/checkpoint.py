@@ -30,7 +30,7 @@ from gptjax.train.processes import every, first, is_first, together
 X = TypeVar("X")
 
 FOLDER = "checkpoints"
-FORMAT = 3
+FORMAT = 2
 # How TensorStore begins the message of a read that failed because of what it read.
 DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
