@@ -305,6 +305,10 @@ def broken(*_: object) -> Array:
     raise RuntimeError("no execution plans\nsecond line")
 
 
+def wordless(*_: object) -> Array:
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("attend", "answer"),
     [
@@ -312,6 +316,7 @@ def broken(*_: object) -> Array:
         (no_band, "Mask(window=128, causal=True): output is off by"),
         (wrong_backward, "Mask(window=None, causal=True): gradient of k is off by"),
         (broken, "raised no execution plans"),
+        (wordless, "raised MemoryError"),
     ],
 )
 def test_self_test_finds_what_is_wrong(attend: Attend, answer: str | None) -> None:

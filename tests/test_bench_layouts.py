@@ -283,8 +283,8 @@ def test_another_result_is_refused(
     ("arguments", "message"),
     [
         (["--model.num_layer", "4"], "no such field; did you mean --model.num_layers?"),
-        (["--lengths", "8"], "--lengths: no such field"),
-        (["--steps", "0"], "--steps and --timeout must be positive"),
+        (["--lengths", "8"], "--lengths: gptjax bench layouts has no such argument"),
+        (["--steps", "0"], "--steps 0: must be positive; nearest 1"),
         (["--layouts", "xx"], "--layouts xx: no such setting here"),
         (["--compare", "nowhere.json"], "--compare nowhere.json: No such file"),
     ],
@@ -295,7 +295,7 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, file: st
 
 
 def test_attention_takes_no_fields() -> None:
-    with pytest.raises(UserError, match=r"--model\.window: gptjax bench has no such argument"):
+    with pytest.raises(UserError, match=r"--model\.window: gptjax bench attention has no such argument"):
         cli.run(["bench", "attention", "--model.window", "4"])
 
 

@@ -102,7 +102,8 @@ def test_a_trace_is_summed_by_part(tmp_path: Path) -> None:
 
 
 def test_work_that_outlasts_its_call_is_counted(tmp_path: Path) -> None:
-    """A CPU's product returns when its work is dealt to threads: 5% to 25% of these 30 products was in their calls."""
+    """A CPU's product returns when its work is dealt to threads: at most 57% of these 30 products was in their calls.
+    The best of three runs, since others use the machine, too."""
 
     def products(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
         with jax.named_scope("mlp"):
@@ -114,13 +115,17 @@ def test_work_that_outlasts_its_call_is_counted(tmp_path: Path) -> None:
     options = compiler_options("cpu")
     step = jax.jit(products, compiler_options=options).lower(x, weights).compile()
     step(x, weights).block_until_ready()
-    with jax.profiler.trace(str(tmp_path)):
-        started = time.perf_counter()
-        step(x, weights).block_until_ready()
-        whole = time.perf_counter() - started
-    seconds = seconds_by_part(tmp_path, step.as_text(), "jit_products", 2)
-    assert seconds[UNKNOWN] == 0
-    assert 0.6 * whole < seconds["MLP"] <= sum(seconds.values()) <= whole
+    shares = []
+    for i in range(3):
+        with jax.profiler.trace(str(tmp_path / str(i))):
+            started = time.perf_counter()
+            step(x, weights).block_until_ready()
+            whole = time.perf_counter() - started
+        seconds = seconds_by_part(tmp_path / str(i), step.as_text(), "jit_products", 2)
+        assert seconds[UNKNOWN] == 0
+        assert sum(seconds.values()) <= whole
+        shares.append(seconds["MLP"] / whole)
+    assert max(shares) > 0.8
 
 
 def test_the_clock_is_divided_among_what_is_in_progress() -> None:
@@ -274,7 +279,8 @@ def test_what_does_not_run_is_a_row(
     ("arguments", "message"),
     [
         (["--peer", "none.py"], r"--peer none.py: no such file; name a script such as tests/peers/gpt2_torch.py"),
-        (["--steps", "0"], "--steps, --rounds and --timeout must be positive; nearest 1"),
+        (["--steps", "0"], "--steps 0: must be positive; nearest 1"),
+        (["--timeout", "nan"], "--timeout nan: expected a number"),
         (["--model.windo", "3"], "model.windo"),
     ],
 )

@@ -59,7 +59,7 @@ def test_the_process_that_differs_is_named(file: str, tmp_path: Path) -> None:
     host = socket.gethostname()
     for status, _, errors in done:
         assert status != 0
-        assert f"error: optimizer.b2: process 1 on {host} has 0.9, most have 0.95; start the same code" in errors
+        assert f"error: optimizer.b2: process 1 on {host} has 0.9, most have 0.95; start the same" in errors
         assert "Traceback" not in errors
     assert not run.exists()
 

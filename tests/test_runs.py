@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -285,6 +286,13 @@ def test_what_changes_rounding_alone_is_taken_with_a_line(
         assert (f"{name}: the run has" in said) == (name != "layout")
 
 
+def test_another_folder_for_a_run_that_goes_on_is_refused(run: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--run elsewhere with --resume .*: a run stays in its folder; leave --run out"
+    ):
+        resume(run, "--run", "elsewhere")
+
+
 def test_a_ramp_goes_on_with_another_micro_batch(tiny: Config) -> None:
     """The batches stay what they were: fewer chips than a micro-batch needs can go on in the middle of a ramp."""
     from gptjax.train.schedule import steps
@@ -424,3 +432,37 @@ def test_every_shipped_config_would_start_on_its_hardware(
     assert cli.run(["train", str(file), "--dry-run", *place, *words]) == 0, capsys.readouterr().out
     text = capsys.readouterr().out
     assert "a run would start" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "pod", "slices", "layout", "hosts"),
+    [  # what `gptjax plan` recommends
+        ("gpt3_175b", "v5p-1024", 1, {"pipeline": 4, "fsdp": 8, "tensor": 16}, 128),
+        ("gpt3_13b", "v5p-128", 2, {"replica": 2, "fsdp": 64, "tensor": 1}, 32),
+    ],
+)
+def test_a_dry_run_of_a_layout_that_the_plan_recommends(
+    name: str,
+    pod: str,
+    slices: int,
+    layout: dict[str, int],
+    hosts: int,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every host has its rows, and together they have all, each as often as the layout copies it."""
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    words = ["--layout.sequence_sharding", "true", "--data.source", str(corpus / "*.txt"), "--data.tokenizer", "bytes"]
+    words += [word for axis, size in layout.items() for word in (f"--layout.{axis}", str(size))]
+    words += ["--train.batch_size", "1024", "--train.micro_batch_size", "512", "--train.ramp_start", "512"]
+    file = next(file for file in CONFIGS if file.stem == name)
+    assert cli.run(["train", str(file), "--dry-run", "--topology", pod, "--slices", str(slices), *words]) == 0
+    shares = re.findall(r"rows ([\d, -]+): process\(es\) ([\d, -]+)", capsys.readouterr().out)
+    assert sorted(process for _, processes in shares for process in numbers(processes)) == [*range(hosts)]
+    assert sorted(row for rows, _ in shares for row in numbers(rows)) == [*range(512)]
+
+
+def numbers(spans: str) -> list[int]:
+    """[0, 1, 2, 5] of 0-2, 5"""
+    ends = [(part.split("-")[0], part.split("-")[-1]) for part in spans.split(", ")]
+    return [number for first, last in ends for number in range(int(first), int(last) + 1)]

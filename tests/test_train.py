@@ -545,7 +545,7 @@ def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
     [
         (("train",), "name a config"),
         (("train", "configs/none.py"), "no such file"),
-        (("train", "CONFIG", "--data.source", "nowhere/*.txt"), "data.source = nowhere/*.txt: no such file"),
+        (("train", "CONFIG", "--data.source", "nowhere/*.txt"), "nowhere/*.txt: no such file, nor a match as a glob"),
         (("train", "CONFIG", "--data.source", "tfds:no_such_set"), "data.source = tfds:no_such_set"),
         (("train", "CONFIG", "--data.tokenizer", "no.model"), "data.tokenizer = no.model"),
         (("train", "CONFIG", "--model.vocab_size", "100"), "model.vocab_size = 100: the tokenizer bytes needs 257"),
@@ -555,7 +555,7 @@ def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
         (("train", "--resume", "configs"), "not a run folder"),
         (("sample", "nowhere"), "not a run folder"),
         (("sample", "RUN", "--top-p", "0"), "--top-p 0.0: must lie in (0, 1]"),
-        (("sample", "RUN", "--prompt", ""), "--prompt: empty"),
+        (("sample", "RUN", "--prompt", ""), "--prompt '': must not be empty"),
         (("report", "nowhere"), "not a run folder"),
         (("report", "RUN", "--loud"), "--loud: gptjax report has no such argument"),
     ],

@@ -17,7 +17,6 @@ import numpy as np
 from jax import Array
 
 from gptjax.bench.measure import limits, provenance, save, si, times
-from gptjax.errors import UserError
 from gptjax.model.accounting import mean_keys
 from gptjax.model.attention import Attend, Mask, Need
 from gptjax.model.kernels import BACKENDS, choose
@@ -42,8 +41,6 @@ def run(settings: Settings, out: Path) -> str:
 
     Raises UserError for settings that no backend can serve.
     """
-    if min(settings.lengths) < 1 or min(settings.window, settings.batch, settings.heads, settings.head_dim) < 1:
-        raise UserError("bench attention: lengths, window, batch, heads and head-dim must be positive; nearest 1")
     lengths = sorted(settings.lengths)
     backends = [_backends(settings, length) for length in lengths]
     device = limits(jnp.dtype(settings.dtype))

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gptjax.commands.arguments import Overrides, Positional
 from gptjax.config.fields import Positive, frozen
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from gptjax.planner.plan import Plan, Row
 
 WIDTH = 140  # characters that the table needs; a narrower terminal wraps its lines
+
+
+def _two(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) not in (0, 2):
+        raise ValueError("name two layouts with a comma, such as fsdp64_tp8_seq/full/256,fsdp512/dots/512")
+    return names
 
 
 @frozen
@@ -39,7 +45,7 @@ class Command:
     """Folder for JSON and the page."""
     explain: str = ""
     """Show where a parameter or activation lies in the config's layout."""
-    diff: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    diff: Annotated[tuple[str, ...], AfterValidator(_two)] = ()
     """Show two layouts side by side, such as fsdp64_tp8_seq/full/256,fsdp512/dots/512."""
     overrides: Overrides = ()
 

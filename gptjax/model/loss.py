@@ -42,7 +42,7 @@ def _picked(scores: Array, targets: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
     """Summed negative log-likelihood in nats over targets that are not IGNORED, for training alone: in bfloat16 its
-    scores are rounded, which moves one token by some 0.01 nats; `log_probs` is what else reads a model.
+    scores are rounded, which moves one token by hundredths of a nat; `log_probs` is what else reads a model.
 
     hidden [..., T, D], embedding [V', D] in the compute dtype, targets [..., T]. Logits of `chunk`
     positions per leading index are in memory at once. The forward pass of a differentiated call also makes the

@@ -1,7 +1,6 @@
 """From a config or a run folder to a running stage: devices, mesh, tokenizer, text and task put together, and all of it
 checked, on all processes, before there is a run folder."""
 
-import hashlib
 import logging
 import os
 import shlex
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax.config import Config, to_json
+from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data.sources import Corpus, build, reopen
@@ -36,7 +35,7 @@ from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
-from gptjax.train.processes import compare, every, first, is_first, together
+from gptjax.train.processes import compare, first, is_first, together
 from gptjax.train.step import abstract_state
 
 PATIENCE = 10.0  # seconds until a folder counts as not shared
@@ -83,9 +82,8 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> in
 
 def _same_everywhere(config: Config) -> None:
     """Raises UserError that names the process whose code, versions or config differ."""
-    compare({"code": folders.code_digest()} | folders.versions())
-    if len(set(every(hashlib.sha256(to_json(config).encode()).hexdigest()))) > 1:
-        compare({leaf.name: str(get(config, leaf.name)) for leaf in walk(Config)})
+    fields = {leaf.name: str(get(config, leaf.name)) for leaf in walk(Config)}
+    compare({"code": folders.code_digest()} | folders.versions() | fields)
 
 
 def _layout(config: Config) -> Layout:

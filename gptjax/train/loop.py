@@ -74,27 +74,21 @@ def fit(
     `load` they are random. `more` is what a stage does between steps beside saving, evaluating and sampling.
     Raises UserError for anything the user can mend, and where the run has gone bad.
     """
-    abstract = abstract_state(config, task.init)
-    shardings = layout.shardings(abstract)
-    checkpoints = Checkpoints(run, config)
-    places = placed(abstract, shardings)
-    state, position = (checkpoints.restore(places, _warn) if resume else None) or (None, Position())
-    if state is None:
-        if load is None:
-            state = init_state(config, task.init, layout)
-        else:
-            state = start_state(config, load(places.params), shardings)
-    first = jax.process_index() == 0
-    reporter = Reporter(
-        run / LOG, config.train.total_tokens, config.train.tensorboard, first, position.step if resume else None
-    )
-    try:
-        with signals() as stop:
+    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
+        abstract = abstract_state(config, task.init)
+        shardings = layout.shardings(abstract)
+        places = placed(abstract, shardings)
+        state, position = (checkpoints.restore(places, _warn) if resume else None) or (None, Position())
+        if state is None:
+            if load is None:
+                state = init_state(config, task.init, layout)
+            else:
+                state = start_state(config, load(places.params), shardings)
+        first, log = jax.process_index() == 0, run / LOG
+        since = position.step if resume else None
+        with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, first, since)) as reporter:
             _announce(config, layout, reporter, position, facts)
             return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
-    finally:
-        reporter.close()
-        checkpoints.close()
 
 
 def _loop(

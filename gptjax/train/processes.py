@@ -1,6 +1,7 @@
 """What several processes must agree on before they compute together: an error of one is everyone's error, and whoever
 differs is named. With one process all of it is free."""
 
+import json
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 from gptjax.errors import UserError
 
 X = TypeVar("X")
+ROOM = 4096  # bytes
 
 
 def is_first() -> bool:
@@ -20,13 +22,13 @@ def is_first() -> bool:
 
 
 def every(text: str) -> list[str]:
-    """The text of each process."""
+    """The text of each process. Sizes are rounded up, so that few programs are compiled."""
     if jax.process_count() == 1:
         return [text]
     data = text.encode()
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
-    padded = np.frombuffer(data.ljust(int(sizes.max()) + 1, b"\0"), np.uint8)
-    rows: Any = multihost_utils.process_allgather(padded)
+    room = (int(sizes.max()) // ROOM + 1) * ROOM
+    rows: Any = multihost_utils.process_allgather(np.frombuffer(data.ljust(room, b"\0"), np.uint8))
     return [row[:size].tobytes().decode() for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
 
@@ -53,16 +55,16 @@ def first(action: Callable[[], str]) -> str:
 
 
 def compare(facts: Mapping[str, str]) -> None:
-    """Raises UserError, on every process, that names the first fact in which processes differ, the odd ones, and both
-    values."""
-    for name, value in facts.items():
-        values = every(f"{socket.gethostname()}\0{value}")
-        hosts, texts = zip(*(text.split("\0", 1) for text in values), strict=True)
-        if len(set(texts)) == 1:
-            continue
+    """Raises UserError, on every process, that names the first fact in which processes differ, the odd one, and both
+    values. All processes name the same facts."""
+    if jax.process_count() == 1:
+        return
+    hosts, values = zip(*map(json.loads, every(json.dumps([socket.gethostname(), dict(facts)]))), strict=True)
+    for name in facts:
+        texts = [value.get(name, "nothing") for value in values]
         usual = Counter(texts).most_common(1)[0][0]
-        odd = next(i for i, text in enumerate(texts) if text != usual)
-        raise UserError(
-            f"{name}: process {odd} on {hosts[odd]} has {texts[odd] or 'none'}, most have {usual or 'none'}; start the "
-            "same code, config and data on every host"
-        )
+        if odd := [i for i, text in enumerate(texts) if text != usual]:
+            raise UserError(
+                f"{name}: process {odd[0]} on {hosts[odd[0]]} has {texts[odd[0]]}, most have {usual}; start the same "
+                "code, config and data on every host"
+            )

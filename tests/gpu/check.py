@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 128  # cuDNN takes multiples of it
-STEPS, HALF, BATCH_TOKENS = 200, 100, 12 * LENGTH  # configs/shakespeare_cpu.py has 12 sequences a step
+STEPS, TINY_STEPS, BATCH_TOKENS = 200, 60, 12 * LENGTH  # configs/shakespeare_cpu.py has 12 sequences a step
 LENGTHS, WINDOWS, HEAD_DIMS = (128, 256, 1024, 2048), (None, 1, 2, 64, 256, 4096), (64, 80, 96, 128)
 
 
@@ -32,10 +32,16 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="fewer steps, one head size and two lengths, for a CPU")
     known = parser.parse_args()
     known.out.mkdir(parents=True, exist_ok=True)
+    steps = TINY_STEPS if known.tiny else STEPS
     # The runs are processes of their own and come first: an accelerator serves one process at a time.
-    checks = {"curve": curve(known.text, known.out), "resume": resume(known.text, known.out), "attention": attention()}
+    checks = {
+        "curve": curve(known.text, known.out, steps),
+        "resume": resume(known.text, known.out, steps),
+        "attention": attention(known.tiny),
+    }
     from gptjax.bench.measure import provenance
 
     result = {**provenance(), "ok": all(check["ok"] for check in checks.values()), **checks}
@@ -65,35 +71,35 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_log(run / LOG) if record["kind"] == "train"]
 
 
-def curve(text: str, out: Path) -> dict[str, Any]:
-    here = np.array(train(out / "here", text, STEPS))
-    cpu = np.array(train(out / "cpu", text, STEPS, cpu=True))
-    other = np.array(train(out / "seed", text, STEPS, "--train.seed", "1", cpu=True))
+def curve(text: str, out: Path, steps: int) -> dict[str, Any]:
+    here = np.array(train(out / "here", text, steps))
+    cpu = np.array(train(out / "cpu", text, steps, cpu=True))
+    other = np.array(train(out / "seed", text, steps, "--train.seed", "1", cpu=True))
     away, noise = np.abs(here - cpu).max(), np.abs(other - cpu).max()
     says = (
-        f"{len(here)} logged losses of {STEPS} steps: at most {away:.4f} nats from the CPU's; another seed {noise:.4f}"
+        f"{len(here)} logged losses of {steps} steps: at most {away:.4f} nats from the CPU's; another seed {noise:.4f}"
     )
     return {"ok": bool(away <= noise and here[-1] < here[0] - 1), "says": says, "here": [*here], "cpu": [*cpu]}
 
 
-def resume(text: str, out: Path) -> dict[str, Any]:
+def resume(text: str, out: Path, steps: int) -> dict[str, Any]:
     import jax
     from test_train import saved
 
     switch = ("--train.deterministic", "true")
-    whole = train(out / "whole", text, STEPS, *switch)
-    train(out / "parts", text, HALF, *switch)
+    whole = train(out / "whole", text, steps, *switch)
+    train(out / "parts", text, steps // 2, *switch)
     command = [sys.executable, "-m", "gptjax", "train", "--resume", str(out / "parts")]
-    tokens = ("--train.total_tokens", str(STEPS * BATCH_TOKENS))
+    tokens = ("--train.total_tokens", str(steps * BATCH_TOKENS))
     subprocess.run([*command, *tokens], cwd=ROOT, check=True, capture_output=True)
     same = losses(out / "parts") == whole
-    a, b = (jax.tree.leaves(saved(out / name, STEPS)["arrays"]) for name in ("whole", "parts"))
+    a, b = (jax.tree.leaves(saved(out / name, steps)["arrays"]) for name in ("whole", "parts"))
     different = sum(x.tobytes() != y.tobytes() for x, y in zip(a, b, strict=True))
-    says = f"{len(a)} arrays after step {STEPS}, {different} differ; the logged losses are {'' if same else 'not '}"
+    says = f"{len(a)} arrays after step {steps}, {different} differ; the logged losses are {'' if same else 'not '}"
     return {"ok": same and not different, "says": says + "the same"}
 
 
-def attention() -> dict[str, Any]:
+def attention(tiny: bool) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import test_attention as table
@@ -102,12 +108,13 @@ def attention() -> dict[str, Any]:
     from gptjax.model.kernels import BACKENDS, choose
 
     rows, dtype = [], "bfloat16"
-    for head_dim in HEAD_DIMS:
+    head_dims, lengths = (HEAD_DIMS[:1], LENGTHS[:2]) if tiny else (HEAD_DIMS, LENGTHS)
+    for head_dim in head_dims:
         masks = tuple(Mask(window) for window in WINDOWS)
         need = Need(jax.default_backend(), jnp.dtype(dtype), head_dim, LENGTHS[0], masks)
         backend, why = choose("auto", need)
         table.ATTEND[backend] = BACKENDS[backend].attend
-        for length in LENGTHS:
+        for length in lengths:
             for window in WINDOWS:
                 errors = table.measure(backend, Mask(window), length, head_dim, dtype)
                 rows.append({"head_dim": head_dim, "length": length, "window": window, "errors": [*map(float, errors)]})
