@@ -12,14 +12,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
@@ -65,7 +64,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
         )
-        together(lambda: usable(self._folder, make=True))  # before Orbax, whose processes wait for each other
+        together(lambda: saved_steps(self._folder, make=True))  # before Orbax, whose processes wait for each other
         return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: Any, position: Position) -> bool:
@@ -113,7 +112,7 @@ class Checkpoints:
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
         """
-        saved = json.loads(first(lambda: json.dumps(sorted(self._manager.all_steps(), reverse=True))))
+        saved = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
         for step in saved:
             try:
                 return self._restore(step, abstract)
@@ -156,31 +155,30 @@ def restore_params(run: Path, abstract: Any) -> Any:
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
     folder = (run / FOLDER).absolute()
-    together(lambda: usable(folder, make=False))
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-    if step is None:
+    saved = json.loads(first(lambda: json.dumps(saved_steps(folder))))
+    if not saved:
         raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
+    step = folder / str(saved[0])
     try:
-        restored, _ = intact(folder / str(step), {"params": abstract}, part="params/")
+        restored, _ = intact(step, {"params": abstract}, part="params/")
     except Damaged as error:
         raise UserError(
-            f"checkpoint {folder / str(step)} is damaged ({error}); gptjax train --resume {run} goes back to the one "
-            "before it"
+            f"checkpoint {step} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
         ) from error
     return restored["params"]
 
 
-def usable(folder: Path, make: bool) -> None:
-    """Raises UserError where a folder of checkpoints cannot be listed, or made where it is to be made."""
+def saved_steps(folder: Path, make: bool = False) -> list[int]:
+    """The whole checkpoints in a folder, the newest first: a half one has another name. None where there is no folder,
+    unless it is to be made. Raises UserError where it cannot be."""
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        os.listdir(folder)
+        return sorted((int(name) for name in os.listdir(folder) if name.isdigit()), reverse=True)
+    except FileNotFoundError:
+        return []
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: not a folder; move it away") from None
-    except FileNotFoundError:
-        return
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}); mend that and try again") from error
 
@@ -200,13 +198,12 @@ def read(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, An
     meta = read_meta(folder)
     saved = {name: about for name, about in meta["arrays"].items() if name.startswith(part)}
     same_arrays(folder, shapes(abstract), saved)
-    handler = ocp.PyTreeCheckpointHandler()
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)
     )
-    with reading(folder):
+    with reading(folder), closing(ocp.PyTreeCheckpointHandler()) as handler:
         # Orbax's handler itself: the manager around it ends in a barrier, where a process that fails is waited for.
-        return handler.restore(epath.Path(folder / "state"), args=arguments), meta
+        return handler.restore(folder / "state", args=arguments), meta
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -317,7 +314,6 @@ def _undecodable(error: BaseException) -> bool:
         isinstance(cause, json.JSONDecodeError | UnicodeDecodeError)
         or str(cause).startswith(DECODING)
         or "Error decoding" in str(cause)  # an invalid argument has no such beginning
-        or (isinstance(cause, KeyError) and "was not found in the checkpoint" in str(cause))
         for cause in _causes(error)
     )
 
