@@ -7,6 +7,8 @@ import sys
 
 from gptjax import malloc
 from gptjax.commands.arguments import HELP, read, usage
+from gptjax.config import Config
+from gptjax.config.fields import explained
 from gptjax.errors import UserError
 from gptjax.terminal import show_anything
 
@@ -53,7 +55,9 @@ def run(words: list[str]) -> int:
     if any(word in HELP for word in rest):
         print(usage(verb, command))
         return 0
-    return read(verb, command, rest).run() or 0
+    done = read(verb, command, rest)
+    with explained(Config):  # also a config that a verb makes of its arguments
+        return done.run() or 0
 
 
 def _command(verb: str) -> type:

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from pydantic import ValidationError
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
+from gptjax.config.fields import explain
 from gptjax.convert.architecture import Architecture, Box, assemble, boxes
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
@@ -57,9 +59,12 @@ def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
     for given in values.get("architectures") or ():
         if given not in architecture.classes:
             raise UserError(f"{file}: architectures = {given!r}: of {name} gptjax converts {architecture.classes[0]}")
-    model = architecture.read(values, str(file))
     try:
-        return architecture, validate(Config("", model)).model
+        model = architecture.read(values, str(file))
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain(error, Config)}") from None
+    try:
+        return architecture, validate(Config(name, model)).model
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -173,7 +178,7 @@ def finetune_config(folder: Path) -> Config:
     _, model = read_model(folder)
     total_tokens = 4_000_000
     return Config(
-        name=folder.resolve().name,
+        name=folder.resolve().name or "model",
         model=replace(model, scan_layers=model.num_layers > UNROLLED_LAYERS),
         data=DataConfig(tokenizer=tokenizer_spec(folder)),
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_tokens=total_tokens // 50, decay_tokens=total_tokens),
