@@ -54,7 +54,7 @@ def transformers() -> Any:
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
     """Parameters without a zero or a one in them, so that no mistake of place hides."""
     rng = np.random.default_rng(seed)
-    abstract = on_device(Config("", model), jax.devices()[0])
+    abstract = on_device(Config("x", model), jax.devices()[0])
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract)
     params["embedding"][model.vocab_size :] = 0
     return params
@@ -130,7 +130,7 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
     peer.save_pretrained(folder)
     opened = open_directory(folder)
     model = replace(opened.model, scan_layers=True, attention="reference")  # compiles faster
-    config = Config("", model)
+    config = Config("x", model)
     params = opened.load(model, on_device(config, jax.devices()[0]))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len))
     scores, value, grads = logits_and_gradient(config, params, tokens)
@@ -297,7 +297,7 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path: Path, scan
     opened = open_directory(directory(tmp_path / "source", model, shard_bytes=20_000))
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
     layout = LayoutConfig(fsdp=2, tensor=4)
-    config = Config("", model, layout=layout)
+    config = Config("x", model, layout=layout)
     there = Layout(make_mesh(config), rule_table(layout))
     abstract = jax.eval_shape(Pretrain(config, "cpu").init, jax.random.key(0))
     spread = opened.load(model, placed(abstract, there.shardings(abstract)))
