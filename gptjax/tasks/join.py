@@ -49,6 +49,9 @@ def join(environment: Mapping[str, str]) -> None:
         else:
             _say(f"{us} connects to {at}, and waits for the others at most {TIMEOUT} s")
             _reach(where, until)
+    # On a CPU programs that are under way at once run in any order, and processes that sum and gather in different
+    # orders wait for each other for ever. Accelerators have queues.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**given, initialization_timeout=max(1, round(until - time.monotonic())))
     except (ValueError, RuntimeError) as error:
