@@ -257,7 +257,7 @@ def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     before = open_directory(source).load(config.model, on_device(config, jax.devices()[0]))
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < moved < 1e-5  # three steps of warm-up
-    task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"))
+    task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"), corpus=build(config.data))
     stream = task.stream(None, range(config.micro_batch_size))
     nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1)[0])
     stream.close()
