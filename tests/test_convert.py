@@ -26,6 +26,7 @@ from gptjax.convert.architecture import Box, assemble, boxes
 from gptjax.convert.huggingface import counterpart, open_directory, write_directory
 from gptjax.convert.tensors import Outgoing, read_tensors, write_tensors
 from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
+from gptjax.data.sources import build
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
 from gptjax.model.gpt import forward
