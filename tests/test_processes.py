@@ -31,7 +31,7 @@ def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> l
     """(status, output, errors) of two processes with words of their own, each perhaps started by another command."""
     port = free_port()
     processes = [start(own, index, port, before[index]) for index, own in enumerate(words)]
-    done = [process.communicate(timeout=240) for process in processes]
+    done = [process.communicate(timeout=400) for process in processes]
     return [(p.returncode, out, errors) for p, (out, errors) in zip(processes, done, strict=True)]
 
 

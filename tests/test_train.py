@@ -397,8 +397,8 @@ def two(at: str, number: int, hit: int, *args: str) -> list[tuple[int, str]]:
             if line.startswith(at):
                 both[hit].send_signal(number)
                 break
-        printed += both[0].communicate(timeout=120)[0]
-        other = both[1].communicate(timeout=120)[0]
+        printed += both[0].communicate(timeout=400)[0]
+        other = both[1].communicate(timeout=400)[0]
     finally:
         for process in both:
             process.kill()
