@@ -241,9 +241,9 @@ import grain, tensorflow_datasets
 open_source(DataConfig(source=sys.argv[3], cache_dir=sys.argv[2]), "train")  # all that is imported late
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source = open_source(DataConfig(source=sys.argv[1], cache_dir=sys.argv[2]), "train")
-stream = TokenStream(source, load_tokenizer("bytes"), 1024, lanes=4, seed=0)
+stream = TokenStream(source, load_tokenizer("bytes"), 1024, lanes=4, seed=0, micro_batch=1024)
 for _ in range(200):
-    stream.batch(1, 1024)
+    stream.batch(1)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     (tmp_path / "small.txt").write_text("small")
