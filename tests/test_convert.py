@@ -469,7 +469,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "too wide": (lambda f: configure(f, n_embd=36), r"wte.weight is \[261, 32\], but config.json makes it \[261, 36\]"),
     "heads": (lambda f: configure(f, n_head=5), r"config.json: model.num_heads = 5: does not divide"),
     "no number": (lambda f: configure(f, n_head="4"), r"n_head = '4': expected a positive whole number"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: not JSON"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: not whole JSON"),
     "not finite": (lambda f: rewrite(f, nan), r"h.1.mlp.c_fc.weight: holds values that are not finite"),
     "extra": (lambda f: rewrite(f, lambda t: t.update(x=t["transformer.wpe.weight"])), r"unexpected tensor x;"),
     "missing": (lambda f: rewrite(f, lambda t: t.pop("transformer.ln_f.bias")), r"no tensor ln_f.bias"),

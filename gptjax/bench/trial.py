@@ -28,6 +28,7 @@ from gptjax.files import json_text
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.kernels import BACKENDS
 from gptjax.tasks.pretrain import Pretrain
+from gptjax.train.processes import is_first
 from gptjax.train.step import init_state
 
 COMMAND = (sys.executable, "-m", "gptjax.bench.trial")
@@ -127,7 +128,7 @@ def _facts(config: Config) -> dict[str, Any]:
         **provenance(),
         "count": count,
         "local_count": jax.local_device_count(),
-        "first": jax.process_index() == 0,
+        "first": is_first(),
         "dtype": str(dtype),
         "limits": limits(dtype) | ({"gather": _gather_rate(platform)} if count > 1 else {}),
         "memory_bytes": _memory(platform),

@@ -42,8 +42,8 @@ class Command:
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
         given = self._given() if self.config else None
         from gptjax.tasks.join import join
-        from gptjax.tasks.launch import Resumed, train, warn
-        from gptjax.train.processes import first
+        from gptjax.tasks.launch import Resumed, train
+        from gptjax.train.processes import first, warn
         from gptjax.train.run import going_on, open_run
 
         folder = self.resume

@@ -19,18 +19,19 @@ from gptjax.convert.architecture import Architecture, Box, assemble, boxes
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
 from gptjax.convert.tensors import (
+    AGAIN,
     DTYPES,
     SHARD_BYTES,
     Outgoing,
     Tensor,
     chunks,
-    read_json,
     read_tensors,
     require_finite,
     write_tensors,
 )
 from gptjax.convert.tokenizer import tokenizer_spec
 from gptjax.errors import UserError
+from gptjax.files import read_json
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
@@ -51,7 +52,7 @@ def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
     Raises UserError for an architecture or a setting that our model has not.
     """
     file = folder / CONFIG
-    values = read_json(file)
+    values = read_json(file, AGAIN)
     name = values.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{file}: model_type = {name!r}: gptjax converts {' and '.join(ARCHITECTURES)}")

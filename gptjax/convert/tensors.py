@@ -19,10 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.files import read_json
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 CHECKSUMS = "gptjax.crc32"
+AGAIN = "download the folder again"
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22  # elements that are checked or compared at once
 
@@ -54,9 +56,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    where = read_json(index).get("weight_map")
+    where = read_json(index, AGAIN).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index}: no weight_map from tensors to files; download the folder again")
+        raise UserError(f"{index}: no weight_map from tensors to files; {AGAIN}")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
         if Path(file).name != file:
@@ -148,19 +150,6 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
         name: Tensor(name, file, tuple(t.shape), names.get(t.dtype, str(t.dtype)), partial(open_tensor, t.contiguous()))
         for name, t in loaded.items()
     }
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises UserError where there is none."""
-    try:
-        values = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 @dataclass(frozen=True)

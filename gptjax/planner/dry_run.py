@@ -30,7 +30,7 @@ from gptjax.tasks.launch import Resumed
 from gptjax.tasks.pretrain import Pretrain, check_vocabulary
 from gptjax.tasks.weights import open_weights
 from gptjax.train import run as folders
-from gptjax.train.checkpoint import FOLDER
+from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.loop import plain_facts
 from gptjax.train.step import abstract_state
 
@@ -118,10 +118,10 @@ class Rehearsal:
             yield self._new_run()
             return
         folder = self.resumed.folder
-        saved = [int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdigit()]
-        yield f"{folder}, from " + (f"step {max(saved):,}" if saved else "its start: no checkpoint yet")
+        saved = saved_steps(folder / FOLDER)
+        yield f"{folder}, from " + (f"step {saved[0]:,}" if saved else "its start: no checkpoint yet")
         yield from map(str, folders.going_on(self.resumed.saved, self.config, folder)[1])
-        yield from filter(None, [folders.changed_code(folder)])
+        yield from filter(None, [folders.changed_code(folder, folders.provenance())])
 
     def _new_run(self) -> str:
         base = folders.base_folder(self.config)

@@ -35,7 +35,7 @@ from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
-from gptjax.train.processes import compare, first, is_first, together
+from gptjax.train.processes import compare, first, is_first, together, warn
 from gptjax.train.step import abstract_state
 
 PATIENCE = 10.0  # seconds until a folder counts as not shared
@@ -174,7 +174,8 @@ def _take_over(task: Pretrain, resumed: Resumed) -> None:
     """Put what this start changes in force, unless it changes what makes the run."""
     config, corpus = task.config, task.corpus
     assert corpus
-    if text := folders.changed_code(resumed.folder):
+    started = folders.provenance()
+    if text := folders.changed_code(resumed.folder, started):
         warn(text)
     if text := folders.changed_data(resumed.folder, config, corpus):
         if not resumed.new_data:
@@ -183,12 +184,7 @@ def _take_over(task: Pretrain, resumed: Resumed) -> None:
             )
         warn(f"{text}: going on with it as --new-data says")
     folders.pin_data(resumed.folder, config, corpus)
-    folders.go_on(resumed.folder, resumed.saved, config)
-
-
-def warn(text: str) -> None:
-    if is_first():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    folders.go_on(resumed.folder, resumed.saved, config, started)
 
 
 def next_commands(run: Path, stopped: bool) -> str:

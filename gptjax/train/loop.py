@@ -27,6 +27,7 @@ from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.meter import Clock, Meter, require_finite
 from gptjax.train.metrics import Reporter
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
+from gptjax.train.processes import is_first, warn
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
@@ -78,15 +79,15 @@ def fit(
         abstract = abstract_state(config, task.init)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
-        state, position = (checkpoints.restore(places, _warn) if resume else None) or (None, Position())
+        state, position = (checkpoints.restore(places, warn) if resume else None) or (None, Position())
         if state is None:
             if load is None:
                 state = init_state(config, task.init, layout)
             else:
                 state = start_state(config, load(places.params), shardings)
-        first, log = jax.process_index() == 0, run / LOG
+        log = run / LOG
         since = position.step if resume else None
-        with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, first, since)) as reporter:
+        with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
             _announce(config, layout, reporter, position, facts)
             return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
 
@@ -270,8 +271,3 @@ def _announce(config: Config, layout: Layout, reporter: Reporter, position: Posi
     reporter.record("start", position.step, **started, **lines, **facts)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
-
-
-def _warn(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)

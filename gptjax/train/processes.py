@@ -3,6 +3,7 @@ differs is named. With one process all of it is free."""
 
 import json
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -19,6 +20,12 @@ ROOM = 4096  # bytes
 
 def is_first() -> bool:
     return jax.process_index() == 0
+
+
+def warn(text: str) -> None:
+    """One line on standard error, of the first process alone."""
+    if is_first():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def every(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from gptjax.errors import UserError
 from gptjax.files import read_json, write_whole
 from gptjax.train import lock
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
+from gptjax.train.checkpoint import saved_steps
 from gptjax.train.metrics import read_log
 
 CONFIG, META, LOG, TOKENIZER = "config.json", "meta.json", "log.jsonl", "tokenizer"
@@ -105,10 +106,10 @@ def fill_run(folder: Path, config: Config, tokenizer: Tokenizer, corpus: Corpus 
     write_whole(folder / CONFIG, to_json(config).encode())
 
 
-def go_on(folder: Path, saved: Config, given: Config) -> None:
-    """Note another start of a run, and put what it changes in force."""
+def go_on(folder: Path, saved: Config, given: Config, started: dict[str, Any]) -> None:
+    """Note another start of a run, as `provenance` describes it, and put what it changes in force."""
     changed = {change.name: [change.saved, change.given] for change in changes(saved, given)}
-    _append(folder / HISTORY, provenance() | {"changed": changed})
+    _append(folder / HISTORY, started | {"changed": changed})
     if changed:
         write_whole(folder / CONFIG, to_json(given).encode())
 
@@ -127,8 +128,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def abandon(folder: Path) -> None:
     """Take away the folder of a new run that never made a step, so that the corrected command can have its name."""
     records = read_log(folder / LOG) if (folder / LOG).exists() else []
-    saved = (folder / CHECKPOINTS).is_dir() and any(path.name.isdigit() for path in (folder / CHECKPOINTS).iterdir())
-    if not saved and all(record.get("kind") == "start" for record in records):
+    if not saved_steps(folder / CHECKPOINTS) and all(record.get("kind") == "start" for record in records):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -190,10 +190,11 @@ def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:
     )
 
 
-def changed_code(folder: Path) -> str | None:
-    """How the program differs from that of the run's last start, in one line; None where it does not."""
+def changed_code(folder: Path, now: dict[str, Any]) -> str | None:
+    """How the program, `provenance` now, differs from that of the run's last start, in one line; None where it does
+    not."""
     starts = read_log(folder / HISTORY) if (folder / HISTORY).is_file() else []
-    if not starts or (last := starts[-1]).get("code") == (now := provenance())["code"]:
+    if not starts or (last := starts[-1]).get("code") == now["code"]:
         return None
     return f"the code has changed since the run's last start ({_commit(last)} then, {_commit(now)} now)"
 
