@@ -571,6 +571,36 @@ def test_what_cannot_be_exported(tiny: Config, trained: Path, tmp_path: Path) ->
     assert not (tmp_path / "target").exists() and not list(tmp_path.glob(".*"))
 
 
+def with_vocabulary(folder: Path, size: int) -> Path:
+    """Random weights for `size` ids beside the bytes tokenizer of 261."""
+    folder.mkdir()
+    model = replace(SMALL, vocab_size=size)
+    write_directory(folder, model, random_params(model), 256)
+    write_tokenizer(load_tokenizer("bytes"), folder, 261, 12)
+    return folder
+
+
+def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused_by_every_verb(tmp_path: Path) -> None:
+    folder = with_vocabulary(tmp_path / "a", 256)
+    for words in (["sample"], ["convert"], ["train", "--data.source", "README.md"]):
+        target = [str(tmp_path / "b")] * (words[0] == "convert")
+        with pytest.raises(UserError, match=r"model.vocab_size = 256: the tokenizer .* needs 257"):
+            cli.run([words[0], str(folder), *target, *words[1:]])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_with_more_ids_than_its_tokenizer_samples_only_those(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_vocabulary(tmp_path / "a", 2000)
+    assert cli.run(["sample", str(folder), "--tokens", "60", "--temperature", "9", "--prompt", "a"]) == 0
+    assert len(capsys.readouterr().out) > 15  # each of 60 ids has a name, a byte or a part of a character
+    assert cli.run(["convert", str(folder), str(tmp_path / "b")]) == 0
+    assert cli.run(["convert", str(tmp_path / "b"), str(tmp_path / "c")]) == 0
+    again = load_tokenizer(tokenizer_spec(tmp_path / "c"))
+    assert again.special == load_tokenizer("bytes").special and again.vocab_size == 261
+
+
 texts = st.lists(st.one_of(st.text(), st.sampled_from(["  ", "\n\n", "\r\n", "'ll", " 12", "é", "e\u0301", "😀"])))
 
 

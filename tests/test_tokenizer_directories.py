@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptjax import cli
 from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer
 from gptjax.data.tokenizers.byte_level import byte_names, fast_encoder
@@ -451,3 +452,23 @@ def test_broken_directories_are_refused_in_a_line(tmp_path: Path, texts: dict[st
 def test_lone_surrogates_are_refused(make: tuple[str, Path]) -> None:
     with pytest.raises(UnicodeEncodeError):
         load_tokenizer(str(make[1])).encode("half a pair \ud800")
+
+
+CHANGED = "it changes text: puts a blank before it"
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (400, [CHANGED]),
+        (383, [CHANGED, "the model has no room for <|system|> <|user|> <|assistant|> <|end|>"]),
+        (300, ["WRONG: model.vocab_size = 300: the tokenizer", "needs 383; nearest 383"]),
+    ],
+)
+def test_a_dry_run_says_what_becomes_of_the_tokenizer(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, said: list[str]
+) -> None:
+    folder = prefixed(tmp_path / "a")
+    cli.run(["train", file, "--dry-run", "--data.tokenizer", str(folder), "--model.vocab_size", str(size)])
+    out = capsys.readouterr().out
+    assert all(clause in out for clause in said) and ("no room" in out) == (size == 383)

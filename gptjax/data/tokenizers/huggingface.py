@@ -166,7 +166,8 @@ def _add_tokens(where: str, library: Any, config: dict[str, Any], older: dict[st
 
     try:
         table = {int(i): token(value, False) for i, value in config.get("added_tokens_decoder", {}).items()}
-        named = [token(config[name], True) for name in NAMED if config.get(name)]
+        roles = [name for name, value in config.items() if name.endswith("_token") and isinstance(value, str)]
+        named = [token(config[name], True) for name in dict.fromkeys([*NAMED, *roles]) if config.get(name)]
         named += [token(value, True) for value in _extra(config)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {CONFIG}: not the form of added tokens ({error!r}); fetch it again") from None

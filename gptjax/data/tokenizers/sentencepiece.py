@@ -9,6 +9,8 @@ from gptjax.data.tokenizers.tokenizer import SPECIALS, Tokenizer, reserve
 from gptjax.errors import UserError
 
 FILE = "tokenizer.model"
+NORMALIZER, DENORMALIZER = 3, 5  # fields of the model's message; those of a normaliser are
+NAME, CHARSMAP, DUMMY_PREFIX, REMOVE_BLANKS, ESCAPE_BLANKS = 1, 2, 3, 4, 5
 PROBE = "  a\tb\r\n\n ▁é\0\U0001f600½ﬁ e\u0301\u212b가 \u1100\u1161 " + "".join(SPECIALS)
 
 
@@ -59,18 +61,43 @@ def load_model(spec: str, data: bytes) -> Tokenizer:
 
 def _losses(data: bytes) -> Iterator[str]:
     """What the model's own normaliser says that it does to a text."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    forms: Any = sentencepiece_model_pb2
-    model = forms.ModelProto.FromString(data)
-    rules = model.normalizer_spec
-    if rules.precompiled_charsmap:
-        yield f"it normalises by rules {rules.name or 'of its own'}"
-    if rules.add_dummy_prefix:
+    model = _fields(data)
+    rules, back = _fields(model.get(NORMALIZER, b"")), _fields(model.get(DENORMALIZER, b""))
+    if rules.get(CHARSMAP):
+        yield f"it normalises by rules {rules.get(NAME, b'').decode() or 'of its own'}"
+    if rules.get(DUMMY_PREFIX, True):
         yield "it puts a blank before a text"
-    if rules.remove_extra_whitespaces:
+    if rules.get(REMOVE_BLANKS, True):
         yield "it drops blanks"
-    if not rules.escape_whitespaces:
+    if not rules.get(ESCAPE_BLANKS, True):
         yield "it does not mark blanks"
-    if model.denormalizer_spec.precompiled_charsmap:
+    if back.get(CHARSMAP):
         yield "it changes text on the way back"
+
+
+def _fields(data: bytes) -> dict[int, Any]:
+    """The last value of each field of a protocol buffer by number, a number or bytes. The generated reader in the
+    package takes only the newest protobuf, which others may not want."""
+    found: dict[int, Any] = {}
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        tag = number()
+        if tag & 7 == 0:
+            found[tag >> 3] = number()
+            continue
+        size = number() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found[tag >> 3] = data[at : at + size]
+        at += size
+    return found
