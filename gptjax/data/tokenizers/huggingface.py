@@ -64,7 +64,8 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
 
     def encode(text: str) -> np.ndarray:
         text.encode()  # the library would call a lone surrogate an error of type
-        return np.array(library.encode(text, add_special_tokens=False).ids, np.int32)
+        # As `encode`, without the places of tokens in the text: less than half the time.
+        return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     fast = fast_encoder(rules, library.model.tokenize)
     tokenizer = Tokenizer(
