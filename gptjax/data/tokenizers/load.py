@@ -33,7 +33,7 @@ def _load_folder(spec: str, folder: Path) -> Tokenizer:
         return load_directory(spec, {name: _read(spec, folder / name) for name in FILES if name in present}, folder)
     if (folder / FILE).is_file():
         return load_model(spec, _read(spec, folder / FILE))
-    raise UserError(f"data.tokenizer = {spec}: {folder}: a directory without a tokenizer; {FORMS}")
+    raise UserError(f"data.tokenizer = {spec}: a directory without a tokenizer; {FORMS}")
 
 
 def _read(spec: str, path: Path) -> bytes:
