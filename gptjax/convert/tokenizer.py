@@ -52,11 +52,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
 
 def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path) -> None:
     """Add to a directory's config the tokens that we reserved after its last id: there they get the same ids."""
-    own = tokenizer.own_size
-    ours = [name for name in SPECIALS if special.get(name, -1) >= own]
+    ours = [name for name in SPECIALS if special.get(name, -1) >= tokenizer.own_size]
     if not ours:
         return
-    settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {"tokenizer_class": "GPT2Tokenizer"}
+    made_by = "PreTrainedTokenizerFast" if RULES in tokenizer.files else "GPT2Tokenizer"
+    settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {"tokenizer_class": made_by}
     if special.get(SPECIALS[0]) == tokenizer.eot and SPECIALS[0] in ours:
         settings["eos_token"] = ours.pop(0)
     key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"

@@ -49,18 +49,10 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
     library.encode_special_tokens = True
     rules = json.loads(library.to_str())
     unknown = _unknown(rules["model"], library)
-    reserved = {
-        token.content: i
-        for i, token in library.get_added_tokens_decoder().items()
-        if (token.special and i != unknown) or token.content == eot
-    }
-    for name in SPECIALS:  # an entry of the vocabulary that no text yields
-        i = library.token_to_id(name)
-        if name not in reserved and i is not None and i not in library.encode(name, add_special_tokens=False).ids:
-            reserved[name] = i
     pieces, blank_first, join = table(library, rules, unknown)
     own_size = len(pieces)
-    pieces, special = reserve(pieces, reserved, SPECIALS if eot is None else SPECIALS[1:])
+    ours = SPECIALS if eot is None else SPECIALS[1:]
+    pieces, special = reserve(pieces, _reserved(library, unknown, eot), ours)
 
     def encode(text: str) -> np.ndarray:
         text.encode()  # the library would call a lone surrogate an error of type
@@ -81,6 +73,18 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
         join=join,
     )
     return replace(tokenizer, changes="; ".join(changes(tokenizer, rules)))
+
+
+def _reserved(library: Any, unknown: int | None, eot: str | None) -> dict[str, int]:
+    """Its own reserved tokens: the special ones, and entries of the vocabulary with one of our names that no text
+    yields."""
+    added = library.get_added_tokens_decoder().items()
+    found = {one.content: i for i, one in added if (one.special and i != unknown) or one.content == eot}
+    for name in SPECIALS:
+        i = library.token_to_id(name)
+        if name not in found and i is not None and i not in library.encode(name, add_special_tokens=False).ids:
+            found[name] = i
+    return found
 
 
 def _json(where: str, files: dict[str, bytes], name: str) -> dict[str, Any]:
