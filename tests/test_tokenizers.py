@@ -64,8 +64,8 @@ def tokenizer(request) -> Tokenizer:
 def test_text_comes_back_exactly_and_never_yields_a_reserved_id(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert set(ids).isdisjoint(tokenizer.special.values())
-    assert tokenizer.token_bytes()[np.array(ids, int)].sum() == len(text.encode())
+    assert ids.dtype == np.int32 and set(ids.tolist()).isdisjoint(tokenizer.special.values())
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
 def test_ids_specials_and_lengths(tokenizer):
@@ -75,7 +75,7 @@ def test_ids_specials_and_lengths(tokenizer):
     assert all(0 <= i < tokenizer.vocab_size and lengths[i] == 0 for i in tokenizer.special.values())
     ids = [tokenizer.special["<|user|>"], *tokenizer.encode("hi"), tokenizer.special["<|end|>"], tokenizer.eot]
     assert tokenizer.decode(np.array(ids)) == "<|user|>hi<|end|><|endoftext|>"
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.encode("").tolist() == [] and tokenizer.decode([]) == ""
     for wrong in (-1, tokenizer.vocab_size):
         with pytest.raises(IndexError):
             tokenizer.decode([wrong])
@@ -90,7 +90,7 @@ def test_half_a_character_decodes_to_the_replacement_mark():
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     spec = tokenizer.save(tmp_path / "run")
     again = load_tokenizer(spec)
-    assert again.encode(WORDS + CODE) == tokenizer.encode(WORDS + CODE)
+    assert again.encode(WORDS + CODE).tolist() == tokenizer.encode(WORDS + CODE).tolist()
     assert again.special == tokenizer.special and again.pieces == tokenizer.pieces
     assert again.save(tmp_path / "run") == spec  # onto its own files
     assert not list(tmp_path.rglob(".*"))
@@ -99,8 +99,8 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 @needs_gpt2
 def test_gpt2_known_ids():
     tokenizer = load_tokenizer(f"gpt2:{GPT2}")
-    assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     assert tokenizer.eot == 50256 and tokenizer.vocab_size == 50261
     assert [tokenizer.special[name] for name in SPECIALS] == [50256, 50257, 50258, 50259, 50260]
 
@@ -111,7 +111,7 @@ def test_gpt2_ids_equal_transformers():
     tokenizer = load_tokenizer(f"gpt2:{GPT2}")
     corpus = (DATA / "wikitext2-valid.txt").read_text()[:200_000]
     for text in (corpus, CODE, WORDS, "  a   b\n\n\n c \t\t d'll we've 123abc", "".join(map(chr, range(32, 0x2FF)))):
-        assert tokenizer.encode(text) == peer.encode(text)
+        assert tokenizer.encode(text).tolist() == peer.encode(text)
 
 
 def test_trained_model_has_the_size_asked_for_and_learns_layout(model):
@@ -150,23 +150,72 @@ def test_training_names_the_bounds_of_the_vocabulary(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.model"]
 
 
+@pytest.mark.parametrize("text", ["aaaa", "中文没有空格的文本", " ", "x" * 3000 + " y" + "z" * 3000])
+def test_training_on_text_with_no_or_few_blanks(tmp_path, text):
+    path = tmp_path / "x.model"
+    with pytest.raises(UserError, match="at most") as error:
+        train_sentencepiece([text] * 9, 9000, path)
+    train_sentencepiece([text] * 9, int(str(error.value).split("at most ")[1].split()[0]), path)
+    tokenizer = load_tokenizer(str(path))
+    assert b" " in tokenizer.pieces and tokenizer.decode(tokenizer.encode(f"a b {text}")) == f"a b {text}"
+
+
 def test_models_that_lose_characters_are_refused(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
-    common = dict(model_type="bpe", vocab_size=360, minloglevel=3)
-    for name, options in {
-        "nfkc": dict(byte_fallback=True),
-        "no_fallback": dict(normalization_rule_name="identity", vocab_size=100),
-        "user_defined": dict(byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-                             remove_extra_whitespaces=False, user_defined_symbols=["<|end|>"]),
-    }.items():  # fmt: skip
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("11D 302\t1E65\n")  # a letter of two points that no fixed text would have: ŝ with a dot below
+    common = dict(model_type="bpe", vocab_size=360, minloglevel=3, byte_fallback=True, add_dummy_prefix=False,
+                  normalization_rule_name="identity", remove_extra_whitespaces=False)  # fmt: skip
+    for name, options, reason in (
+        ("nfkc", dict(normalization_rule_name="nmt_nfkc"), "it normalises by rules nmt_nfkc"),
+        ("custom", dict(normalization_rule_tsv=str(rules)), "it normalises by rules user_defined"),
+        ("prefix", dict(add_dummy_prefix=True), "it puts a blank before a text"),
+        ("blanks", dict(remove_extra_whitespaces=True), "it drops blanks"),
+        ("no_fallback", dict(byte_fallback=False, vocab_size=100), "it has no byte fallback"),
+        (
+            "user_defined",
+            dict(user_defined_symbols=["<|end|>"]),
+            "a text yields a token with the name of a reserved one",
+        ),
+    ):
         prefix = str(tmp_path / name)
         sentences = iter([WORDS])
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_prefix=prefix, **(common | options))
-        with pytest.raises(UserError, match="loses characters"):
+        with pytest.raises(UserError, match=rf"loses characters \({reason}"):
             load_tokenizer(prefix + ".model")
 
 
-@pytest.mark.parametrize("spec", ["no.such.model", "gpt2:no/such/folder", "", "gpt3"])
+LONG = 1_000_000
+RUNS = {
+    "letters": "a" * LONG,
+    "blanks": " " * LONG,
+    "blanks and a letter": " " * LONG + "x",
+    "blanks between": "x" + " " * LONG + "x",
+    "lines": "\n" * LONG + "x",
+    "blanks and lines": "x" + " \n" * (LONG // 2) + "x",
+    "digits": "9" * LONG,
+    "two runs": ("é" + "\t" * 200_000 + "\u3000" * 200_000) * 2 + "\x1c" * 200_000 + "!" + "\u2028" * 200_000,
+}
+
+
+@needs_gpt2
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_a_million_have_the_ids_of_the_library(name, gpt2_library):
+    tokenizer = load_tokenizer(f"gpt2:{GPT2}")
+    assert tokenizer.encode(RUNS[name]).tolist() == gpt2_library(RUNS[name])
+
+
+@pytest.fixture(scope="module")
+def gpt2_library():
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    library = Library(models.BPE.from_file(str(GPT2 / "encoder.json"), str(GPT2 / "vocab.bpe")))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return lambda text: library.encode(text).ids
+
+
+@pytest.mark.parametrize("spec", ["no.such.model", "gpt2:no/such/folder", "", "gpt3", ".", "gpt2:.", "gpt2:README.md"])
 def test_missing_files(spec):
     with pytest.raises(UserError, match=r"No such file|directory") as error:
         load_tokenizer(spec)

@@ -628,6 +628,19 @@ def test_greedy_sampling_equals_the_uncached_model(tiny: Config) -> None:
             context = context[-8:]
 
 
+def test_ids_that_stand_for_nothing_are_never_drawn(tiny: Config) -> None:
+    from flax import linen as nn
+
+    from gptjax.infer.sampling import generate
+
+    model = Pretrain(tiny, "cpu").plain_model
+    params = nn.unbox(Pretrain(tiny, "cpu").init(jax.random.key(0)))
+    possible = np.arange(tiny.model.vocab_size) % 7 == 3
+    for how in (Sampling(temperature=9), Sampling(top_k=100)):
+        size = dict(num_samples=8, num_tokens=10, seed=0)
+        assert possible[generate(model, params, [5], how=how, possible=possible, **size)].all()
+
+
 def test_draw_keeps_what_top_k_and_top_p_say() -> None:
     scores = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
     drawn: Callable[[Sampling], set[int]] = lambda how: {  # noqa: E731

@@ -38,7 +38,7 @@ class ModelConfig:
     seq_len: Positive = 2048
     """Context T in tokens."""
     vocab_size: Positive = 50257
-    """Vocabulary V before padding; at least the tokenizer's size."""
+    """Vocabulary V before padding; at least what the tokenizer can make of a text. Ids beyond it are never sampled."""
     attention_pattern: Annotated[tuple[Literal["dense", "banded"], ...], Field(min_length=1)] = ("dense",)
     """The unit that repeats over the layers, such as dense,banded; its length divides num_layers."""
     window: Positive = 256
@@ -101,7 +101,8 @@ class DataConfig:
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"
-    """bytes, gpt2:DIR (vocab.json and merges.txt, or GPT-2's encoder.json and vocab.bpe), or a SentencePiece .model."""
+    """bytes; DIR or gpt2:DIR, a folder with a Hugging Face tokenizer (tokenizer.json, or GPT-2's vocab.json and
+    merges.txt, or encoder.json and vocab.bpe) or with tokenizer.model alone; or a SentencePiece .model file."""
     seed: Seed = 0
     """Seed of the global shuffle."""
     lanes: Positive = 1

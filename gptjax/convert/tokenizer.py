@@ -2,34 +2,38 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from gptjax.data.tokenizers import BYTE_LEVEL_FILES, Tokenizer, byte_names, byte_pairs
-
-SENTENCEPIECE = "tokenizer.model"
+from gptjax.data.tokenizers import SPECIALS, Tokenizer
+from gptjax.data.tokenizers.byte_level import PAIRS, byte_names, byte_pairs
+from gptjax.data.tokenizers.huggingface import CONFIG, RULES
+from gptjax.data.tokenizers.sentencepiece import FILE as SENTENCEPIECE
 
 
 def tokenizer_spec(folder: Path) -> str:
     """The `data.tokenizer` that reads a directory's own files; loading it names what is missing."""
-    names = {name for names in BYTE_LEVEL_FILES for name in names}
-    if (folder / SENTENCEPIECE).is_file() and not any((folder / name).is_file() for name in names):
-        return str(folder / SENTENCEPIECE)
-    return f"gpt2:{folder}"
+    return f"gpt2:{folder}" if str(folder) == "bytes" else str(folder)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len: int) -> str:
-    """Write what `transformers.AutoTokenizer` reads: the same ids for any text that spells no reserved name.
+    """Write what `transformers.AutoTokenizer` reads: the same ids for any text that spells no reserved name. What was a
+    Hugging Face directory is one again, file by file; our chat tokens, where the model has room, are named to it.
 
     Reserved ids beyond `vocab_size` are left out, for the exported model has no rows for them. Returns what a user
     has to know, "" if nothing.
     """
     special = {name: i for name, i in tokenizer.special.items() if i < vocab_size}
-    first, *rest = special
+    if RULES in tokenizer.files or set(PAIRS[0]) <= tokenizer.files.keys():
+        tokenizer.save(folder)
+        _name_chat_tokens(tokenizer, special, folder / CONFIG)
+        return ""
+    eot = next(name for name, i in special.items() if i == tokenizer.eot)
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "model_max_length": seq_len,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), first),
-        "additional_special_tokens": rest,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), eot),
+        "additional_special_tokens": [name for name in special if name != eot],
         "clean_up_tokenization_spaces": False,
     }
     note = ""
@@ -42,8 +46,25 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         (folder / "vocab.json").write_text(json.dumps(vocab | special, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2))
     return note
+
+
+def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path) -> None:
+    """Add to a directory's config the tokens that we reserved after its last id: there they get the same ids."""
+    ours = [name for name in SPECIALS if special.get(name, -1) >= tokenizer.own_size]
+    if not ours:
+        return
+    made_by = "PreTrainedTokenizerFast" if RULES in tokenizer.files else "GPT2Tokenizer"
+    settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {"tokenizer_class": made_by}
+    if special.get(SPECIALS[0]) == tokenizer.eot and SPECIALS[0] in ours:
+        settings["eos_token"] = ours.pop(0)
+    key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"
+    if isinstance(settings.get(key), dict):
+        settings[key] |= {f"{name.strip('<|>')}_token": name for name in ours}
+    else:
+        settings[key] = [*(settings.get(key) or []), *ours]
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def bytes_vocab() -> dict[str, int]:

@@ -230,10 +230,10 @@ def _encode(record: Record, tokenizer: Tokenizer) -> np.ndarray:
     """One record's tokens, int32 [N], N > 0."""
     tokens = tokenizer.encode(record.text)
     if record.last:
-        tokens.append(tokenizer.eot)
-    if not tokens:
+        tokens = np.append(tokens, np.int32(tokenizer.eot))
+    if not len(tokens):
         raise ValueError("a record without text that ends no document would stall the stream")
-    return np.array(tokens, np.int32)
+    return tokens
 
 
 def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, repeat: bool = True) -> Any:

@@ -1,6 +1,6 @@
 """Sampling from a model with a KV cache. Simple on purpose: one prompt, one static shape, two loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +51,26 @@ def draw(scores: Array, key: Array, how: Sampling) -> Array:
 
 
 def generate(
-    model: GPT, params: Any, prompt: list[int], *, num_samples: int, num_tokens: int, how: Sampling, seed: int
+    model: GPT,
+    params: Any,
+    prompt: Sequence[int] | np.ndarray,
+    *,
+    num_samples: int,
+    num_tokens: int,
+    how: Sampling,
+    seed: int,
+    possible: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Continue `prompt` num_samples times by num_tokens: int32 [num_samples, num_tokens].
+    """Continue `prompt` num_samples times by num_tokens: int32 [num_samples, num_tokens]. `possible`, bool [V], says
+    which ids may be drawn, those of the vocabulary that stand for something; None says all.
 
     The context is full after T tokens; then its later half starts the next one, so text of any length
     comes out. Raises UserError for an empty prompt.
     """
-    if not prompt:
+    if not len(prompt):
         raise UserError("--prompt: empty; give at least one character")
     length = model.config.seq_len
-    fill = make_fill(model, how)
+    fill = make_fill(model, how, possible)
     key = jax.random.key(seed)
     made = np.zeros((num_samples, 0), np.int32)
     context = np.tile(np.array(prompt[-(length - 1) :], np.int32), (num_samples, 1))
@@ -76,12 +85,20 @@ def generate(
     return made
 
 
-def make_fill(model: GPT, how: Sampling) -> Callable[..., Array]:
-    """jit of (params, tokens [B, T], start, stop, key) -> tokens with positions start..stop-1 drawn.
+def make_fill(model: GPT, how: Sampling, possible: np.ndarray | None = None) -> Callable[..., Array]:
+    """jit of (params, tokens [B, T], start, stop, key) -> tokens with positions start..stop-1 drawn; `possible` as for
+    `generate`.
 
     One prefill over the padded context, then one token at a time; what the prefill cached beyond `start` is
     overwritten before any query can see it.
     """
+
+    def scores(hidden: Array, embedding: Array) -> Array:
+        made = logits(hidden, embedding, model.config.vocab_size)
+        if possible is None:
+            return made
+        room = made.shape[-1] - len(possible)
+        return jnp.where(np.pad(possible, (0, room)), made, -jnp.inf)
 
     @jax.jit
     def fill(params: Any, tokens: Array, start: Array, stop: Array, key: Array) -> Array:
@@ -96,7 +113,7 @@ def make_fill(model: GPT, how: Sampling) -> Callable[..., Array]:
         def one(carry: Any) -> Any:
             at, tokens, last, cache, key = carry
             key, part = jax.random.split(key)
-            token = draw(logits(last[:, 0], embedding, c.vocab_size), part, how).astype(jnp.int32)[:, None]
+            token = draw(scores(last[:, 0], embedding), part, how).astype(jnp.int32)[:, None]
             tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, at, axis=1)
             last, _, cache = forward(model, params, token, cache=cache, start=at)
             return at + 1, tokens, last, cache, key

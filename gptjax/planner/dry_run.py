@@ -27,7 +27,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.launch import Resumed
-from gptjax.tasks.pretrain import Pretrain, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
 from gptjax.tasks.weights import open_weights
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
@@ -188,9 +188,9 @@ class Rehearsal:
         yield text
 
     def tokenizer_lines(self) -> Iterator[str]:
-        check_vocabulary(self.config, self.tokenizer)
-        vocabulary = self.config.model.vocab_size
+        fitted, vocabulary = fit_vocabulary(self.config, self.tokenizer), self.config.model.vocab_size
         yield f"{self.config.data.tokenizer}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {vocabulary:,}"
+        yield from fitted.notes
 
     def data(self) -> Iterator[str]:
         text, corpus = look(self.config.data)

@@ -17,7 +17,7 @@ from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.launch import prepare
-from gptjax.tasks.pretrain import Pretrain, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
 from gptjax.tasks.weights import on_device
 from gptjax.train.checkpoint import Checkpoints, Position, restore_params
 from gptjax.train.run import fill_run, open_run, saved_tokenizer
@@ -36,7 +36,7 @@ def convert(source: str, target: str, dtype: str) -> str:
 def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     run, config = open_run(source)
     prepare(config)
-    architecture, tokenizer = counterpart(config.model), saved_tokenizer(run)
+    architecture, tokenizer = counterpart(config.model), fit_vocabulary(config, saved_tokenizer(run))
     with appearing(target) as folder:
         params = restore_params(run, on_device(config, _cpu()))
         size = write_directory(folder, config.model, params, tokenizer.eot, dtype)
@@ -62,8 +62,7 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     directory = open_directory(Path(source))
     config = replace(finetune_config(Path(source)), run=str(target))
     prepare(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(config, tokenizer)
+    tokenizer = fit_vocabulary(config, load_tokenizer(config.data.tokenizer))
     task = Pretrain(config, "cpu", tokenizer=tokenizer)
     one = LayoutConfig(fsdp=1)
     abstract = abstract_state(config, task.init)

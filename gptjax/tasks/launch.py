@@ -24,13 +24,13 @@ from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
-from gptjax.infer.sampling import Sampling, generate
+from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, check_vocabulary
+from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
@@ -94,7 +94,7 @@ def _layout(config: Config) -> Layout:
 
 def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> Pretrain:
     """The stage, checked against its layout, vocabulary and text."""
-    check_vocabulary(config, tokenizer)
+    tokenizer = fit_vocabulary(config, tokenizer)
     task = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
     for source in (task.training_text, task.evaluation_text):
         require_one_row(source, tokenizer, config.model.seq_len)
@@ -229,12 +229,10 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     """Continuations of a prompt by the newest checkpoint of a run, or by a Hugging Face directory."""
     weights = open_weights(folder)
     prepare(weights.config)
-    tokenizer = weights.tokenizer()
+    tokenizer = fit_vocabulary(weights.config, weights.tokenizer())
     task = Pretrain(weights.config, jax.default_backend(), tokenizer=tokenizer)
     params = weights.load(weights.config.model, on_device(weights.config, jax.local_devices()[0]))
-    ids = tokenizer.encode(prompt)
-    made = generate(task.plain_model, params, ids, num_samples=num_samples, num_tokens=num_tokens, how=how, seed=seed)
-    return [tokenizer.decode(row.tolist()) for row in made]
+    return task.continuations(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
 
 
 def facts(task: Pretrain) -> dict[str, Any]:
@@ -249,8 +247,8 @@ def facts(task: Pretrain) -> dict[str, Any]:
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
         "data": f"{task.corpus.name}, {len(task.training_text):,} training records, {config.data.tokenizer} tokenizer "
-        f"of {tokenizer.vocab_size:,} in a vocabulary of {config.model.vocab_size:,} "
-        f"(padded to {config.model.padded_vocab_size:,})",
+        f"of {tokenizer.possible.sum():,} in a vocabulary of {config.model.vocab_size:,} "
+        f"(padded to {config.model.padded_vocab_size:,})" + "".join(f"; {note}" for note in tokenizer.notes),
     }
 
 

@@ -155,10 +155,15 @@ class Pretrain:
     def sample(self, params: Any) -> str:
         """One continuation of train.sample_prompt, the same seed each time so that samples compare."""
         prompt = self.config.train.sample_prompt
-        ids = self._tokenizer.encode(prompt)
         how = Sampling(temperature=0.8, top_k=50)
-        made = generate(self.plain_model, params, ids, num_samples=1, num_tokens=SAMPLE_TOKENS, how=how, seed=0)
-        return prompt + self._tokenizer.decode(made[0].tolist())
+        return prompt + self.continuations(params, prompt, how, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
+
+    def continuations(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
+        """What the model goes on with after a prompt; `size` as for `generate`."""
+        tokenizer = self._tokenizer
+        ids = tokenizer.prompt(prompt)
+        made = generate(self.plain_model, params, ids, how=how, possible=tokenizer.possible, **size)
+        return [tokenizer.decode(row, inside=True) for row in made]
 
     @cached_property
     def training_text(self) -> TextSource:
@@ -180,13 +185,15 @@ class Pretrain:
         return self.tokenizer
 
 
-def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError if text can yield an id that the model does not have. The reserved chat ids may lie in
-    the padding: pretraining never meets them."""
-    chat = set(tokenizer.special.values()) - {tokenizer.eot}
-    needed = 1 + max(i for i in range(tokenizer.vocab_size) if i not in chat)
-    if config.model.vocab_size < needed:
+def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the model's vocabulary, for whoever joins the two: ids beyond the tokenizer's stand for
+    nothing, and chat tokens beyond the model's are absent, for pretraining never meets them.
+
+    Raises UserError if text can yield an id that the model does not have.
+    """
+    size, needed = config.model.vocab_size, tokenizer.least_vocab_size
+    if size < needed:
         raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}: the tokenizer {config.data.tokenizer} needs {needed}; "
-            f"nearest {needed}"
+            f"model.vocab_size = {size}: the tokenizer {config.data.tokenizer} needs {needed}; nearest {needed}"
         )
+    return tokenizer.fit(size)

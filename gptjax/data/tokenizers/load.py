@@ -1,0 +1,43 @@
+"""The forms of `data.tokenizer`."""
+
+from pathlib import Path
+
+from gptjax.data.tokenizers.huggingface import FILES, load_directory, rules_of
+from gptjax.data.tokenizers.sentencepiece import FILE, load_model
+from gptjax.data.tokenizers.tokenizer import Tokenizer, bytes_tokenizer
+from gptjax.errors import UserError
+
+FORMS = "use bytes, a folder with a Hugging Face tokenizer (tokenizer.json, or vocab.json and merges.txt), or a .model"
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer named by `data.tokenizer`: bytes, DIR or gpt2:DIR (a Hugging Face directory, GPT-2's own files, or
+    a folder with tokenizer.model alone), or a SentencePiece .model file.
+
+    Raises UserError where files are missing or are not what they should be, and for a .model that loses characters.
+    """
+    if spec == "bytes":
+        return bytes_tokenizer()
+    path = Path(spec.removeprefix("gpt2:")).expanduser()
+    if spec.startswith("gpt2:") or path.is_dir():
+        return _load_folder(spec, path)
+    return load_model(spec, _read(spec, path))
+
+
+def _load_folder(spec: str, folder: Path) -> Tokenizer:
+    if not folder.is_dir():
+        why = "Not a directory" if folder.exists() else "No such file or directory"
+        raise UserError(f"data.tokenizer = {spec}: {folder}: {why}; {FORMS}")
+    present = {name for name in FILES if (folder / name).is_file()}
+    if rules_of(present):
+        return load_directory(spec, {name: _read(spec, folder / name) for name in FILES if name in present}, folder)
+    if (folder / FILE).is_file():
+        return load_model(spec, _read(spec, folder / FILE))
+    raise UserError(f"data.tokenizer = {spec}: a directory without a tokenizer; {FORMS}")
+
+
+def _read(spec: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"data.tokenizer = {spec}: {path}: {error.strerror}; {FORMS}") from None

@@ -1,0 +1,136 @@
+"""What every tokenizer is, whatever library is behind it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.files import write_whole
+
+SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+"""Our reserved tokens: end of text where the tokenizer has no own, the three chat roles, end of turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Ids 0..vocab_size-1; load one with `load_tokenizer`."""
+
+    pieces: list[bytes]
+    """The UTF-8 bytes of each id; a reserved id has its name. Empty for an id without a token and for the unknown."""
+    special: dict[str, int]
+    """Every reserved token, its own and ours: what no text yields."""
+    eot: int
+    """The id that ends a document, one of the reserved."""
+    encode: Callable[[str], np.ndarray]
+    """Text to ids, int32 [N], never a reserved one, even where the text spells its name. Raises
+    UnicodeEncodeError for lone surrogates, which have no UTF-8 form."""
+    spec: str
+    """What loads this tokenizer again, with {} for the folder of its files."""
+    files: dict[str, bytes]
+    """The files that `save` writes."""
+    own_size: int = 0
+    """Ids of a directory's own tokens, those that it reserves included; ours come after."""
+    begin: tuple[int, ...] = ()
+    """What its publisher puts before a text that a model is to continue."""
+    changes: str = ""
+    """What becomes of a text that does not come back as it was; empty where all do."""
+    blank_first: bool = False
+    """Whether `encode` puts a blank before a text, which `decode` takes off again."""
+    join: Callable[[list[int]], str] | None = None
+    """Ids to text, where joining the pieces is not the way."""
+    absent: tuple[str, ...] = ()
+    """Those of SPECIALS that the model has no row for."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the reserved ones and those without a token included."""
+        return len(self.pieces)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every text comes back as it was."""
+        return not self.changes
+
+    @cached_property
+    def possible(self) -> np.ndarray:
+        """bool [vocab_size]: the ids that stand for something. No other is ever sampled."""
+        return np.array([bool(piece) for piece in self.pieces])
+
+    @property
+    def least_vocab_size(self) -> int:
+        """What a model must have, for every id that a text, its beginning or its end can yield."""
+        unmet = set(self.special.values()) - {self.eot, *self.begin}
+        return 1 + max(i for i in range(self.vocab_size) if i not in unmet)
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user should know, a clause each."""
+        changes = [f"it changes text: {self.changes}"] * (not self.lossless)
+        return changes + [f"the model has no room for {' '.join(self.absent)}"] * bool(self.absent)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """Ids of a text that a model is to continue, int32 [N]."""
+        return np.concatenate([np.array(self.begin, np.int32), self.encode(text)])
+
+    def decode(self, ids: Iterable[int], *, inside: bool = False) -> str:
+        """Ids to text; reserved ids show their names, ids without a token nothing, bytes that are not UTF-8 U+FFFD.
+
+        `inside` says that the ids go on from others. Raises IndexError for an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        if any(not 0 <= i < self.vocab_size for i in ids):
+            raise IndexError(f"token ids {min(ids)} to {max(ids)}: outside 0 to {self.vocab_size - 1}")
+        if self.join is not None:
+            return self.join(ids)
+        text = b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.blank_first and not inside else text
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes behind each id, int32 [vocab_size]; 0 for reserved ids. For bits per byte, which then counts the
+        text that the targets stand for: of a tokenizer that changes text, the changed one."""
+        lengths = np.array([len(piece) for piece in self.pieces], np.int32)
+        lengths[list(self.special.values())] = 0
+        return lengths
+
+    def fit(self, vocab_size: int) -> "Tokenizer":
+        """The same for a model of `vocab_size` ids: those beyond the tokenizer's stand for nothing, and reserved tokens
+        that the model has no row for are absent.
+
+        Raises ValueError below `least_vocab_size`.
+        """
+        if vocab_size < self.least_vocab_size:
+            raise ValueError(f"{vocab_size} ids are too few for a tokenizer that yields {self.least_vocab_size}")
+        special = {name: i for name, i in self.special.items() if i < vocab_size}
+        absent = tuple(name for name in SPECIALS[1:] if name not in special)
+        pieces = [*self.pieces[:vocab_size], *[b""] * (vocab_size - self.vocab_size)]
+        return replace(self, pieces=pieces, special=special, absent=absent)
+
+    def save(self, folder: Path) -> str:
+        """Write the tokenizer's files into `folder`; return the spec that loads it from there."""
+        for name, data in self.files.items():
+            write_whole(folder / name, data)
+        return self.spec.format(folder)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """A token for each byte."""
+    pieces, special = reserve([bytes([b]) for b in range(256)], {}, SPECIALS)
+
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    return Tokenizer(pieces, special, special["<|endoftext|>"], encode, "bytes", {})
+
+
+def reserve(pieces: list[bytes], special: dict[str, int], names: tuple[str, ...]) -> tuple[list[bytes], dict[str, int]]:
+    """Give each name that is not reserved yet the next id after the vocabulary, and every reserved id its name."""
+    pieces, special = list(pieces), dict(special)
+    for name in names:
+        if name not in special:
+            special[name] = len(pieces)
+            pieces.append(b"")
+    for name, i in special.items():
+        pieces[i] = name.encode()
+    return pieces, special
