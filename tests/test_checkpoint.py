@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from devices import environment
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -314,7 +315,7 @@ for part in range(6):
 
 def test_a_kill_in_any_part_of_a_save_leaves_the_one_before(tiny: Config, tmp_path: Path) -> None:
     words = [sys.executable, "-c", KILLED, str(tmp_path), to_json(tiny)]
-    killed = subprocess.run(words, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=400)
+    killed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
     assert killed.returncode == 0, killed.stderr
     state = {"w": jnp.full((64, 32), 1.0)}
     left: set[str] = set()

@@ -1,6 +1,5 @@
 """Two real processes, joined over the loopback: what one of them has wrong is everyone's error, and is named."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from devices import environment
 
 from gptjax.config import Config, to_json
 from gptjax.train.checkpoint import FOLDER
@@ -21,10 +21,9 @@ def free_port() -> int:
 
 def start(words: list[str], index: int, port: int, before: list[str]) -> "subprocess.Popen[str]":
     where = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [*before, sys.executable, "-m", "gptjax", "train", *words, "--distributed"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=os.environ | where | flags, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=environment(2, **where), stdout=pipe, stderr=pipe, text=True)
 
 
 def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str, str]]:

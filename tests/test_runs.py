@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import environment
 
 from gptjax import cli
 from gptjax.config import Config, to_json
@@ -146,15 +146,14 @@ def test_a_process_that_lost_its_lock_ends(tmp_path: Path) -> None:
 
 def test_a_live_run_is_not_resumed_by_another_start(run: Path) -> None:
     """Both are real processes; the first one goes on unharmed."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "gptjax", "train", "--resume", str(run), "--train.total_tokens"]
-    first = subprocess.Popen([*command, "1e9"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    first = subprocess.Popen([*command, "1e9"], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 400
         while len(losses(run)) < 8 and time.monotonic() < end:
             time.sleep(0.2)
         before = len(losses(run))
-        second = subprocess.run([*command, "1e8"], env=environment, capture_output=True, text=True)
+        second = subprocess.run([*command, "1e8"], env=environment(), capture_output=True, text=True)
         assert second.returncode == 1
         assert f"process {first.pid} on {socket.gethostname()} is at work on it" in second.stderr
         assert "Traceback" not in second.stderr

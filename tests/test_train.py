@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from devices import environment
 from flax import linen as nn
 
 from gptjax.config import Config, LayoutConfig, OptimizerConfig, to_json
@@ -269,11 +270,6 @@ def gptjax(*args: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "gptjax", *args]
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
