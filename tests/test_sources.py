@@ -75,7 +75,7 @@ def test_a_long_file_in_pieces_and_its_slices(config):
 
 
 def test_multibyte_characters_across_blocks(config, monkeypatch):
-    monkeypatch.setattr("gptjax.data.sources.BLOCK_BYTES", 7)
+    monkeypatch.setattr("gptjax.data.formats.BLOCK_BYTES", 7)
     text = "a😀é東" * 20
     assert read(config("x.txt", {"x.txt": text.encode()})) == [Record(text, True)]
     fails(config("y.txt", {"y.txt": text.encode() + b"\xff tail"}), "y.txt", f"byte {len(text.encode())};")
@@ -115,8 +115,9 @@ def test_files_that_are_missing_empty_or_broken(config, tmp_path):
     fails(config("none.txt"), "none.txt", "no such file")
     fails(config("none*.txt"), "none*.txt", "glob")
     fails(config("empty.txt", {"empty.txt": b""}), "empty.txt", "no text in 1 file")
-    fails(config("", {"x/y.txt": b"a"}), "a folder", "/**/*.txt")
-    fails(config("bad.parquet", {"bad.parquet": b"junk"}), "bad.parquet", "not readable as Parquet")
+    (tmp_path / "hollow").mkdir()
+    fails(config("hollow"), "hollow: an empty folder")
+    fails(config("bad.parquet", {"bad.parquet": b"junk"}), "bad.parquet", "not readable as parquet")
 
 
 def test_splits_that_are_empty_or_unknown(config):
@@ -212,6 +213,9 @@ def test_tfds_names(config, catalogue):
     fails(config("tfds:lm1"), "data.source = tfds:lm1", "nearest tfds:lm1b")
     fails(config("tfds:lm1b/no_such"), "data.source = tfds:lm1b/no_such")
     fails(config("tfds:lm1b", text_field="txt"), "data.text_field = txt", "nearest text")
+    fails(config("tfds:mnist", text_field="label"), "data.text_field = label", "a ClassLabel, not text")
+    fails(config("tfds:squad", text_field="answers"), "data.text_field = answers", "Sequence, not text")
+    fails(config("tfds:squad", text_field="context.x"), "data.text_field = context.x", "not in tfds:squad")
 
 
 def test_tfds_without_network(config, catalogue, monkeypatch):

@@ -17,10 +17,12 @@ class Command:
 
     def run(self) -> None:
         """Print records, digest and the first text of each split, after building what is not built yet."""
-        from gptjax.data.sources import build
+        from gptjax.data.sources import build, left_out
 
         data = load_config(self.config, [*self.overrides]).data
         corpus = build(data)
+        if note := left_out(data):
+            print(f"{data.source}: {note.removesuffix(', ')}")
         for name in (data.train_split, data.eval_split):
             split = corpus.split(name)
             print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")

@@ -89,9 +89,12 @@ class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
     source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
-    """stdlib (Python's own source), a file or glob of .txt .jsonl .parquet, or tfds:NAME."""
+    """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
+    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
+    format: Annotated[Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
+    """How files are read; auto goes by their endings."""
     text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
-    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
     max_chars: Positive = 65536
     """Longer documents are stored as consecutive records of this many characters."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
