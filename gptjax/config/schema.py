@@ -98,9 +98,12 @@ class DataConfig:
     max_chars: Positive = 65536
     """Longer documents are stored as consecutive records of this many characters."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
-    """TFDS split to train on."""
+    """Part to train on, such as train[:95%]; of tfds:NAME a split as TFDS writes it."""
     eval_split: Annotated[str, Field(min_length=1)] = "train[95%:]"
-    """TFDS split to evaluate on."""
+    """Part to evaluate on."""
+    split_by: Literal["document", "position"] = "document"
+    """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
+    for a text of one document or a few. tfds:NAME has splits of its own."""
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"

@@ -1,7 +1,6 @@
 """Which files a source names, and of which kind each is: by the name that it was given, never by what a link hides."""
 
 import glob
-import hashlib
 import os
 import sysconfig
 from collections import Counter
@@ -153,11 +152,11 @@ def _short_name(source: str) -> str:
 
 
 def _stdlib() -> list[Path]:
-    """Python's own library, in the order of a hash: every slice of it is a fair sample."""
+    """Python's own library."""
     root = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
     for folder, inner, leaves in os.walk(root):
         inner[:] = set(inner) - NOT_STDLIB  # os.walk goes no deeper than these
         sources = (leaf for leaf in leaves if leaf.endswith(".py") and not leaf.startswith("_sysconfigdata"))
         found += [(Path(folder) / leaf).relative_to(root).as_posix() for leaf in sources]
-    return [root / name for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    return [root / name for name in sorted(found)]

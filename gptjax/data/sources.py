@@ -8,21 +8,26 @@ import difflib
 import hashlib
 import itertools
 import json
+import shutil
 import socket
-import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from gptjax.config import DataConfig
+from gptjax.data import cache
 from gptjax.data.files import Found, TextFile, find
 from gptjax.data.formats import documents, no_field, reason, text_of
+from gptjax.data.splits import bounds, chosen
 from gptjax.errors import UserError
 
 FORMAT_VERSION = "1.2.0"  # part of the digest: raise it when the records of the same files change
-DIGEST = "digest.txt"
+DIGEST, DOCUMENTS = "digest.txt", "documents.npy"
 BATCH_RECORDS = 256  # records between two rewrites of the data set's metadata
 
 
@@ -33,6 +38,8 @@ class Record:
     text: str
     last: bool
     """Whether the document ends here, so that an end-of-text token follows."""
+    cut: bool = False
+    """Whether it goes on, but not in the next record: that piece is in another split."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +47,30 @@ class TextSource:
     """The records of one split by index."""
 
     name: str
+    folder: Path
     rows: Sequence[dict[str, Any]]
     """The TFDS data source."""
     text_field: str
-    pieces: bool
-    """Whether rows say if they are the last of their document; elsewhere each row is one."""
+    chosen: np.ndarray | None
+    """The rows of the split, which say whether they are the last of their document. None for all, each a document."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.chosen is None else len(self.chosen)
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`; raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        row = self.rows[index]
-        text = text_of(row, self.text_field, f"{self.name} record {index}")
-        return Record(text, bool(row["last"]) if self.pieces else True)
+        number = index if self.chosen is None else int(self.chosen[index])
+        try:
+            row = self.rows[number]
+        except Exception as error:  # whatever a library makes of damaged bytes
+            raise _damaged(self.name, self.folder, self.chosen is None, f"record {number}: {reason(error)}") from error
+        text = text_of(row, self.text_field, f"{self.name} record {number}")
+        if self.chosen is None or row["last"]:
+            return Record(text, True)
+        following = int(self.chosen[index + 1]) if index + 1 < len(self) else -1
+        return Record(text, False, cut=following != number + 1)
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,34 @@ class Corpus:
     digest: str
     """Of its records in order; of a data set of TFDS's catalogue: of its name, version, counts and shards."""
     text_field: str
-    pieces: bool
-    max_chars: int
     builder: Any
+    documents: np.ndarray | None
+    """See `splits.chosen`; None for TFDS's catalogue, whose splits are its own."""
 
-    def split(self, name: str) -> TextSource:
+    def split(self, name: str, split_by: str) -> TextSource:
         """One split, such as `train[:95%]`. Raises UserError where there is none of the name, or nothing in it."""
+        if self.documents is None:
+            return self._of_catalogue(name)
+        try:
+            low, high = bounds(name)
+        except ValueError:
+            raise UserError(
+                f"split {name}: not one of {self.name}; give train, or a part in percent such as train[:95%]"
+            ) from None
+        rows = chosen(self.documents, low, high, split_by)
+        if not len(rows):
+            count = f"{len(self.documents):,} document(s) of {int(self.documents[:, 1].sum()):,} record(s)"
+            other = "data.split_by = position and a lower" if split_by == "document" else "a lower"
+            raise UserError(
+                f"split {name}: empty, as {self.name} has {count}; take other splits, or {other} data.max_chars"
+            )
+        try:
+            source = self.builder.as_data_source("train")
+        except Exception as error:
+            raise _damaged(self.name, self.folder, False, reason(error)) from error
+        return TextSource(self.name, self.folder, source, self.text_field, rows)
+
+    def _of_catalogue(self, name: str) -> TextSource:
         splits = {each: info.num_examples for each, info in self.builder.info.splits.items()}
         records = ", ".join(f"{each} of {count} record{'s' * (count != 1)}" for each, count in splits.items())
         try:
@@ -81,13 +118,17 @@ class Corpus:
             raise UserError(f"split {name}: not a split of {self.name}, which has {records}") from None
         if empty:
             remedy = "choose other data.train_split and data.eval_split"
-            remedy += f", or lower data.max_chars = {self.max_chars}" if self.pieces else ""
             raise UserError(f"split {name}: empty, as {self.name} has {records}; {remedy}")
         try:
             rows = self.builder.as_data_source(name)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"data.source = {self.name}: {reason(error)}; prepare it as array_record") from error
-        return TextSource(self.name, rows, self.text_field, self.pieces)
+        return TextSource(self.name, self.folder, rows, self.text_field, None)
+
+
+def _damaged(name: str, folder: Path, catalogue: bool, why: str) -> UserError:
+    remedy = "prepare it again" if catalogue else f"gptjax data --cache --remove {folder.name}, and it is built again"
+    return UserError(f"data.source = {name}: its data set in {folder} is damaged ({why}); {remedy}")
 
 
 def build(config: DataConfig) -> Corpus:
@@ -117,7 +158,8 @@ def reopen(config: DataConfig, folder: Path) -> Corpus:
     elif found := next((there for there in (folder, _own_folder(config)) if (there / DIGEST).is_file()), None):
         builder = tfds.builder_from_directory(str(found))
         digest = (found / DIGEST).read_text().strip()
-        return Corpus(config.source, found, digest, "text", True, config.max_chars, builder)
+        cache.note_use(found)
+        return Corpus(config.source, found, digest, "text", builder, np.load(found / DOCUMENTS))
     raise UserError(
         f"data.source = {config.source}: the data set in {folder} is not there on {socket.gethostname()}; let hosts "
         "share data.cache_dir (TFDS_DATA_DIR), or build it first on every host: gptjax data CONFIG"
@@ -126,14 +168,14 @@ def reopen(config: DataConfig, folder: Path) -> Corpus:
 
 def open_source(config: DataConfig, split: str) -> TextSource:
     """One split of `data.source`, building the data set if need be; raises what `build` and `Corpus.split` raise."""
-    return build(config).split(split)
+    return build(config).split(split, config.split_by)
 
 
 def _of_catalogue(config: DataConfig, builder: Any) -> Corpus:
     splits = {name: [info.num_bytes, *info.shard_lengths] for name, info in builder.info.splits.items()}
     about = json.dumps([builder.info.full_name, config.text_field, splits], sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()
-    return Corpus(config.source, Path(builder.data_dir), digest, config.text_field, False, config.max_chars, builder)
+    return Corpus(config.source, Path(builder.data_dir), digest, config.text_field, builder, None)
 
 
 def _tfds_builder(config: DataConfig) -> Any:
@@ -155,8 +197,6 @@ def _tfds_builder(config: DataConfig) -> Any:
 
 def _require_text(config: DataConfig, features: Any) -> None:
     """Raises UserError where `data.text_field`, which may be dotted, is no text among TFDS's features."""
-    import numpy as np
-
     feature = features
     for name in config.text_field.split("."):
         if not hasattr(feature, "items") or name not in feature:
@@ -188,8 +228,7 @@ def local_folder(config: DataConfig) -> tuple[Path, Found]:
     paths = [(file, file.path.resolve()) for file in found.files]
     stats = [(str(path), file.kind, path.stat().st_size, path.stat().st_mtime_ns) for file, path in paths]
     key = json.dumps([FORMAT_VERSION, config.text_field, config.max_chars, stats])
-    cache = Path(config.cache_dir).expanduser() / "datasets"
-    return cache / f"{found.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", found
+    return cache.datasets(config.cache_dir) / f"{found.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", found
 
 
 def _own_folder(config: DataConfig) -> Path:
@@ -203,6 +242,8 @@ def _own_folder(config: DataConfig) -> Path:
 def _local(config: DataConfig) -> Path:
     """The folder of the data set of local files, written now unless the cache has it."""
     folder, found = local_folder(config)
+    if folder.is_dir() and cache.flaw(folder):
+        cache.remove(folder)
     if not folder.is_dir():
         records = _records(config, found.files)
         first = next(records)
@@ -240,10 +281,11 @@ def look(config: DataConfig) -> tuple[str, Corpus | None]:
     shown = ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else "")
     text = f"{config.source}: {len(files):,} file(s), {size / 1e6:,.1f} MB: {shown}"
     text += f"; {found.note()}" if found.left_out else ""
-    if folder.is_dir():
+    if folder.is_dir() and not (flaw := cache.flaw(folder)):
         return f"{text}; built in {folder}", reopen(config, folder)
     next(_records(config, files))
-    return f"{text}; to be built in {folder}", None
+    again = f" again, for {flaw}," if folder.is_dir() else ""
+    return f"{text}; to be built{again} in {folder}", None
 
 
 def _records(config: DataConfig, files: Sequence[TextFile]) -> Iterator[Record]:
@@ -264,14 +306,13 @@ def _build(folder: Path, records: Iterable[Record]) -> None:
     A GeneratorBasedBuilder would hold every record of an ordered data set in memory; the sequential
     writer holds one batch.
     """
-    import numpy as np
     import tensorflow_datasets as tfds
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        data = Path(temporary) / "data"
-        data.mkdir()
+    about = array("Q")
+    data = cache.workplace(folder)
+    data.mkdir()
+    try:
         identity = tfds.core.dataset_info.DatasetIdentity(
             "text", tfds.core.Version(FORMAT_VERSION), str(data), __name__
         )
@@ -279,23 +320,33 @@ def _build(folder: Path, records: Iterable[Record]) -> None:
         info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
         writer = tfds.core.SequentialWriter(info, max_examples_per_shard=1 << 62, file_format="array_record")
         writer.initialize_splits(["train"])
-        rows = ({"text": record.text, "last": record.last} for record in _digested(records, digest))
+        rows = ({"text": record.text, "last": record.last} for record in _noted(records, about))
         while batch := list(itertools.islice(rows, BATCH_RECORDS)):
             writer.add_examples({"train": batch})
         writer.close_all()
-        (data / DIGEST).write_text(digest.hexdigest() + "\n")
+        found = np.array(about, "<u8").reshape(-1, 5)
+        (data / DIGEST).write_text(hashlib.sha256(found.tobytes()).hexdigest() + "\n")
+        np.save(data / DOCUMENTS, found[:, [0, 4]])
+        cache.seal(data)
         try:
             data.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same records
                 raise
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
 
 
-def _digested(records: Iterable[Record], digest: Any) -> Iterator[Record]:
-    """The records, while `digest` takes in each text with its length and whether a document ends there."""
+def _noted(records: Iterable[Record], about: "array[int]") -> Iterator[Record]:
+    """The records, while `about` takes five words a document: the SHA-256 of its text and the number of its records."""
+    digest, count = hashlib.sha256(), 0
     for record in records:
-        text = record.text.encode()
-        digest.update(f"{len(text)} {record.last:d} ".encode() + text)
+        digest.update(record.text.encode())
+        count += 1
+        if record.last:
+            about.extend(np.frombuffer(digest.digest(), "<u8").tolist())
+            about.append(count)
+            digest, count = hashlib.sha256(), 0
         yield record
 
 

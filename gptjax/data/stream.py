@@ -231,9 +231,9 @@ class Prefetcher(Iterator[X], Generic[X]):
 
 
 def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
-    """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind one that ends no document."""
+    """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document."""
     tokens = tokenizer.encode(record.text)
-    if record.last or (apart and len(tokens)):
+    if record.last or ((apart or record.cut) and len(tokens)):
         tokens = np.append(tokens, np.int32(tokenizer.eot if record.last else CUT - tokenizer.eot))
     if not len(tokens):
         raise ValueError("a record without text that ends no document would stall the stream")

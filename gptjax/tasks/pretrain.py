@@ -177,7 +177,7 @@ class Pretrain:
     def _split(self, name: str) -> TextSource:
         if self.corpus is None:
             raise ValueError("this task was built without a text")
-        return self.corpus.split(name)
+        return self.corpus.split(name, self.config.data.split_by)
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -168,7 +168,8 @@ def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
 
 def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:
     splits = (config.data.train_split, config.data.eval_split)
-    return {"digest": corpus.digest, "records": {split: len(corpus.split(split)) for split in splits}}
+    records = {split: len(corpus.split(split, config.data.split_by)) for split in splits}
+    return {"digest": corpus.digest, "records": records}
 
 
 def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:
