@@ -20,6 +20,7 @@ def config() -> Config:
             max_chars=1024,  # one file is one document: short records make the shuffle a shuffle
             train_split="train[:90%]",
             eval_split="train[90%:]",
+            split_by="position",
             lanes=BATCH,
         ),
         optimizer=OptimizerConfig(

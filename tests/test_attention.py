@@ -29,6 +29,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from gptjax.config import Config, LayoutConfig
+from gptjax.data.stream import CUT
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.attention import Attend, Mask, Need, reference
@@ -361,20 +362,26 @@ def test_a_refusal_leaves_no_run_folder(tiny: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ways", [1, 2])
 def test_documents_of_a_row_are_apart_when_asked(ways: int, tiny: Config) -> None:
-    """What follows a document's first token costs the same whatever text stands before it, in one part or two."""
+    """What follows a document's first token costs the same whatever text stands before it, in one part or two; a
+    document that was cut there, to go on elsewhere, is as far away, and its cut is no target."""
     tokenizer = load_tokenizer("bytes")
 
     def differs(apart: bool) -> float:
         config = replace(tiny, model=replace(tiny.model, separate_documents=apart))
         task = Pretrain(config, "cpu", context_layout(ways), tokenizer)
         params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-        loss = jax.jit(lambda tokens: task.loss(params, tokens, None)[0])
+        loss = jax.jit(lambda tokens: task.loss(params, tokens, None))
 
-        def gap(before: str) -> float:
-            rows = [[*tokenizer.encode(before), tokenizer.eot, *b"x", *after] for after in (b"abcdefghi", b"qrstuvwyz")]
-            return float(loss(jnp.asarray(rows[:1])) - loss(jnp.asarray(rows[1:])))
+        def gap(before: str, end: int) -> float:
+            rows = [[*tokenizer.encode(before), end, *b"x", *after] for after in (b"abcdefghi", b"qrstuvwyz")]
+            (one, targets), (two, _) = (loss(jnp.asarray([row])) for row in rows)
+            assert targets == 16 - (end < 0)
+            return float(one - two)
 
-        return abs(gap("one ab") - gap("TWO=#%"))
+        ends = (tokenizer.eot, CUT - tokenizer.eot)
+        gaps = [gap("one ab", end) - gap("TWO=#%", end) for end in ends]
+        assert gaps[0] == pytest.approx(gaps[1], abs=3e-5)
+        return abs(gaps[0])
 
     assert differs(apart=True) < 1e-5
     assert differs(apart=False) > 1e-4

@@ -94,6 +94,14 @@ def test_every_step_is_in_one_record(busy: Config, tmp_path: Path, monkeypatch: 
                 assert after["tokens_per_s"] == pytest.approx(rate)
 
 
+def test_the_share_of_time_that_waits_for_data_is_in_the_log(tiny: Config, tmp_path: Path) -> None:
+    """Steps of a few milliseconds with batches of 50 wait for nearly all of the time."""
+    config = toy_config(tiny, 12, log_interval=12)
+    assert fit(config, Toy(batch_seconds=0.05), tmp_path) == 0
+    (record,) = records(tmp_path, "train")
+    assert 0.5 < record["data_wait"] <= 1
+
+
 def test_a_stage_adds_what_it_does_between_steps(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a change to the loop: its record is the proof, a stop leaves it owed, a figure of it can end the run."""
     seen: list[int] = []

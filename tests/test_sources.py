@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
+from gptjax.data.cache import SIZES
 from gptjax.data.sources import Record, _build, cut, open_source
 from gptjax.errors import UserError
 
@@ -68,14 +70,16 @@ def test_a_long_file_in_pieces_and_its_slices(config):
     made = config("long.txt", {"long.txt": text.encode()}, max_chars=50)
     records = read(made)
     assert records == [Record(text[i : i + 50], i == 4950) for i in range(0, 5000, 50)]
-    assert read(made, "train[:90%]") + read(made, "train[90%:]") == records
-    assert read(made, "train[7:9]") == records[7:9]
+    by_position = config("long.txt", max_chars=50, split_by="position")
+    first = read(by_position, "train[:90%]")
+    assert first == [*records[:89], replace(records[89], cut=True)] and read(by_position, "train[90%:]") == records[90:]
+    assert [r.text for r in read(by_position, "train[7%:9.5%]")] == [r.text for r in records[7:9]]
     with pytest.raises(IndexError):
         open_source(made, "train")[100]
 
 
 def test_multibyte_characters_across_blocks(config, monkeypatch):
-    monkeypatch.setattr("gptjax.data.sources.BLOCK_BYTES", 7)
+    monkeypatch.setattr("gptjax.data.formats.BLOCK_BYTES", 7)
     text = "a😀é東" * 20
     assert read(config("x.txt", {"x.txt": text.encode()})) == [Record(text, True)]
     fails(config("y.txt", {"y.txt": text.encode() + b"\xff tail"}), "y.txt", f"byte {len(text.encode())};")
@@ -115,24 +119,50 @@ def test_files_that_are_missing_empty_or_broken(config, tmp_path):
     fails(config("none.txt"), "none.txt", "no such file")
     fails(config("none*.txt"), "none*.txt", "glob")
     fails(config("empty.txt", {"empty.txt": b""}), "empty.txt", "no text in 1 file")
-    fails(config("", {"x/y.txt": b"a"}), "a folder", "/**/*.txt")
-    fails(config("bad.parquet", {"bad.parquet": b"junk"}), "bad.parquet", "not readable as Parquet")
+    (tmp_path / "hollow").mkdir()
+    fails(config("hollow"), "hollow: an empty folder")
+    fails(config("bad.parquet", {"bad.parquet": b"junk"}), "bad.parquet", "not readable as parquet")
 
 
 def test_splits_that_are_empty_or_unknown(config):
     made = config("one.txt", {"one.txt": b"a b c"})
-    assert len(read(made, "train[:95%]")) == 1
-    fails(made, "train[95%:]", "1 record;", "data.max_chars = 65536", split="train[95%:]")
-    fails(made, "train[5:2]", "empty", split="train[5:2]")
-    for split in ("valid", "train[", "train[:99999]", "train[:200%]"):
-        fails(made, f"split {split}:", "train of 1 record", split=split)
+    assert len(read(made, "train")) == 1
+    fails(made, "split train[5%:2%]: empty, as", "1 document(s) of 1 record(s)", "split_by", split="train[5%:2%]")
+    made = config("one.txt", split_by="position")
+    fails(made, "split train[95%:]: empty", "a lower data.max_chars", split="train[95%:]")
+    for split in ("valid", "train[", "train[5:9]", "train[:99999]", "train[:200%]", "train[:-5%]", "train[5%]"):
+        fails(made, f"split {split}:", "in percent such as train[:95%]", split=split)
+
+
+def test_splits_are_fair_samples_of_whole_documents(config):
+    """Of four languages in four files, with each text twice: one side has both, and a part of every language."""
+    files = {
+        f"{language}.jsonl": "".join(
+            json.dumps({"text": f"{language} {i // 2} " + "x" * (i % 4 // 2 * 90)}) + "\n" for i in range(1000)
+        ).encode()
+        for language in ("de", "en", "fr", "ru")
+    }
+    made = config("*.jsonl", files, max_chars=40)
+    parts = {split: read(made, split) for split in ("train", "train[:90%]", "train[90%:]", "train[99.5%:]")}
+    documents = {
+        split: "".join(r.text + "\n" * r.last for r in records).splitlines() for split, records in parts.items()
+    }
+    left, right = documents["train[:90%]"], documents["train[90%:]"]
+    assert sorted(left + right) == sorted(documents["train"]) and not set(left) & set(right)
+    assert not any(r.cut for r in parts["train[:90%]"])
+    for language in ("de", "en", "fr", "ru"):
+        assert 60 <= sum(text.startswith(language) for text in right) <= 140  # 100 and 4 standard deviations
+    assert 0 < len(documents["train[99.5%:]"]) < 50
+    added = config("*.jsonl", {"it.jsonl": b'{"text": "nuovo"}'}, max_chars=40)
+    assert {r.text for r in parts["train[90%:]"]} <= {r.text for r in read(added, "train[90%:]")}
 
 
 def test_standard_library(config):
     source = open_source(config("stdlib"), "train[:3%]")
     assert len(source) > 5 and source.name == "stdlib"
     rest = open_source(config("stdlib"), "train")
-    assert len(rest) > 10 * len(source) and source[3] == rest[3]
+    assert len(rest) > 10 * len(source)
+    assert {source[i].text for i in range(len(source))} < {rest[i].text for i in range(len(rest))}
 
 
 def test_built_once_until_a_file_or_a_setting_changes(config, tmp_path):
@@ -140,9 +170,9 @@ def test_built_once_until_a_file_or_a_setting_changes(config, tmp_path):
     cache = tmp_path / "cache" / "datasets"
     read(made)
     (folder,) = cache.iterdir()
-    stamp = folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir()]
+    stamp = folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir() if f.name != SIZES]
     read(made)
-    assert stamp == (folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir()])
+    assert stamp == (folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir() if f.name != SIZES])
     assert read(config("a.txt", {"a.txt": b"some texts"})) == [Record("some texts", True)]
     assert read(config("a.txt", max_chars=5)) == [Record("some ", False), Record("texts", True)]
     assert len(list(cache.iterdir())) == 3
@@ -212,6 +242,9 @@ def test_tfds_names(config, catalogue):
     fails(config("tfds:lm1"), "data.source = tfds:lm1", "nearest tfds:lm1b")
     fails(config("tfds:lm1b/no_such"), "data.source = tfds:lm1b/no_such")
     fails(config("tfds:lm1b", text_field="txt"), "data.text_field = txt", "nearest text")
+    fails(config("tfds:mnist", text_field="label"), "data.text_field = label", "a ClassLabel, not text")
+    fails(config("tfds:squad", text_field="answers"), "data.text_field = answers", "Sequence, not text")
+    fails(config("tfds:squad", text_field="context.x"), "data.text_field = context.x", "not in tfds:squad")
 
 
 def test_tfds_without_network(config, catalogue, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.data.sources import Record, cut
-from gptjax.data.stream import NOT_RUN, PADDING, Prefetcher, TokenStream, eval_batches, merge_positions
+from gptjax.data.stream import CUT, NOT_RUN, PADDING, Prefetcher, TokenStream, eval_batches, merge_positions
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 
@@ -47,7 +47,8 @@ def naive_lane(records: list[Record], seed: int | None, lane: int, lanes: int):
     """The endless rows of one lane, from one list of tokens."""
     tokens: list[int] = []
     for record in islice(naive_order(records, seed), lane, None, lanes):
-        tokens += [*record.text.encode(), *[256] * record.last]
+        apart = seed is not None or lanes > 1
+        tokens += [*record.text.encode(), *([256] if record.last else [CUT - 256] * apart)]
         while len(tokens) > T:
             yield tokens[: T + 1]
             tokens = tokens[T:]
@@ -155,6 +156,16 @@ def test_resume_on_other_processes_goes_on_exactly(data, before, first, second, 
         assert resumed.batch(num_micro).tolist() == rows
     started.close()
     resumed.close()
+
+
+@pytest.mark.parametrize(("lanes", "seed"), [(1, 3), (2, None), (1, None)])
+def test_pieces_of_different_documents_never_touch(lanes, seed):
+    records = [record for letter in "ABC" for record in cut([letter * 100], 40)]
+    stream = TokenStream(records, BYTES, T, lanes=lanes, seed=seed, micro_batch=60)
+    pairs = {tuple(pair) for row in stream.batch(1)[0] for pair in np.stack([row[:-1], row[1:]], 1).tolist()}
+    text = {ord(letter) for letter in "ABC"}
+    assert all(a == b for a, b in pairs if a in text and b in text)
+    assert ((CUT - BYTES.eot) in np.array(list(pairs))) == (seed is not None or lanes > 1)  # in order nothing is cut
 
 
 class Counted:

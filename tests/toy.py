@@ -30,8 +30,10 @@ class Stream:
 
     happens: dict[int, int]
     positions: list[int]
+    seconds: float = 0.0
 
     def batch(self, num_micro: int, *_: Any) -> np.ndarray:
+        time.sleep(self.seconds)
         self.positions = [self.positions[0] + 1]
         return np.full((num_micro, ROWS, LENGTH + 1), self.happens.get(self.positions[0], FINE), np.int32)
 
@@ -46,6 +48,7 @@ class Toy:
     happens: dict[int, int] = field(default_factory=dict)
     figures: Callable[[int], dict[str, float]] = lambda count: {"loss": 2.0 + count, "bits_per_byte": 3.0}
     evaluated: list[float] = field(default_factory=list)
+    batch_seconds: float = 0.0
 
     def init(self, key: jax.Array) -> Any:
         return {"w": nn.LogicallyPartitioned(jax.random.normal(key, (4,)), (None,))}
@@ -58,7 +61,7 @@ class Toy:
         return count * (loss + jnp.where(what == NAN_GRADIENT, jnp.sqrt(zero), 0)), jnp.int32(count)
 
     def stream(self, positions: Iterable[int] | None, *_: Any) -> Stream:
-        return Stream(self.happens, list(positions or [0]))
+        return Stream(self.happens, list(positions or [0]), self.batch_seconds)
 
     def evaluate(self, params: Any, *_: Any) -> dict[str, float]:
         self.evaluated.append(float(jnp.sum(params["w"])))

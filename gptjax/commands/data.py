@@ -1,27 +1,72 @@
-"""`gptjax data CONFIG`."""
+"""`gptjax data CONFIG` and `gptjax data --cache`."""
 
+import time
 from typing import Annotated
 
+from pydantic import Field
+
 from gptjax.commands.arguments import Overrides, Positional
+from gptjax.config import DataConfig
 from gptjax.config.fields import frozen
 from gptjax.config.load import load_config
+from gptjax.errors import UserError
 
 
 @frozen
 class Command:
-    """Build the data set of a config, and show what it holds."""
+    """Build the data set of a config now, and show what it holds; or look after those that were built."""
 
-    config: Annotated[str, Positional("CONFIG")]
-    """A file of configs/."""
+    config: Annotated[str, Positional("CONFIG")] = ""
+    """A file of configs/; left out with --cache."""
+    cache: bool = False
+    """List what was built from local files, in data.cache_dir."""
+    remove: str = ""
+    """With --cache: the name of one to remove."""
+    cache_dir: str = DataConfig.cache_dir
+    """With --cache: where to look."""
+    prune: Annotated[int, Field(ge=-1)] = -1
+    """With --cache: remove what was not used for so many days, and what is damaged or was never finished; -1 is off."""
     overrides: Overrides = ()
 
     def run(self) -> None:
-        """Print records, digest and the first text of each split, after building what is not built yet."""
-        from gptjax.data.sources import build
+        """Print records, digest and the first text of each split, after building what is not built yet; or the
+        cache."""
+        if self.cache:
+            self._cache()
+        elif not self.config:
+            raise UserError("gptjax data: CONFIG is missing: a file of configs/, or --cache")
+        elif self.remove or self.prune >= 0:
+            raise UserError("gptjax data: --remove and --prune go with --cache")
+        else:
+            self._build()
+
+    def _build(self) -> None:
+        from gptjax.data.sources import build, left_out
 
         data = load_config(self.config, [*self.overrides]).data
         corpus = build(data)
+        if note := left_out(data):
+            print(f"{data.source}: {note.removesuffix(', ')}")
         for name in (data.train_split, data.eval_split):
-            split = corpus.split(name)
+            split = corpus.split(name, data.split_by)
             print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
         print(f"digest {corpus.digest}, in {corpus.folder}")
+
+    def _cache(self) -> None:
+        from gptjax.data import cache
+
+        where = self.cache_dir
+        if self.remove:
+            known = {entry.folder.name: entry.folder for entry in cache.entries(where)}
+            if self.remove not in known:
+                raise UserError(f"--remove {self.remove}: not in {cache.datasets(where)}; see gptjax data --cache")
+            cache.remove(known[self.remove])
+        removed = cache.prune(where, self.prune) if self.prune >= 0 else []
+        for entry in removed:
+            print(f"removed {entry.folder.name}, {entry.size_bytes / 1e6:,.1f} MB, {entry.state}")
+        for entry in cache.entries(where):
+            days = (time.time() - entry.used) / cache.DAY
+            print(
+                f"{entry.size_bytes / 1e6:10,.1f} MB  {entry.state:10}  used {days:5.1f} days ago  {entry.folder.name}"
+            )
+        print(f"in {cache.datasets(where)}")

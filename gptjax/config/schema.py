@@ -89,15 +89,21 @@ class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
     source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
-    """stdlib (Python's own source), a file or glob of .txt .jsonl .parquet, or tfds:NAME."""
+    """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
+    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
+    format: Annotated[Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
+    """How files are read; auto goes by their endings."""
     text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
-    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
     max_chars: Positive = 65536
     """Longer documents are stored as consecutive records of this many characters."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
-    """TFDS split to train on."""
+    """Part to train on, such as train[:95%]; of tfds:NAME a split as TFDS writes it."""
     eval_split: Annotated[str, Field(min_length=1)] = "train[95%:]"
-    """TFDS split to evaluate on."""
+    """Part to evaluate on."""
+    split_by: Literal["document", "position"] = "document"
+    """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
+    for a text of one document or a few. tfds:NAME has splits of its own."""
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"

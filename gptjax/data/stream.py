@@ -3,6 +3,8 @@
 - The order of records is one shuffle per epoch, by seed; record k of lane l is number k * lanes + l.
 - A lane joins its records, with an end-of-text token after each document, and cuts rows of T+1
   tokens at stride T: a row's last token is the next row's first, so each is a target exactly once.
+- A piece of a long document meets pieces of others in the shuffle. A cut follows it: an end of text to whoever reads
+  on, so that documents stay apart, but no target, for the document does not end there.
 - Row r of a micro-batch of b rows belongs to lane r // (b / lanes), so a process that holds some of the
   rows runs only the lanes they touch, and the sequence is the same for any number of processes.
 - A lane's position is one integer, so a stream resumes anywhere, on any number of processes.
@@ -25,7 +27,8 @@ X = TypeVar("X")
 
 READ_AHEAD = 2  # records a thread holds ready; a record is at most data.max_chars characters
 NOT_RUN = -1  # the position of a lane that another process runs
-PADDING = -1  # the id in evaluation rows that is neither input nor target
+PADDING = -1  # in evaluation rows: neither input nor target
+CUT = -2  # CUT - i is id i as an input, and no target
 
 
 class Source(Protocol):
@@ -67,7 +70,8 @@ class TokenStream:
         mine = np.arange(micro_batch) if rows is None else np.array(rows)
         run, which = np.unique(mine // self._per_lane, return_inverse=True)
         self._take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
-        records, each = _tokenized(source, tokenizer, seed), max(1, threads // len(run))
+        apart = seed is not None or lanes > 1  # else each piece is followed by its document's next one
+        records, each = _tokenized(source, tokenizer, seed, apart), max(1, threads // len(run))
         self._run = {lane: _Lane(records[lane::lanes], start[lane], each) for lane in run.tolist()}
 
     def batch(self, num_micro: int) -> np.ndarray:
@@ -149,13 +153,13 @@ def eval_batches(
     holds `rows` (None means all).
 
     Every token but the split's first is a target exactly once; the rows of the last batch are filled
-    up with PADDING, which is no id: mask it as a target and replace it as an input. `limit` is the
+    up with PADDING, which is no id. `limit` is the
     number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens.
     """
     require_one_row(source, tokenizer, seq_len)
     mine = slice(None) if rows is None else list(rows)
     stride = batch_size * seq_len
-    records = _iterate(_tokenized(source, tokenizer, None, repeat=False), threads)
+    records = _iterate(_tokenized(source, tokenizer, None, apart=False, repeat=False), threads)
     held: list[np.ndarray] = []
     size = made = 0
     try:
@@ -226,17 +230,17 @@ class Prefetcher(Iterator[X], Generic[X]):
         self.close()
 
 
-def _encode(record: Record, tokenizer: Tokenizer) -> np.ndarray:
-    """One record's tokens, int32 [N], N > 0."""
+def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
+    """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document."""
     tokens = tokenizer.encode(record.text)
-    if record.last:
-        tokens = np.append(tokens, np.int32(tokenizer.eot))
+    if record.last or ((apart or record.cut) and len(tokens)):
+        tokens = np.append(tokens, np.int32(tokenizer.eot if record.last else CUT - tokenizer.eot))
     if not len(tokens):
         raise ValueError("a record without text that ends no document would stall the stream")
     return tokens
 
 
-def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, repeat: bool = True) -> Any:
+def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, apart: bool, repeat: bool = True) -> Any:
     """A Grain data set of every record's tokens in stream order, endless with `repeat`."""
     import grain
 
@@ -245,7 +249,7 @@ def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, repeat: b
         dataset = dataset.seed(seed).shuffle()  # an index permutation: no memory, and new in each epoch
     if repeat:
         dataset = dataset.repeat()
-    return dataset.map(lambda record: _encode(record, tokenizer))
+    return dataset.map(lambda record: _encode(record, tokenizer, apart))
 
 
 def _iterate(dataset: Any, threads: int) -> Any:
@@ -260,7 +264,7 @@ def require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
     """Read just enough records to see that one row of T+1 tokens can be cut; raises UserError if none can."""
     total = 0
     for index in range(len(source)):
-        total += len(_encode(source[index], tokenizer))
+        total += len(_encode(source[index], tokenizer, apart=False))
         if total > seq_len:
             return
     raise UserError(

@@ -198,7 +198,7 @@ class Rehearsal:
         if corpus is None:
             return
         for name in (self.config.data.train_split, self.config.data.eval_split):
-            split = corpus.split(name)
+            split = corpus.split(name, self.config.data.split_by)
             require_one_row(split, self.tokenizer, self.config.model.seq_len)
             yield f"{name}: {len(split):,} records"
         changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None

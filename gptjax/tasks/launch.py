@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
-from gptjax.data.sources import Corpus, build, reopen
+from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -246,9 +246,10 @@ def facts(task: Pretrain) -> dict[str, Any]:
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{task.corpus.name}, {len(task.training_text):,} training records, {config.data.tokenizer} tokenizer "
-        f"of {tokenizer.possible.sum():,} in a vocabulary of {config.model.vocab_size:,} "
-        f"(padded to {config.model.padded_vocab_size:,})" + "".join(f"; {note}" for note in tokenizer.notes),
+        "data": f"{task.corpus.name}, {left_out(config.data)}{len(task.training_text):,} training records, "
+        f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
+        f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
+        + "".join(f"; {note}" for note in tokenizer.notes),
     }
 
 

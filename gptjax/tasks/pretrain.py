@@ -13,7 +13,7 @@ from jax import Array
 
 from gptjax.config import Config
 from gptjax.data.sources import Corpus, TextSource
-from gptjax.data.stream import TokenStream, eval_batches
+from gptjax.data.stream import CUT, TokenStream, eval_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, generate
@@ -89,7 +89,8 @@ class Pretrain:
         """tokens [b, T+1] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
         `ways` devices, [b, ways, T/ways] in place of [b, T]."""
         c = self.config.model
-        inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+        inputs = jnp.maximum(jnp.maximum(tokens, CUT - tokens), 0)[:, :-1]  # a cut as its id, padding as 0
+        targets = jnp.maximum(tokens, IGNORED)[:, 1:]
         segments = self._documents(inputs) if c.separate_documents else None
         ways, positions = self._ways, None
         if ways > 1:
@@ -176,7 +177,7 @@ class Pretrain:
     def _split(self, name: str) -> TextSource:
         if self.corpus is None:
             raise ValueError("this task was built without a text")
-        return self.corpus.split(name)
+        return self.corpus.split(name, self.config.data.split_by)
 
     @property
     def _tokenizer(self) -> Tokenizer:

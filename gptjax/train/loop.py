@@ -149,7 +149,8 @@ def _loop(
                 step_fn = _compile(config, task, shardings, layout, state, reporter)
         do(owed(todo, now, reporter.earlier), now)
         while not now.ended:
-            batch = next(ahead)
+            with meter.waiting():
+                batch = next(ahead)
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
             state, metrics = step_fn(now.state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
             now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)

@@ -56,9 +56,18 @@ class Meter:
         self._window: list[dict[str, float]] = []
         self._due: set[int] = set()
         self._total_steps = total_steps(config)
-        self._tokens, self._seconds = position.tokens, clock.seconds()
+        self._tokens, self._seconds, self._waited = position.tokens, clock.seconds(), 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data. It counts where the devices have no step left to do: a batch that comes before has cost nothing."""
+        before = time.perf_counter()
+        yield
+        last: Any = self._queue[-1][2]["loss"] if self._queue else None
+        if last is None or last.is_ready():
+            self._waited += time.perf_counter() - before
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
         """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
@@ -94,7 +103,8 @@ class Meter:
         last, self._window = self._window[-1], []
         seconds = self._clock.seconds()
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
-        self._tokens, self._seconds = position.tokens, seconds
+        data_wait = self._waited / (seconds - self._seconds)
+        self._tokens, self._seconds, self._waited = position.tokens, seconds, 0.0
         self._reporter.train(
             position.step,
             position.tokens,
@@ -104,6 +114,7 @@ class Meter:
             grad_norm=last["grad_norm"],
             lr=lr,
             tokens_per_s=rate,
+            data_wait=data_wait,
             mfu=train_flops_per_token(self._config.model) * rate / self._peak if self._peak else None,
             skipped=int(last["skipped"]),
         )

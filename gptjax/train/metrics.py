@@ -64,6 +64,7 @@ class Reporter:
             return
         text = f"step {step}  loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tok/s"
         text += f"  mfu {values['mfu']:.1%}" if values.get("mfu") else ""
+        text += f"  waits for data {values['data_wait']:.0%}" if values.get("data_wait", 0) >= 0.01 else ""
         text += f"  skipped {values['skipped']}" if values.get("skipped") else ""
         if self._progress is not None:
             self._progress.update(self._bar, description=text, completed=tokens)

@@ -20,6 +20,7 @@ import jax
 from gptjax.config import Config, from_json, to_json, validate
 from gptjax.config.fields import OnResume
 from gptjax.config.saved import Change, changes
+from gptjax.data import files
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -43,7 +44,7 @@ def located(config: Config) -> Config:
         return str(Path(path).expanduser().absolute()) if path else path
 
     local = config.data.source != "stdlib" and not config.data.source.startswith("tfds:")
-    source = whole(config.data.source) if local else config.data.source
+    source = files.absolute(config.data.source) if local else config.data.source
     return replace(config, data=replace(config.data, source=source), init_from=whole(config.init_from))
 
 
@@ -167,7 +168,8 @@ def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
 
 def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:
     splits = (config.data.train_split, config.data.eval_split)
-    return {"digest": corpus.digest, "records": {split: len(corpus.split(split)) for split in splits}}
+    records = {split: len(corpus.split(split, config.data.split_by)) for split in splits}
+    return {"digest": corpus.digest, "records": records}
 
 
 def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:

@@ -1,0 +1,308 @@
+"""The documents of a file, kind by kind, exactly as they were written; what cannot be one is named with its place.
+
+A byte-order mark at the beginning of a file is no text. Memory holds one document, or one row group.
+"""
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from gptjax.data.compressed import broken, open_plain
+from gptjax.data.files import TextFile
+from gptjax.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+ROWS = 256  # that are taken from a table at once
+MARK = "\ufeff"
+
+
+def documents(file: TextFile, text_field: str) -> Iterator[Iterable[str]]:
+    """Each document of a file as blocks of text. Raises UserError that names file and place for what cannot be read,
+    and the nearest field where there is no `text_field` (a dotted one reaches into nested records)."""
+    try:
+        yield from READERS[file.kind](file, text_field)
+    except OSError as error:  # without this it would pass for a full disk
+        if error.errno is None:  # a library's own, such as gzip.BadGzipFile
+            raise _damaged(file, error) from None
+        raise UserError(f"data.source: {file.path}: {reason(error)}; make it readable") from None
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text in a record, one without half a character. Raises UserError that says what is there instead."""
+    value, names = row, field.split(".")
+    if isinstance(row, dict) and field in row:
+        names = [field]
+    for depth, name in enumerate(names):
+        if not isinstance(value, dict):
+            raise UserError(f"data.text_field = {field}: {'.'.join(names[:depth])} is {_kind(value)} in {where}")
+        if name not in value:
+            raise no_field(field, where, value)
+        value = value[name]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.source: {where}: {field} is not UTF-8 at byte {error.start}; mend or remove it"
+            ) from None
+    if not isinstance(value, str):
+        raise UserError(f"data.source: {where}: {field} is {_kind(value)}, not text; mend or remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"data.source: {where}: half a surrogate pair is not Unicode; mend or remove it") from None
+    return value
+
+
+def no_field(field: str, where: str, names: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(field, list(map(str, names)), 3, 0.0)
+    return UserError(f"data.text_field = {field}: not in {where}; nearest {', '.join(near) or 'none'}")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _damaged(file: TextFile, error: BaseException) -> UserError:
+    what = f"as {file.compression}" if file.compression else f"as {file.kind}"
+    return UserError(f"data.source: {file.path}: not readable {what} ({reason(error)}); write or download it again")
+
+
+@contextmanager
+def _plain(file: TextFile) -> Iterator[IO[bytes]]:
+    """The file's bytes without their compression."""
+    try:
+        with open_plain(file.path, file.compression) as stream:
+            yield stream
+    except broken() as error:
+        if not file.compression:
+            raise
+        raise _damaged(file, error) from None
+
+
+def _text(file: TextFile, _: str) -> Iterator[Iterable[str]]:
+    yield _decoded(file)
+
+
+def _decoded(file: TextFile) -> Iterator[str]:
+    """A file's text in blocks."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, first = 0, True  # offset: of the first byte that is not decoded yet
+    with _plain(file) as stream:
+        while True:
+            block = stream.read(BLOCK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"data.source: {file.path}: not UTF-8 at byte {offset - pending + error.start}; convert it to UTF-8"
+                ) from None
+            offset += len(block)
+            yield text.removeprefix(MARK) if first else text
+            first = first and not text
+            if not block:
+                return
+
+
+def _jsonl(file: TextFile, field: str) -> Iterator[list[str]]:
+    with _plain(file) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                where = f"{file.path}:{number}"
+                yield [text_of(_record(_parsed(line, where), field, where), field, where)]
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise UserError(f"data.source: {where}: nested too deep to be read; remove it") from None
+    except ValueError as error:
+        raise UserError(f"data.source: {where}: not JSON ({error}); mend or remove the line") from None
+
+
+def _record(row: Any, field: str, where: str) -> Any:
+    if not isinstance(row, dict):
+        raise UserError(f"data.source: {where}: not a JSON object; write {{{json.dumps(field)}: ...}}")
+    return row
+
+
+def _json(file: TextFile, field: str) -> Iterator[list[str]]:
+    """Objects one after another, on lines or over several, or in one array."""
+    values = _Values(file)
+    in_array = values.passes("[")
+    while not values.ended("," if in_array else ""):
+        if in_array and values.passes("]"):
+            in_array = False
+            continue
+        where = f"{file.path}:{values.line}"
+        yield [text_of(_record(values.take(where), field, where), field, where)]
+    if in_array:
+        raise UserError(f"data.source: {file.path}:{values.line}: not JSON (an array without its end); write it again")
+
+
+class _Values:
+    """JSON values in a text that is read as it is needed."""
+
+    def __init__(self, file: TextFile):
+        self._blocks, self._text = _decoded(file), ""
+        self._decode = json.JSONDecoder().raw_decode
+        self.at, self.line = 0, 1
+
+    def _more(self, size: int) -> bool:
+        """At least `size` characters more, or all that are left; False where none are."""
+        blocks = [self._text[self.at :]]
+        while size > 0 and (block := next(self._blocks, None)) is not None:
+            blocks.append(block)
+            size -= len(block)
+        self._text, self.at = "".join(blocks), 0
+        return any(blocks[1:])
+
+    def _skip(self, characters: str) -> None:
+        while True:
+            while self.at < len(self._text) and self._text[self.at] in characters:
+                self.line += self._text[self.at] == "\n"
+                self.at += 1
+            if self.at < len(self._text) or not self._more(BLOCK_BYTES):
+                return
+
+    def passes(self, character: str) -> bool:
+        """Whether it is the next one that is not blank, which is then behind."""
+        self._skip(" \t\r\n")
+        found = self._text[self.at : self.at + 1] == character
+        self.at += found
+        return found
+
+    def ended(self, also: str) -> bool:
+        """Whether there is nothing but blanks, and the characters `also` between values."""
+        self._skip(" \t\r\n" + also)
+        return self.at == len(self._text)
+
+    def take(self, where: str) -> Any:
+        """The next value. Raises UserError where it is none."""
+        while True:
+            try:
+                value, end = self._decode(self._text, self.at)
+            except RecursionError:
+                raise UserError(f"data.source: {where}: nested too deep to be read; remove it") from None
+            except ValueError as error:
+                # Twice as much each time: a long value is not begun anew for each block.
+                if not self._more(max(len(self._text) - self.at, BLOCK_BYTES)):
+                    raise UserError(f"data.source: {where}: not JSON ({error}); mend or remove it") from None
+                continue
+            self.line += self._text.count("\n", self.at, end)
+            self.at = end
+            return value
+
+
+def _csv(file: TextFile, field: str) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)  # of the process; documents are longer than the 131,072 that it allows
+    dialect: dict[str, Any] = {"delimiter": "\t" if file.kind == "tsv" else ",", "strict": True}
+    with _plain(file) as stream:
+        rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), **dialect)
+        try:
+            if field not in (rows.fieldnames or ()):
+                raise no_field(field, str(file.path), rows.fieldnames or ())
+            for row in rows:
+                where = f"{file.path}:{rows.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"data.source: {where}: not the {len(rows.fieldnames or ())} columns of the first line; mend it"
+                    )
+                yield [text_of({field: row[field]}, field, where)]
+        except csv.Error as error:
+            raise UserError(f"data.source: {file.path}:{rows.line_num}: not {file.kind} ({error}); mend it") from None
+        except UnicodeDecodeError:
+            raise UserError(
+                f"data.source: {file.path}: not UTF-8 after line {rows.line_num}; convert it to UTF-8"
+            ) from None
+
+
+def _parquet(file: TextFile, field: str) -> Iterator[list[str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    with _seekable(file) as stream:
+        try:
+            with parquet.ParquetFile(stream) as table:
+                names = table.schema_arrow.names
+                top = field if field in names else field.split(".")[0]
+                if top not in names:
+                    raise no_field(field, str(file.path), names)
+                yield from _rows(table.iter_batches(batch_size=ROWS, columns=[top]), file, field)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise _damaged(file, error) from None
+
+
+def _arrow(file: TextFile, field: str) -> Iterator[list[str]]:
+    """Arrow's two forms: the stream that Hugging Face's data sets write, and the file with an index at its end."""
+    import pyarrow
+
+    with _seekable(file) as stream:
+        try:
+            whole = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            if whole:
+                table = pyarrow.ipc.open_file(stream)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            else:
+                batches = table = pyarrow.ipc.open_stream(stream)
+            if field not in table.schema.names and field.split(".")[0] not in table.schema.names:
+                raise no_field(field, str(file.path), table.schema.names)
+            yield from _rows((part for batch in batches for part in _slices(batch)), file, field)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise _damaged(file, error) from None
+
+
+def _slices(batch: Any) -> Iterator[Any]:
+    return (batch.slice(start, ROWS) for start in range(0, batch.num_rows, ROWS))
+
+
+def _rows(batches: Iterable[Any], file: TextFile, field: str) -> Iterator[list[str]]:
+    number = 0
+    for batch in batches:
+        top = field if field in batch.schema.names else field.split(".")[0]
+        for value in batch.column(top).to_pylist():
+            yield [text_of({top: value}, field, f"{file.path} row {number}")]
+            number += 1
+
+
+@contextmanager
+def _seekable(file: TextFile) -> Iterator[IO[bytes]]:
+    """A table is read from its end: one that is compressed goes to a temporary file first."""
+    with _plain(file) as stream:
+        if not file.compression:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as plain:
+            while block := stream.read(BLOCK_BYTES):
+                plain.write(block)
+            plain.seek(0)
+            yield plain
+
+
+READERS = {
+    "text": _text,
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _csv,
+    "tsv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
