@@ -120,7 +120,7 @@ def test_evaluation_sums_log_probs(ways: int, dtype: str, tiny: Config) -> None:
     config = replace(tiny, model=replace(tiny.model, dtype=dtype), layout=replace(tiny.layout, context=ways))
     layout = Layout(make_mesh(config, jax.devices()[:ways]), rule_table(config.layout))
     bytes_, text = load_tokenizer("bytes"), [Record("one text of some length", True), Record("and another", True)]
-    task = Pretrain(config, "cpu", layout, bytes_, SimpleNamespace(split=lambda _: text))
+    task = Pretrain(config, "cpu", layout, bytes_, SimpleNamespace(split=lambda *_: text))
     params = jax.tree.map(lambda p: 5 * p, nn.unbox(jax.jit(task.init)(jax.random.key(0))))
     got = task.evaluate(params, jnp.asarray, range(config.micro_batch_size))
     plain = Pretrain(config, "cpu").plain_model
