@@ -46,7 +46,7 @@ class Command:
         data = load_config(self.config, [*self.overrides]).data
         corpus = build(data)
         if note := left_out(data):
-            print(f"{data.source}: {note.removesuffix(', ')}")
+            print(f"{data.source}: {note}")
         for name in (data.train_split, data.eval_split):
             split = corpus.split(name, data.split_by)
             print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
@@ -55,18 +55,18 @@ class Command:
     def _cache(self) -> None:
         from gptjax.data import cache
 
-        where = self.cache_dir
+        where = cache.datasets(self.cache_dir)
         if self.remove:
-            known = {entry.folder.name: entry.folder for entry in cache.entries(where)}
+            known = {entry.folder.name: entry.folder for entry in cache.entries(self.cache_dir)}
             if self.remove not in known:
-                raise UserError(f"--remove {self.remove}: not in {cache.datasets(where)}; see gptjax data --cache")
+                raise UserError(f"--remove {self.remove}: not in {where}; see gptjax data --cache")
             cache.remove(known[self.remove])
-        removed = cache.prune(where, self.prune) if self.prune >= 0 else []
+        removed = cache.prune(self.cache_dir, self.prune) if self.prune >= 0 else []
         for entry in removed:
             print(f"removed {entry.folder.name}, {entry.size_bytes / 1e6:,.1f} MB, {entry.state}")
-        for entry in cache.entries(where):
+        for entry in cache.entries(self.cache_dir):
             days = (time.time() - entry.used) / cache.DAY
             print(
                 f"{entry.size_bytes / 1e6:10,.1f} MB  {entry.state:10}  used {days:5.1f} days ago  {entry.folder.name}"
             )
-        print(f"in {cache.datasets(where)}")
+        print(f"in {where}")

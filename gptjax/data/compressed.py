@@ -13,7 +13,7 @@ CHUNK = 1 << 20
 def open_plain(path: Path, compression: str) -> IO[bytes]:
     """The bytes behind a compression of `files.COMPRESSIONS`; an empty name is none.
 
-    Opening or reading raises what `BROKEN` lists where the file is cut short, or is not what its ending says.
+    Opening or reading raises what `broken()` lists where the file is cut short, or is not what its ending says.
     """
     if not compression:
         return path.open("rb")

@@ -125,16 +125,17 @@ def _jsonl(file: TextFile, field: str) -> Iterator[list[str]]:
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 where = f"{file.path}:{number}"
-                yield [text_of(_record(_parsed(line, where), field, where), field, where)]
+                try:
+                    row = json.loads(line)
+                except (RecursionError, ValueError) as error:
+                    raise _no_json(where, error) from None
+                yield [text_of(_record(row, field, where), field, where)]
 
 
-def _parsed(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError:
-        raise UserError(f"data.source: {where}: nested too deep to be read; remove it") from None
-    except ValueError as error:
-        raise UserError(f"data.source: {where}: not JSON ({error}); mend or remove the line") from None
+def _no_json(where: str, error: Exception) -> UserError:
+    if isinstance(error, RecursionError):
+        return UserError(f"data.source: {where}: nested too deep to be read; remove it")
+    return UserError(f"data.source: {where}: not JSON ({error}); mend or remove it")
 
 
 def _record(row: Any, field: str, where: str) -> Any:
@@ -199,12 +200,10 @@ class _Values:
         while True:
             try:
                 value, end = self._decode(self._text, self.at)
-            except RecursionError:
-                raise UserError(f"data.source: {where}: nested too deep to be read; remove it") from None
-            except ValueError as error:
+            except (RecursionError, ValueError) as error:
                 # Twice as much each time: a long value is not begun anew for each block.
-                if not self._more(max(len(self._text) - self.at, BLOCK_BYTES)):
-                    raise UserError(f"data.source: {where}: not JSON ({error}); mend or remove it") from None
+                if isinstance(error, RecursionError) or not self._more(max(len(self._text) - self.at, BLOCK_BYTES)):
+                    raise _no_json(where, error) from None
                 continue
             self.line += self._text.count("\n", self.at, end)
             self.at = end
@@ -241,11 +240,8 @@ def _parquet(file: TextFile, field: str) -> Iterator[list[str]]:
     with _seekable(file) as stream:
         try:
             with parquet.ParquetFile(stream) as table:
-                names = table.schema_arrow.names
-                top = field if field in names else field.split(".")[0]
-                if top not in names:
-                    raise no_field(field, str(file.path), names)
-                yield from _rows(table.iter_batches(batch_size=ROWS, columns=[top]), file, field)
+                top = _column(table.schema_arrow.names, file, field)
+                yield from _rows(table.iter_batches(batch_size=ROWS, columns=[top]), file, field, top)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
@@ -263,9 +259,8 @@ def _arrow(file: TextFile, field: str) -> Iterator[list[str]]:
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             else:
                 batches = table = pyarrow.ipc.open_stream(stream)
-            if field not in table.schema.names and field.split(".")[0] not in table.schema.names:
-                raise no_field(field, str(file.path), table.schema.names)
-            yield from _rows((part for batch in batches for part in _slices(batch)), file, field)
+            top = _column(table.schema.names, file, field)
+            yield from _rows((part for batch in batches for part in _slices(batch)), file, field, top)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
@@ -274,10 +269,17 @@ def _slices(batch: Any) -> Iterator[Any]:
     return (batch.slice(start, ROWS) for start in range(0, batch.num_rows, ROWS))
 
 
-def _rows(batches: Iterable[Any], file: TextFile, field: str) -> Iterator[list[str]]:
+def _column(names: list[str], file: TextFile, field: str) -> str:
+    """The column that a field, which may be dotted, lies in. Raises UserError where there is none."""
+    top = field if field in names else field.split(".")[0]
+    if top not in names:
+        raise no_field(field, str(file.path), names)
+    return top
+
+
+def _rows(batches: Iterable[Any], file: TextFile, field: str, top: str) -> Iterator[list[str]]:
     number = 0
     for batch in batches:
-        top = field if field in batch.schema.names else field.split(".")[0]
         for value in batch.column(top).to_pylist():
             yield [text_of({top: value}, field, f"{file.path} row {number}")]
             number += 1

@@ -258,12 +258,11 @@ def _local(config: DataConfig) -> Path:
 
 
 def left_out(config: DataConfig) -> str:
-    """The files of a folder or a glob that are not read, as the beginning of a list; empty where all are."""
+    """The files of a folder or a glob that are not read, in words; empty where all are."""
     try:
-        note = "" if config.source.startswith("tfds:") else find(config).note()
+        return "" if config.source.startswith("tfds:") else find(config).note()
     except UserError:  # the text is in the cache, its files are not here
         return ""
-    return f"{note}, " if note else ""
 
 
 def look(config: DataConfig) -> tuple[str, Corpus | None]:

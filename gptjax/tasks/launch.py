@@ -239,6 +239,7 @@ def facts(task: Pretrain) -> dict[str, Any]:
     """What a run is, beside what the loop says of every stage."""
     config, platform, tokenizer = task.config, task.platform, task.tokenizer
     assert task.layout and tokenizer and task.corpus
+    rest = left_out(config.data)
     options = compiler_options(platform, config.train.deterministic)
     return _stages(config, task.layout) | {
         "attention": ": ".join(task.attention),
@@ -246,7 +247,7 @@ def facts(task: Pretrain) -> dict[str, Any]:
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{task.corpus.name}, {left_out(config.data)}{len(task.training_text):,} training records, "
+        "data": f"{task.corpus.name}, {rest + ', ' if rest else ''}{len(task.training_text):,} training records, "
         f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
         f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
         + "".join(f"; {note}" for note in tokenizer.notes),
