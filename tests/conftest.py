@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test; set before JAX starts."""
 
 import os
+import tempfile
 
 from devices import FAST
 
@@ -8,7 +9,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else the command line starts its process once more
 
+# Every worker and every process that a test starts: what one has compiled the others read.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +82,7 @@ def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
             eval_batches=2,
             save_interval=10,
             tensorboard=False,
-            compile_cache=str(tmp_path_factory.mktemp("xla")),
+            compile_cache=os.environ["JAX_COMPILATION_CACHE_DIR"],
         ),
     )
 
@@ -98,6 +104,11 @@ def table_row(record_property: Callable[[str, object], None]) -> Callable[[str],
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="every cell of the attention table, every config compiled")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that started the workers
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,10 +1,12 @@
 """Data sets that were built: whole, damaged, or stopped on the way. Run: pytest tests/test_cache.py"""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,16 @@ from gptjax.errors import UserError
 SLOW = """
 import sys, time
 from gptjax.config import DataConfig
-from gptjax.data import sources
-written = sources.cut
+from gptjax.data import build, sources, store
+build.PART_BYTES = 1 << 14
+written = store.cut
 def slowly(document, max_chars):
     for record in written(document, max_chars):
         yield record
         print("one", flush=True)
         time.sleep(0.01)
-sources.cut = slowly
-sources.build(DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], max_chars=1000))
+store.cut = slowly
+sources.build(DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], max_chars=1000), lambda what, *_: print(what))
 """
 
 
@@ -41,26 +44,66 @@ def texts(config: DataConfig) -> str:
     return "".join(source[i].text for i in range(len(source)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_a_stopped_build_leaves_goes_with_the_next(config, number):
-    words = [sys.executable, "-c", SLOW, config.source, config.cache_dir]
-    building = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert building.stdout and building.stdout.readline() == "one\n"
-    (folder,) = cache.datasets(config.cache_dir).iterdir()
+def folders(config: DataConfig) -> list[Path]:
+    return [path for path in cache.datasets(config.cache_dir).iterdir() if path.name != cache.KEYS]
+
+
+def started(config: DataConfig, code: str = SLOW) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-c", code, config.source, config.cache_dir]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdout
+    while (found := process.stdout.readline()) != line + "\n":
+        assert found, f"ended before it said {line}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_was_stopped_goes_on(tmp_path, number, monkeypatch):
+    lines = [json.dumps({"text": f"document {i} " + "x" * 3000}) + "\n" for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), max_chars=1000)
+    building = started(config)
+    said(building, "one")
+    (folder,) = folders(config)
     assert folder.name.startswith(".") and cache.entries(config.cache_dir) == []  # being built, so not to be pruned
     assert cache.prune(config.cache_dir, 0) == [] and folder.is_dir()
+    while not list(folder.glob("table-00003*")):
+        time.sleep(0.01)
     building.send_signal(number)
-    assert building.wait(20) == -number
+    assert building.wait(20) == (-number if number != signal.SIGINT else -signal.SIGINT)
     building.stdout.close()
     assert [entry.state for entry in cache.entries(config.cache_dir)] == [cache.UNFINISHED]
-    assert len(texts(config)) == 1_000_000
+    (folder,) = folders(config)
+    before = {table.name: (folder / f"text-{table.name[6:11]}").stat().st_ino for table in folder.glob("table*")}
+    assert len(before) >= 4
+    monkeypatch.setattr("gptjax.data.build.PART_BYTES", 1 << 14)
+    source = open_source(config, "train")
+    after = {name: (source.store.folder / f"text-{name[6:11]}").stat() for name in before}
+    assert {name: stat.st_ino for name, stat in after.items()} == before
+    whole = replace(config, cache_dir=str(tmp_path / "other"))
+    assert source.store.digest == build(whole).digest and [r.text for r in source] == [
+        r.text for r in open_source(whole, "train")
+    ]
     assert [entry.state for entry in cache.entries(config.cache_dir)] == [cache.WHOLE]
+
+
+def test_of_two_builders_one_waits(config):
+    one = started(config)
+    said(one, "one")
+    other = started(config)
+    said(other, f"waiting for process {one.pid}, which builds it")
+    assert other.wait(60) == 0 and one.wait(60) == 0
+    assert [entry.state for entry in cache.entries(config.cache_dir)] == [cache.WHOLE]
+    for process in (one, other):
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("how", ["missing", "short", "no list", "half a list"])
 def test_a_data_set_with_a_file_missing_or_cut_is_built_again(config, how):
     folder = build(config).folder
-    records = next(folder.glob("*array_record*"))
+    records = folder / "text-00000"
     if how == "missing":
         records.unlink()
     elif how == "short":
@@ -75,7 +118,7 @@ def test_a_data_set_with_a_file_missing_or_cut_is_built_again(config, how):
 
 def test_a_flipped_byte_is_named_with_its_remedy(config, capsys):
     folder = build(config).folder
-    records = next(folder.glob("*array_record*"))
+    records = folder / "text-00000"
     data = bytearray(records.read_bytes())
     for place in (len(data) // 3, len(data) // 2):
         data[place] ^= 255

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import Config, ModelConfig
-from gptjax.data.sources import Record
+from gptjax.data.store import Record
 from gptjax.data.stream import eval_batches
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError

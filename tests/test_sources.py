@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data.cache import SIZES
-from gptjax.data.sources import Record, _build, cut, open_source
+from gptjax.data.sources import open_source
+from gptjax.data.store import Record, cut
 from gptjax.errors import UserError
 
 
@@ -28,7 +29,7 @@ def config(tmp_path):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
         source = source if source == "stdlib" or source.startswith("tfds:") else str(tmp_path / source)
-        return DataConfig(source=source, cache_dir=str(tmp_path / "cache"), **fields)
+        return DataConfig(**{"source": source, "cache_dir": str(tmp_path / "cache")} | fields)
 
     return make
 
@@ -41,12 +42,12 @@ def read(config: DataConfig, split: str = "train") -> list[Record]:
 def fails(config: DataConfig, *words: str, split: str = "train") -> None:
     """Opening raises a one-line UserError with these words, and leaves nothing in the cache."""
     cache = Path(config.cache_dir) / "datasets"
-    before = set(cache.iterdir()) if cache.exists() else set()
+    before = set(cache.rglob("*"))
     with pytest.raises(UserError) as error:
         open_source(config, split)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert not cache.exists() or set(cache.iterdir()) == before
+    assert set(cache.rglob("*")) - {cache} == before - {cache}
 
 
 @given(st.lists(st.text(max_size=20)), st.integers(1, 9))
@@ -169,13 +170,13 @@ def test_built_once_until_a_file_or_a_setting_changes(config, tmp_path):
     made = config("a.txt", {"a.txt": b"some text"})
     cache = tmp_path / "cache" / "datasets"
     read(made)
-    (folder,) = cache.iterdir()
+    (folder,) = cache.glob("[!.]*")
     stamp = folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir() if f.name != SIZES]
     read(made)
     assert stamp == (folder.stat().st_mtime_ns, [f.stat().st_mtime_ns for f in folder.iterdir() if f.name != SIZES])
     assert read(config("a.txt", {"a.txt": b"some texts"})) == [Record("some texts", True)]
     assert read(config("a.txt", max_chars=5)) == [Record("some ", False), Record("texts", True)]
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.glob("[!.]*"))) == 3
 
 
 def test_builders_at_the_same_time_agree(config):
@@ -187,7 +188,7 @@ def test_builders_at_the_same_time_agree(config):
     for thread in threads:
         thread.join()
     assert found == [2000] * 4
-    assert len(list((Path(made.cache_dir) / "datasets").iterdir())) == 1
+    assert len(list((Path(made.cache_dir) / "datasets").glob("[!.]*"))) == 1
 
 
 def python(code: str, *args: str) -> str:
@@ -230,12 +231,43 @@ def catalogue(tmp_path, monkeypatch):
     return tmp_path / "tfds"
 
 
-def test_prepared_tfds_data_set(config, catalogue):
-    _build(catalogue / "my_corpus" / "1.0.0", [Record("one", True), Record("two", False)])
-    assert read(config("tfds:my_corpus")) == [Record("one", True), Record("two", True)]
-    assert read(config("tfds:my_corpus"), "train[1:]") == [Record("two", True)]
+def prepare(folder: Path, **splits: list[bytes]) -> None:
+    """A data set of TFDS's own, as its writers leave it."""
+    import tensorflow_datasets as tfds
+
+    folder.mkdir(parents=True)
+    version = tfds.core.Version(folder.name)
+    identity = tfds.core.dataset_info.DatasetIdentity(folder.parent.name, version, str(folder), __name__)
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "about": {"body": tfds.features.Text()}})
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2, file_format="array_record")
+    writer.initialize_splits([*splits])
+    for split, texts in splits.items():
+        writer.add_examples({split: [{"text": text, "about": {"body": b"<" + text + b">"}} for text in texts]})
+    writer.close_all()
+
+
+def test_prepared_tfds_data_set(config, catalogue, monkeypatch):
+    prepare(catalogue / "my_corpus" / "1.0.0", train=[b"one", b"two" * 9, b"three"], test=["vier é".encode()])
+    made = config("tfds:my_corpus", max_chars=20, eval_split="test")
+    assert read(made) == [Record("one", True), *cut(["two" * 9], 20), Record("three", True)]
+    assert read(made, "test") == [Record("vier é", True)]
+    halves = [read(made, "train[:50%]"), read(made, "train[50%:]")]
+    assert sorted(r.text for half in halves for r in half) == sorted(r.text for r in read(made))
+    nested = config("tfds:my_corpus", text_field="about.body")
+    assert [r.text for r in read(nested)] == ["<one>", f"<{'two' * 9}>", "<three>"]
+    monkeypatch.setattr("gptjax.data.build.PART_BYTES", 8)  # a part for each row
+    again = config("tfds:my_corpus", max_chars=20, eval_split="test", cache_dir=made.cache_dir + "2")
+    assert open_source(again, "test").store.digest == open_source(made, "test").store.digest
     fails(config("tfds:my_corpus", text_field="txt"), "data.text_field = txt", "tfds:my_corpus", "nearest text")
-    fails(config("tfds:my_corpus"), "split test", "train of 2 records", split="test")
+    assert len(read(config("tfds:my_corpus"))) == 3
+    fails(config("tfds:my_corpus"), "split valid", "give train", split="valid")
+    fails(config("tfds:my_corpus", eval_split="valid"), "split valid", "give train or test")
+
+
+def test_tfds_text_that_is_not_utf8_is_said_before_a_run(config, catalogue):
+    prepare(catalogue / "my_corpus" / "1.0.0", train=[b"one", b"t\xffwo", b"three"])
+    fails(config("tfds:my_corpus"), "tfds:my_corpus train record 1", "text is not UTF-8 at byte 1")
 
 
 def test_tfds_names(config, catalogue):
@@ -270,7 +302,7 @@ from gptjax.config import DataConfig
 from gptjax.data.sources import open_source
 from gptjax.data.stream import TokenStream
 from gptjax.data.tokenizers import load_tokenizer
-import grain, tensorflow_datasets
+import grain
 open_source(DataConfig(source=sys.argv[3], cache_dir=sys.argv[2]), "train")  # all that is imported late
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source = open_source(DataConfig(source=sys.argv[1], cache_dir=sys.argv[2]), "train")

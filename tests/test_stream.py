@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.sources import Record, cut
+from gptjax.data.store import Record, cut
 from gptjax.data.stream import CUT, NOT_RUN, PADDING, Prefetcher, TokenStream, eval_batches, merge_positions
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError

@@ -10,6 +10,7 @@ from gptjax.config import DataConfig
 from gptjax.config.fields import frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
+from gptjax.terminal import Progress
 
 
 @frozen
@@ -44,7 +45,8 @@ class Command:
         from gptjax.data.sources import build, left_out
 
         data = load_config(self.config, [*self.overrides]).data
-        corpus = build(data)
+        with Progress() as progress:
+            corpus = build(data, progress)
         if note := left_out(data):
             print(f"{data.source}: {note}")
         for name in (data.train_split, data.eval_split):

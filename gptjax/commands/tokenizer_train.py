@@ -6,6 +6,7 @@ from typing import Annotated
 from gptjax.commands.arguments import Overrides, Positional
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
+from gptjax.terminal import Progress
 
 
 @frozen
@@ -22,10 +23,11 @@ class Command:
 
     def run(self) -> None:
         """Train, write, and print how to use it."""
-        from gptjax.data.sources import open_source
+        from gptjax.data.sources import build
         from gptjax.data.tokenizers import train_sentencepiece
 
         data = load_config(self.config, [*self.overrides]).data
-        source = open_source(data, data.train_split)
+        with Progress() as progress:
+            source = build(data, progress).split(data.train_split, data.split_by)
         train_sentencepiece((source[i].text for i in range(len(source))), self.vocab_size, self.out)
         print(f"{self.out}: use it with --data.tokenizer {self.out} --model.vocab_size {self.vocab_size}")

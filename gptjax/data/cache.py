@@ -1,4 +1,7 @@
-"""The data sets that were built from local files: which there are, whether they are whole, and their removal."""
+"""The data sets that were built: which there are, whether they are whole, where new ones are made, and their removal.
+
+A data set has the name of its content. Beside them `.keys` says which one a source was built to, by a key of its files.
+"""
 
 import json
 import os
@@ -11,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax.files import write_whole
+from gptjax.liveness import born
 
 SIZES = "sizes.json"  # of every file beside it; its own time is that of the last use
+KEYS, GONE = ".keys", ".gone"
 UNFINISHED, DAMAGED, WHOLE = "unfinished", "damaged", "whole"
 DAY = 86400.0  # seconds
 
@@ -37,13 +42,16 @@ def entries(cache_dir: str) -> list[Entry]:
     """All of them by name; those that are being built right now are left out."""
     root = datasets(cache_dir)
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [_entry(folder) for folder in folders if not _alive(folder)]
+    return [_entry(folder) for folder in folders if folder.name != KEYS and not _alive(folder)]
 
 
-def seal(folder: Path) -> None:
-    """Note what a data set is made of, once all of it is written."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    write_whole(folder / SIZES, json.dumps(sizes, indent=1).encode())
+def find(root: Path, key: str) -> Path | None:
+    """The data set of a key, if it was built and is still there."""
+    try:
+        folder = root / (root / KEYS / key).read_text()
+    except (OSError, ValueError):
+        return None
+    return folder if folder.is_dir() else None
 
 
 def flaw(folder: Path) -> str:
@@ -66,17 +74,54 @@ def note_use(folder: Path) -> None:
         os.utime(folder / SIZES)
 
 
-def workplace(folder: Path) -> Path:
-    """A new name beside a data set for the time of its building. What dead builders of it left goes."""
-    for old in folder.parent.glob(f".{folder.name}.*"):
+def builder(root: Path, stem: str) -> int | None:
+    """The process of this host that is making the data set of such a stem, if there is one."""
+    for folder in root.glob(f".{stem}.*"):
+        host, pid, birth = _maker(folder)
+        if host == _host() and pid.isdigit() and birth and born(int(pid)) == birth:
+            return int(pid)
+    return None
+
+
+def workplace(root: Path, stem: str) -> Path:
+    """A folder of this process to make a data set in, with what a builder of the same that died has finished."""
+    root.mkdir(parents=True, exist_ok=True)
+    own = root / _workplace(stem, f"{os.getpid()}-{born(os.getpid())}")
+    for old in root.glob(f".{stem}.*"):
         if not _alive(old):
-            shutil.rmtree(old, ignore_errors=True)
-    return folder.with_name(f".{folder.name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+            with suppress(OSError):  # another process was first
+                old.rename(own)
+                return own
+    own.mkdir()
+    return own
+
+
+def abandon(made: Path) -> None:
+    """Leave what is finished in a workplace to the next builder."""
+    with suppress(OSError):
+        made.rename(made.with_name(_workplace(made.name.split(".")[1], "nobody")))
+
+
+def publish(made: Path, name: str, key: str) -> Path:
+    """Give what was made in a workplace its name, all of it at once. Equal data that is there is kept."""
+    sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    write_whole(made / SIZES, json.dumps(sizes, indent=1).encode())
+    folder = made.with_name(name)
+    if folder.is_dir() and flaw(folder):
+        remove(folder)
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        remove(made)
+    write_whole(made.parent / KEYS / key, folder.name.encode())
+    return folder
 
 
 def remove(folder: Path) -> None:
     """All of a data set at once for whoever looks for it; who reads it reads on."""
-    gone = workplace(folder) if not folder.name.startswith(".") else folder
+    gone = folder.with_name(f"{GONE}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process was first
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -87,6 +132,10 @@ def prune(cache_dir: str, days: float) -> list[Entry]:
     old = [e for e in entries(cache_dir) if e.state != WHOLE or time.time() - e.used > days * DAY]
     for entry in old:
         remove(entry.folder)
+    root = datasets(cache_dir)
+    for key in (root / KEYS).glob("[!.]*"):
+        if find(root, key.name) is None:
+            key.unlink(missing_ok=True)
     return old
 
 
@@ -98,25 +147,31 @@ def _entry(folder: Path) -> Entry:
     return Entry(folder, state, sum(file.st_size for file in files), used)
 
 
+def _workplace(stem: str, maker: str) -> str:
+    return f".{stem}.{_host()}.{maker}.{uuid.uuid4().hex[:8]}"
+
+
 def _host() -> str:
     return socket.gethostname().replace(".", "_")
 
 
-def _alive(folder: Path) -> bool:
-    """Whether a folder's builder may still be at work: a process of this host that lives; of another host, one that
-    wrote within a day."""
+def _maker(folder: Path) -> tuple[str, str, str]:
+    """Host, process and birth of who works in a workplace; empty where it is none."""
     hidden, *parts = folder.name.split(".")
     if hidden or len(parts) != 4:
+        return "", "", ""
+    pid, _, birth = parts[2].partition("-")
+    return parts[1], pid, birth
+
+
+def _alive(folder: Path) -> bool:
+    """Whether a folder's maker may still be at work: a process of this host that lives; of another host, one that
+    wrote within a day."""
+    host, pid, birth = _maker(folder)
+    if not host:
         return False
-    _, host, process, _ = parts
-    if host == _host() and process.isdigit():
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+    if host == _host():
+        return pid.isdigit() and bool(birth) and born(int(pid)) == birth
     with suppress(FileNotFoundError):
         return time.time() - max(path.stat().st_mtime for path in [folder, *folder.rglob("*")]) < DAY
     return False

@@ -3,6 +3,8 @@ short."""
 
 import importlib
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,22 +12,26 @@ MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\0", 
 CHUNK = 1 << 20
 
 
-def open_plain(path: Path, compression: str) -> IO[bytes]:
-    """The bytes behind a compression of `files.COMPRESSIONS`; an empty name is none.
+@contextmanager
+def open_plain(path: Path, compression: str, heard: Callable[[int], None]) -> Iterator[IO[bytes]]:
+    """The bytes behind a compression of `files.COMPRESSIONS`; an empty name is none. `heard` is told of the bytes that
+    were read of the file.
 
     Opening or reading raises what `broken()` lists where the file is cut short, or is not what its ending says.
     """
-    if not compression:
-        return path.open("rb")
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC[compression]))
-    if start != MAGIC[compression]:
-        raise ValueError(f"not {compression}, which its ending says")
-    if compression == "zstd":
-        return io.BufferedReader(_Zstd(path), CHUNK)
-    library = importlib.import_module({"gzip": "gzip", "xz": "lzma", "bzip2": "bz2"}[compression])
-    plain: IO[bytes] = library.open(path)
-    return plain
+    with io.BufferedReader(_Heard(path, heard), CHUNK) as file:
+        if not compression:
+            yield file
+            return
+        start = file.peek(len(MAGIC[compression]))[: len(MAGIC[compression])]
+        if start != MAGIC[compression]:
+            raise ValueError(f"not {compression}, which its ending says")
+        if compression == "zstd":
+            yield io.BufferedReader(_Zstd(file), CHUNK)
+            return
+        library = importlib.import_module({"gzip": "gzip", "xz": "lzma", "bzip2": "bz2"}[compression])
+        with library.open(file) as plain:
+            yield plain
 
 
 def broken() -> tuple[type[Exception], ...]:
@@ -38,13 +44,26 @@ def broken() -> tuple[type[Exception], ...]:
     return EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError
 
 
+class _Heard(io.FileIO):
+    """A file that says how much was read of it."""
+
+    def __init__(self, path: Path, heard: Callable[[int], None]):
+        super().__init__(path)
+        self._heard = heard
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer) or 0
+        self._heard(size)
+        return size
+
+
 class _Zstd(io.RawIOBase):
     """Frame by frame: the library's own readers take a file that is cut short for a whole one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, file: IO[bytes]):
         import zstandard
 
-        self._file = path.open("rb")
+        self._file = file
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._held, self._input = b"", b""
@@ -68,7 +87,3 @@ class _Zstd(io.RawIOBase):
         size = min(len(buffer), len(self._held))
         buffer[:size], self._held = self._held[:size], self._held[size:]
         return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

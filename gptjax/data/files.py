@@ -38,6 +38,8 @@ class TextFile:
     """One of the values of KINDS."""
     compression: str = ""
     """One of the values of COMPRESSIONS; empty for none."""
+    span: tuple[int, int] | None = None
+    """The part to read of a large file, as `formats.in_spans` makes it; None for all."""
 
 
 @dataclass(frozen=True)

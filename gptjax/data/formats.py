@@ -10,8 +10,10 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import IO, Any
 
 from gptjax.data.compressed import broken, open_plain
@@ -21,20 +23,63 @@ from gptjax.errors import UserError
 BLOCK_BYTES = 1 << 20
 ROWS = 256  # that are taken from a table at once
 MARK = "\ufeff"
+Heard = Callable[[int], None]
 
 
-def documents(file: TextFile, text_field: str) -> Iterator[Iterable[str]]:
-    """Each document of a file as blocks of text. Raises UserError that names file and place for what cannot be read,
-    and the nearest field where there is no `text_field` (a dotted one reaches into nested records)."""
+def documents(file: TextFile, text_field: str, heard: Heard = lambda size: None) -> Iterator[Iterable[str]]:
+    """Each document of a file as blocks of text; `heard` is told of the bytes that were read.
+
+    Raises UserError that names file and place for what cannot be read, and the nearest field where there is no
+    `text_field` (a dotted one reaches into nested records).
+    """
+    with _own_errors(file):
+        yield from READERS[file.kind](file, text_field, heard)
+
+
+def in_spans(file: TextFile, span_bytes: int) -> list[tuple[TextFile, int]]:
+    """A file in parts of about `span_bytes`, each with its size, where its kind can be entered in the middle; else
+    whole. Together they give the documents of the file, in order."""
+    with _own_errors(file):
+        size = file.path.stat().st_size
+        if size > span_bytes and not file.compression:
+            if file.kind == "jsonl":
+                cuts = [*range(0, size, span_bytes), size]
+                return [(replace(file, span=(a, b)), b - a) for a, b in pairwise(cuts)]
+            if file.kind == "parquet":
+                return _row_groups(file, span_bytes)
+    return [(file, size)]
+
+
+def _row_groups(file: TextFile, span_bytes: int) -> list[tuple[TextFile, int]]:
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        yield from READERS[file.kind](file, text_field)
-    except OSError as error:  # without this it would pass for a full disk
+        about = parquet.read_metadata(file.path)
+    except pyarrow.ArrowException as error:
+        raise _damaged(file, error) from None
+    found, start, size = [], 0, 0
+    for i in range(about.num_row_groups):
+        group = about.row_group(i)
+        size += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+        if size >= span_bytes or i + 1 == about.num_row_groups:
+            found.append((replace(file, span=(start, i + 1)), size))
+            start, size = i + 1, 0
+    return found
+
+
+@contextmanager
+def _own_errors(file: TextFile) -> Iterator[None]:
+    """Says of an error of the file's which file it is: without this it would pass for a full disk."""
+    try:
+        yield
+    except OSError as error:
         if error.errno is None:  # a library's own, such as gzip.BadGzipFile
             raise _damaged(file, error) from None
         raise UserError(f"data.source: {file.path}: {reason(error)}; make it readable") from None
 
 
-def text_of(row: Any, field: str, where: str) -> str:
+def text_of(row: Any, field: str, where: object) -> str:
     """The text in a record, one without half a character. Raises UserError that says what is there instead."""
     value, names = row, field.split(".")
     if isinstance(row, dict) and field in row:
@@ -61,7 +106,7 @@ def text_of(row: Any, field: str, where: str) -> str:
     return value
 
 
-def no_field(field: str, where: str, names: Iterable[str]) -> UserError:
+def no_field(field: str, where: object, names: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(field, list(map(str, names)), 3, 0.0)
     return UserError(f"data.text_field = {field}: not in {where}; nearest {', '.join(near) or 'none'}")
 
@@ -83,10 +128,10 @@ def _damaged(file: TextFile, error: BaseException) -> UserError:
 
 
 @contextmanager
-def _plain(file: TextFile) -> Iterator[IO[bytes]]:
+def _plain(file: TextFile, heard: Heard) -> Iterator[IO[bytes]]:
     """The file's bytes without their compression."""
     try:
-        with open_plain(file.path, file.compression) as stream:
+        with open_plain(file.path, file.compression, heard) as stream:
             yield stream
     except broken() as error:
         if not file.compression:
@@ -94,15 +139,15 @@ def _plain(file: TextFile) -> Iterator[IO[bytes]]:
         raise _damaged(file, error) from None
 
 
-def _text(file: TextFile, _: str) -> Iterator[Iterable[str]]:
-    yield _decoded(file)
+def _text(file: TextFile, _: str, heard: Heard) -> Iterator[Iterable[str]]:
+    yield _decoded(file, heard)
 
 
-def _decoded(file: TextFile) -> Iterator[str]:
+def _decoded(file: TextFile, heard: Heard) -> Iterator[str]:
     """A file's text in blocks."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, first = 0, True  # offset: of the first byte that is not decoded yet
-    with _plain(file) as stream:
+    with _plain(file, heard) as stream:
         while True:
             block = stream.read(BLOCK_BYTES)
             pending = len(decoder.getstate()[0])
@@ -119,12 +164,19 @@ def _decoded(file: TextFile) -> Iterator[str]:
                 return
 
 
-def _jsonl(file: TextFile, field: str) -> Iterator[list[str]]:
-    with _plain(file) as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+def _jsonl(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+    """A line belongs to the span that its first byte lies in."""
+    start, end = file.span or (0, sys.maxsize)
+    with _plain(file, heard) as lines:
+        if start:
+            lines.seek(start - 1)
+            start += len(lines.readline()) - 1
+        for line in lines:
+            if start >= end:
+                return
+            where = _Line(file, start)
+            line, start = line if start else line.removeprefix(codecs.BOM_UTF8), start + len(line)
             if line.strip():
-                where = f"{file.path}:{number}"
                 try:
                     row = json.loads(line)
                 except (RecursionError, ValueError) as error:
@@ -132,21 +184,36 @@ def _jsonl(file: TextFile, field: str) -> Iterator[list[str]]:
                 yield [text_of(_record(row, field, where), field, where)]
 
 
-def _no_json(where: str, error: Exception) -> UserError:
+@dataclass(frozen=True)
+class _Line:
+    """The place of a line that begins at a byte; its number is counted when somebody asks."""
+
+    file: TextFile
+    start: int
+
+    def __str__(self) -> str:
+        number, left = 1, self.start
+        with _plain(self.file, lambda size: None) as plain:
+            while block := plain.read(min(left, BLOCK_BYTES)):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return f"{self.file.path}:{number}"
+
+
+def _no_json(where: object, error: Exception) -> UserError:
     if isinstance(error, RecursionError):
         return UserError(f"data.source: {where}: nested too deep to be read; remove it")
     return UserError(f"data.source: {where}: not JSON ({error}); mend or remove it")
 
 
-def _record(row: Any, field: str, where: str) -> Any:
+def _record(row: Any, field: str, where: object) -> Any:
     if not isinstance(row, dict):
         raise UserError(f"data.source: {where}: not a JSON object; write {{{json.dumps(field)}: ...}}")
     return row
 
 
-def _json(file: TextFile, field: str) -> Iterator[list[str]]:
+def _json(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
     """Objects one after another, on lines or over several, or in one array."""
-    values = _Values(file)
+    values = _Values(file, heard)
     in_array = values.passes("[")
     while not values.ended("," if in_array else ""):
         if in_array and values.passes("]"):
@@ -161,8 +228,8 @@ def _json(file: TextFile, field: str) -> Iterator[list[str]]:
 class _Values:
     """JSON values in a text that is read as it is needed."""
 
-    def __init__(self, file: TextFile):
-        self._blocks, self._text = _decoded(file), ""
+    def __init__(self, file: TextFile, heard: Heard):
+        self._blocks, self._text = _decoded(file, heard), ""
         self._decode = json.JSONDecoder().raw_decode
         self.at, self.line = 0, 1
 
@@ -210,10 +277,10 @@ class _Values:
             return value
 
 
-def _csv(file: TextFile, field: str) -> Iterator[list[str]]:
+def _csv(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)  # of the process; documents are longer than the 131,072 that it allows
     dialect: dict[str, Any] = {"delimiter": "\t" if file.kind == "tsv" else ",", "strict": True}
-    with _plain(file) as stream:
+    with _plain(file, heard) as stream:
         rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), **dialect)
         try:
             if field not in (rows.fieldnames or ()):
@@ -233,24 +300,27 @@ def _csv(file: TextFile, field: str) -> Iterator[list[str]]:
             ) from None
 
 
-def _parquet(file: TextFile, field: str) -> Iterator[list[str]]:
+def _parquet(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
     import pyarrow
     from pyarrow import parquet
 
-    with _seekable(file) as stream:
+    with _seekable(file, heard) as stream:
         try:
             with parquet.ParquetFile(stream) as table:
                 top = _column(table.schema_arrow.names, file, field)
-                yield from _rows(table.iter_batches(batch_size=ROWS, columns=[top]), file, field, top)
+                first, end = file.span or (0, table.num_row_groups)
+                before = sum(table.metadata.row_group(i).num_rows for i in range(first))
+                batches = table.iter_batches(batch_size=ROWS, columns=[top], row_groups=[*range(first, end)])
+                yield from _rows(batches, file, field, top, before)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
 
-def _arrow(file: TextFile, field: str) -> Iterator[list[str]]:
+def _arrow(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
     """Arrow's two forms: the stream that Hugging Face's data sets write, and the file with an index at its end."""
     import pyarrow
 
-    with _seekable(file) as stream:
+    with _seekable(file, heard) as stream:
         try:
             whole = stream.read(6) == b"ARROW1"
             stream.seek(0)
@@ -277,8 +347,8 @@ def _column(names: list[str], file: TextFile, field: str) -> str:
     return top
 
 
-def _rows(batches: Iterable[Any], file: TextFile, field: str, top: str) -> Iterator[list[str]]:
-    number = 0
+def _rows(batches: Iterable[Any], file: TextFile, field: str, top: str, number: int = 0) -> Iterator[list[str]]:
+    """The texts of a column, `number` rows coming before."""
     for batch in batches:
         for value in batch.column(top).to_pylist():
             yield [text_of({top: value}, field, f"{file.path} row {number}")]
@@ -286,9 +356,9 @@ def _rows(batches: Iterable[Any], file: TextFile, field: str, top: str) -> Itera
 
 
 @contextmanager
-def _seekable(file: TextFile) -> Iterator[IO[bytes]]:
+def _seekable(file: TextFile, heard: Heard) -> Iterator[IO[bytes]]:
     """A table is read from its end: one that is compressed goes to a temporary file first."""
-    with _plain(file) as stream:
+    with _plain(file, heard) as stream:
         if not file.compression:
             yield stream
             return

@@ -4,16 +4,15 @@ import re
 
 import numpy as np
 
-SLICE = re.compile(r"train(?:\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\])?")
+SLICE = re.compile(r"(\w[\w-]*)(?:\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\])?")
 
 
-def bounds(name: str) -> tuple[float, float]:
-    """`train[a%:b%]` as shares of 1. Raises ValueError for anything else."""
+def bounds(name: str) -> tuple[str, float, float]:
+    """`train[a%:b%]` as the split and shares of 1. Raises ValueError for anything else."""
     found = SLICE.fullmatch(name)
-    low, high = (float(found[1] or 0), float(found[2] or 100)) if found else (0.0, 101.0)
-    if high > 100:
+    if not found or not 0 <= float(found[2] or 0) <= 100 >= float(found[3] or 100):
         raise ValueError(name)
-    return low / 100, high / 100
+    return found[1], float(found[2] or 0) / 100, float(found[3] or 100) / 100
 
 
 def chosen(documents: np.ndarray, low: float, high: float, split_by: str) -> np.ndarray:

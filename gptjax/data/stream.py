@@ -1,4 +1,4 @@
-"""Rows of tokens as a function of position: Grain shuffles, reads ahead and tokenises.
+"""Rows of tokens as a function of position: Grain gives the order, `reading` the tokens.
 
 - The order of records is one shuffle per epoch, by seed; record k of lane l is number k * lanes + l.
 - A lane joins its records, with an end-of-text token after each document, and cuts rows of T+1
@@ -15,17 +15,18 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from gptjax.data.sources import Record
+from gptjax.data.reading import Reader
+from gptjax.data.store import Record
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
 X = TypeVar("X")
 
-READ_AHEAD = 2  # records a thread holds ready; a record is at most data.max_chars characters
 NOT_RUN = -1  # the position of a lane that another process runs
 PADDING = -1  # in evaluation rows: neither input nor target
 CUT = -2  # CUT - i is id i as an input, and no target
@@ -69,17 +70,26 @@ class TokenStream:
         self._per_lane = micro_batch // lanes
         mine = np.arange(micro_batch) if rows is None else np.array(rows)
         run, which = np.unique(mine // self._per_lane, return_inverse=True)
-        self._take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
+        take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
+        self._take = None if np.array_equal(take, np.arange(len(run) * self._per_lane)) else take
         apart = seed is not None or lanes > 1  # else each piece is followed by its document's next one
-        records, each = _tokenized(source, tokenizer, seed, apart), max(1, threads // len(run))
-        self._run = {lane: _Lane(records[lane::lanes], start[lane], each) for lane in run.tolist()}
+        number_of, each = _order(len(source), seed), max(1, threads // len(run))
+        self._pool = ThreadPoolExecutor(threads, "tokens")
+
+        def reader(lane: int) -> Reader:
+            def tokens_of(k: int) -> np.ndarray:
+                return _encode(source[number_of(k * lanes + lane)], tokenizer, apart)
+
+            return Reader(tokens_of, start[lane] >> 32, None, self._pool, each)
+
+        self._run = {lane: _Lane(reader(lane), start[lane]) for lane in run.tolist()}
 
     def batch(self, num_micro: int) -> np.ndarray:
         """The next micro-batches, int32 [num_micro, rows of this process, T+1]; their number may change at each
         call."""
         rows = [lane.rows(num_micro * self._per_lane, self.seq_len) for lane in self._run.values()]
         joined = np.concatenate([r.reshape(num_micro, self._per_lane, -1) for r in rows], axis=1)
-        return joined[:, self._take]
+        return joined if self._take is None else joined[:, self._take]
 
     @property
     def positions(self) -> list[int]:
@@ -88,17 +98,15 @@ class TokenStream:
 
     def close(self) -> None:
         """Stop the reading threads."""
-        for lane in self._run.values():
-            lane.records.close()
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _Lane:
     """One packed stream. Its position is `record << 32 | offset`: the first token of the next row."""
 
-    def __init__(self, dataset: Any, position: int, threads: int):
+    def __init__(self, reader: Reader, position: int):
         self.record, self.offset = position >> 32, position & 0xFFFFFFFF
-        self.records = _iterate(dataset, threads)
-        self.records.set_state({"next_index": self.record})  # Grain starts at a record, not a token
+        self.reader = reader
         self.held: deque[np.ndarray] = deque()  # tokens of records `record`, `record + 1`, ...
 
     @property
@@ -107,17 +115,21 @@ class _Lane:
 
     def rows(self, count: int, seq_len: int) -> np.ndarray:
         """The next `count` rows, int32 [count, seq_len + 1]."""
-        needed = count * seq_len + 1
-        available = sum(map(len, self.held)) - self.offset
-        while available < needed:
-            self.held.append(next(self.records))
-            available += len(self.held[-1])
-        rows = cut_rows(np.concatenate(self.held)[self.offset : self.offset + needed], seq_len)
-        self.offset += needed - 1
-        while self.offset >= len(self.held[0]):
+        tokens, filled = np.empty(count * seq_len + 1, np.int32), 0
+        self.reader.ahead(len(tokens))
+        while True:
+            if not self.held:
+                self.held.append(next(self.reader))
+            part = self.held[0][self.offset : self.offset + len(tokens) - filled]
+            tokens[filled : filled + len(part)] = part
+            filled, self.offset = filled + len(part), self.offset + len(part)
+            if filled == len(tokens):
+                break
             self.offset -= len(self.held.popleft())
             self.record += 1
-        return rows
+        self.offset -= 1  # this row's last token is the next one's first
+        self.reader.ahead(len(tokens))
+        return cut_rows(tokens, seq_len)
 
 
 def cut_rows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
@@ -159,11 +171,13 @@ def eval_batches(
     require_one_row(source, tokenizer, seq_len)
     mine = slice(None) if rows is None else list(rows)
     stride = batch_size * seq_len
-    records = _iterate(_tokenized(source, tokenizer, None, apart=False, repeat=False), threads)
+    pool = ThreadPoolExecutor(threads, "tokens")
+    reader = Reader(lambda k: _encode(source[k], tokenizer, apart=False), 0, len(source), pool, threads)
     held: list[np.ndarray] = []
     size = made = 0
     try:
-        for tokens in records:
+        reader.ahead(stride)
+        for tokens in reader:
             held.append(tokens)
             size += len(tokens)
             if size > stride:
@@ -172,13 +186,14 @@ def eval_batches(
                     yield cut_rows(joined[: stride + 1], seq_len)[mine]
                     joined, made = joined[stride:], made + 1
                 held, size = [joined], len(joined)
+                reader.ahead(stride)
             if made == limit:
                 return
         if size > 1:  # a single token is left where full batches end the split: it was their last target
             padded = np.pad(np.concatenate(held), (0, stride + 1 - size), constant_values=PADDING)
             yield cut_rows(padded, seq_len)[mine]
     finally:
-        records.close()
+        pool.shutdown(cancel_futures=True)
 
 
 class Prefetcher(Iterator[X], Generic[X]):
@@ -234,30 +249,22 @@ def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
     """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document."""
     tokens = tokenizer.encode(record.text)
     if record.last or ((apart or record.cut) and len(tokens)):
-        tokens = np.append(tokens, np.int32(tokenizer.eot if record.last else CUT - tokenizer.eot))
+        text, tokens = tokens, np.empty(len(tokens) + 1, np.int32)
+        tokens[:-1], tokens[-1] = text, tokenizer.eot if record.last else CUT - tokenizer.eot
     if not len(tokens):
         raise ValueError("a record without text that ends no document would stall the stream")
     return tokens
 
 
-def _tokenized(source: Source, tokenizer: Tokenizer, seed: int | None, apart: bool, repeat: bool = True) -> Any:
-    """A Grain data set of every record's tokens in stream order, endless with `repeat`."""
+def _order(size: int, seed: int | None) -> Callable[[int], int]:
+    """The record that comes at a place of the endless order: a permutation that is new in each epoch, of which nothing
+    is held."""
+    if seed is None:
+        return lambda place: place % size
     import grain
 
-    dataset = grain.MapDataset.source(source)
-    if seed is not None:
-        dataset = dataset.seed(seed).shuffle()  # an index permutation: no memory, and new in each epoch
-    if repeat:
-        dataset = dataset.repeat()
-    return dataset.map(lambda record: _encode(record, tokenizer, apart))
-
-
-def _iterate(dataset: Any, threads: int) -> Any:
-    """A Grain iterator that reads and tokenises ahead in threads."""
-    import grain
-
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
-    return iter(dataset.to_iter_dataset(options))
+    shuffled = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+    return lambda place: int(shuffled[place])
 
 
 def require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:

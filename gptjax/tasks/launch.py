@@ -32,6 +32,7 @@ from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
 from gptjax.tasks.weights import Weights, on_device, open_weights
+from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
@@ -121,7 +122,8 @@ def _tokenizer(config: Config, resumed: Resumed | None) -> Tokenizer:
 
 def _corpus(config: Config) -> Corpus:
     """The text, built by the first process alone; the others open what it has built."""
-    folder = first(lambda: str(build(config.data).folder))
+    with Progress() as progress:
+        folder = first(lambda: str(build(config.data, progress).folder))
     corpus = together(lambda: reopen(config.data, Path(folder)))
     compare({"data digest": corpus.digest})
     return corpus

@@ -18,6 +18,7 @@ from typing import Any
 
 from gptjax.errors import UserError
 from gptjax.files import write_whole
+from gptjax.liveness import born
 
 NAME = "lock"
 BEAT = 5.0  # seconds between two beats
@@ -32,7 +33,7 @@ class RunLock:
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": born(os.getpid()),
             "id": uuid.uuid4().hex,
         }
         self._count = 0
@@ -123,20 +124,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _is_dead(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host that is no more."""
     pid = holder.get("pid")
-    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and _born(pid) != holder.get("born")
-
-
-def _born(pid: int) -> str:
-    """When a process of this host started, as the kernel counts: a number that is used again is another process."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state == "Z" else rest[18]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "alive"
+    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and born(pid) != holder.get("born")
