@@ -21,6 +21,7 @@ VERBS = (
     "tokenizer train",
     "plan",
     "bench attention",
+    "bench data",
     "bench layouts",
     "bench single",
 )

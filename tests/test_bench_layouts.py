@@ -128,7 +128,8 @@ def test_a_child_that_ends_in_any_way_is_an_answer(
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
 from gptjax.bench import trial
 from gptjax.config import from_json
 trial.COMMAND = (sys.executable, "-S", "-c", sys.argv[1])

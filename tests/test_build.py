@@ -59,7 +59,7 @@ def test_parts_and_cores_change_nothing(many, monkeypatch, tmp_path, cores, part
     ]
     monkeypatch.setattr(builds, "PART_BYTES", part_bytes)
     monkeypatch.setattr(builds, "ALONE_BYTES", 0)
-    monkeypatch.setattr(builds, "_cores", lambda: cores)
+    monkeypatch.setattr(builds, "cores", lambda: cores)
     heard = []
     other = replace(many, cache_dir=str(tmp_path / "other"))
     made = build(other, lambda *words: heard.append(words))
@@ -100,7 +100,7 @@ def processes(monkeypatch):
     """Two of them, and small parts."""
     monkeypatch.setattr(builds, "PART_BYTES", 1 << 14)
     monkeypatch.setattr(builds, "ALONE_BYTES", 0)
-    monkeypatch.setattr(builds, "_cores", lambda: 2)
+    monkeypatch.setattr(builds, "cores", lambda: 2)
 
 
 def test_the_first_mistake_of_several_is_said_and_nothing_left(many, processes, tmp_path):
@@ -132,11 +132,12 @@ def test_a_process_that_dies_is_said_and_the_next_build_goes_on(many, processes,
 
 
 WITHOUT_GUARD = """
-import resource, sys
+import resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
 from gptjax.config import DataConfig
 from gptjax.data import build, sources
 from gptjax.errors import UserError
-build.PART_BYTES, build.ALONE_BYTES, build._cores = 1 << 20, 0, lambda: 2
+build.PART_BYTES, build.ALONE_BYTES, build.cores = 1 << 20, 0, lambda: 2
 if sys.argv[3] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:

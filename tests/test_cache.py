@@ -18,7 +18,8 @@ from gptjax.data.sources import build, open_source
 from gptjax.errors import UserError
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
 from gptjax.config import DataConfig
 from gptjax.data import build, sources, store
 build.PART_BYTES = 1 << 14

@@ -114,8 +114,8 @@ class DataConfig:
     lanes: Positive = 1
     """Independent packed streams that fill a batch side by side; divides the micro-batch. A
     process reads only the lanes of its rows."""
-    threads: Annotated[Positive, FREE] = 2
-    """Reading and tokenising threads per process."""
+    threads: Annotated[Positive, FREE] = 1
+    """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
 
 
 @frozen

@@ -48,8 +48,9 @@ class Plan:
     """In order, and the same on every machine."""
 
 
-def build(root: Path, plan: Plan, max_chars: int, report: Report) -> Path:
-    """The folder of a data set, made now; another process of this host that makes it is waited for.
+def build(root: Path, plan: Plan, max_chars: int, report: Report, most: int) -> Path:
+    """The folder of a data set, made now by at most so many processes; another one of this host that makes it is waited
+    for.
 
     Stopped at any moment, it leaves its finished parts, with which the next build goes on. Raises UserError, and
     leaves nothing, for a text that cannot be read or is empty; OSError where the disk is full.
@@ -67,7 +68,8 @@ def build(root: Path, plan: Plan, max_chars: int, report: Report) -> Path:
             rest.unlink()
         done = [is_written(made, number) for number in range(len(parts))]
         tasks = [Task(made, i, part, max_chars) for i, part in enumerate(parts) if not done[i]]
-        _write(tasks, _Progress(report, sum(part.size for part in parts), sum(task.part.size for task in tasks)))
+        left = sum(task.part.size for task in tasks)
+        _write(tasks, _Progress(report, sum(part.size for part in parts), left), most)
         digest = finish(made, [part.split for part in parts])
         if not digest:
             raise UserError(f"data.source: no text in {plan.about}; give files with text")
@@ -99,14 +101,14 @@ class _Progress:
             self._report("building", self._done, self._total)
 
 
-def _write(tasks: Sequence[Task], heard: Callable[[int], None]) -> None:
+def _write(tasks: Sequence[Task], heard: Callable[[int], None], most: int) -> None:
     """Raises what the first of the tasks in order raised that did."""
-    cores = min(_cores(), len(tasks))
-    if cores < 2 or sum(task.part.size for task in tasks) < ALONE_BYTES:
+    count = min(most, len(tasks))
+    if count < 2 or sum(task.part.size for task in tasks) < ALONE_BYTES:
         for task in tasks:
             task.run(heard)
         return
-    with ThreadPoolExecutor(cores) as pool, _workers(cores) as workers:
+    with ThreadPoolExecutor(count) as pool, _workers(count) as workers:
 
         def run(task: Task) -> None:
             worker = workers.get()
@@ -123,7 +125,7 @@ def _write(tasks: Sequence[Task], heard: Callable[[int], None]) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

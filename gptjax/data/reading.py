@@ -1,63 +1,84 @@
-"""Tokens of records in an order, made ahead by threads: as many as the next batch takes, and no more."""
+"""Tokens of records in an order, made in groups: as many as the next batch takes, and no more.
 
+A group is read, then tokenised, then packed: what goes through one step after another finds its code in the cache.
+"""
+
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-GROUP = 1 << 16  # tokens that a thread makes at a time: handing a task over takes 30 microseconds
-LEAST_GROUPS = 2  # that are under way for each thread, also where a batch is small
+HANDOVER = 1e-3  # seconds of work that are worth another thread: two threads take up to 0.1 ms to hand something over
+MOST = 64  # records of a group
+
+Made = tuple[list[np.ndarray], float]
 
 
 class Reader(Iterator[np.ndarray]):
     """The tokens of records `start`, `start + 1`, ..., up to `stop` if there is one; int32 [N] each.
 
-    What `tokens_of` raises reaches the reader in the place of the record. At most what `ahead` asks for is held, and
-    a few groups, each of GROUP tokens or one record.
+    What `make` raises for a group reaches the reader in the place of the group. Held are at most the tokens that
+    `ahead` asked for, and a few records.
     """
 
     def __init__(
         self,
-        tokens_of: Callable[[int], np.ndarray],
+        make: Callable[[range], list[np.ndarray]],
         start: int,
         stop: int | None,
-        pool: ThreadPoolExecutor,
-        threads: int,
+        pool: ThreadPoolExecutor | None,
+        groups: int = 1,
     ):
-        self._tokens_of, self._next, self._stop = tokens_of, start, stop
-        self._pool, self._threads = pool, threads
+        """`pool` None has records made by whoever takes them; else at least so many `groups` are under way."""
+        self._make, self._next, self._stop = make, start, stop
+        self._pool, self._groups_wanted = pool, groups
         self._ready: deque[np.ndarray] = deque()
-        self._groups: deque[tuple[float, Future[list[np.ndarray]]]] = deque()
-        self._under_way = 0.0  # tokens, as expected
-        self._mean = float(GROUP)  # tokens of a record, of those seen lately
+        self._groups: deque[tuple[float, Future[Made]]] = deque()
+        self._wanted, self._under_way = 1, 0.0  # tokens; the latter as expected
+        self._length, self._seconds = float("inf"), float("inf")  # tokens of a record, and its time, as seen lately
 
     def ahead(self, tokens: int) -> None:
-        """Have about so many tokens under way."""
-        size = min(GROUP, max(tokens // (LEAST_GROUPS * self._threads), 1))
-        while self._under_way < tokens or len(self._groups) < LEAST_GROUPS * self._threads:
-            count = max(int(size / self._mean), 1)
-            if self._stop is not None:
-                count = min(count, self._stop - self._next)
-            if count <= 0:
+        """Have about so many tokens under way, unless they take less time than to hand them over."""
+        self._wanted = tokens
+        if self._pool is None or tokens / self._length * self._seconds < HANDOVER:  # at first inf / inf: not known
+            return
+        share = tokens / self._groups_wanted
+        while self._under_way < tokens or len(self._groups) < self._groups_wanted:
+            records = self._take(min(HANDOVER / self._seconds, share / self._length))
+            if not records:
                 return
-            records = range(self._next, self._next + count)
-            expected = count * self._mean
-            self._groups.append((expected, self._pool.submit(self._make, records)))
-            self._next += count
+            expected = min(len(records) * self._length, share + 1)
+            self._groups.append((expected, self._pool.submit(self._timed, records)))
             self._under_way += expected
 
-    def _make(self, records: range) -> list[np.ndarray]:
-        return [self._tokens_of(number) for number in records]
+    def _take(self, count: float) -> range:
+        end = self._next + min(max(int(count), 1), MOST)
+        taken = range(self._next, end if self._stop is None else min(end, self._stop))
+        self._next = taken.stop
+        return taken
+
+    def _timed(self, records: range) -> Made:
+        began = time.thread_time()
+        return self._make(records), time.thread_time() - began
 
     def __next__(self) -> np.ndarray:
         if not self._ready:
-            if not self._groups:
-                self.ahead(1)
-            if not self._groups:
-                raise StopIteration
+            made, seconds = self._group()
+            length, each = sum(map(len, made)) / len(made), seconds / len(made)
+            known = self._length < float("inf")  # half of what is known comes from the last group
+            self._length = (self._length + length) / 2 if known else length
+            self._seconds = (self._seconds + each) / 2 if known else each
+            self._ready.extend(made)
+        return self._ready.popleft()
+
+    def _group(self) -> Made:
+        if self._groups:
             expected, group = self._groups.popleft()
             self._under_way -= expected
-            self._ready.extend(group.result())
-            self._mean += (sum(map(len, self._ready)) / len(self._ready) - self._mean) / 2
-        return self._ready.popleft()
+            return group.result()
+        records = self._take(self._wanted / self._length)
+        if not records:
+            raise StopIteration
+        return self._timed(records)

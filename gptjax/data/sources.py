@@ -118,8 +118,9 @@ class Files:
             yield from documents(file, self.text_field, heard)
 
 
-def build(config: DataConfig, report: Report = lambda what, done, total: None) -> Corpus:
-    """The data set of `data.source`, made now unless it is there; `report` is told how far that is.
+def build(config: DataConfig, report: Report = lambda what, done, total: None, processes: int | None = None) -> Corpus:
+    """The data set of `data.source`, made now unless it is there; `report` is told how far that is. A large one is made
+    by `processes`, by default one for each core.
 
     Raises UserError for files, fields or data sets that are missing, broken or empty, and for a disk that is full; a
     build that fails leaves nothing behind.
@@ -130,7 +131,7 @@ def build(config: DataConfig, report: Report = lambda what, done, total: None) -
         cache.remove(folder)
         folder = None
     try:
-        folder = folder or builds.build(root, plan, config.max_chars, report)
+        folder = folder or builds.build(root, plan, config.max_chars, report, processes or builds.cores())
     except OSError as error:
         raise UserError(
             f"data.cache_dir = {config.cache_dir}: cannot write the data set ({reason(error)}); "

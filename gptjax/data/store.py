@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import zlib
 from array import array
 from bisect import bisect_right
@@ -70,7 +71,7 @@ def write_part(folder: Path, number: int, documents: Iterable[Iterable[str]], ma
                 end, count = end + len(data), count + 1
                 records.extend((end << 1 | record.last, zlib.crc32(data)))
             if count:
-                about.extend(np.frombuffer(digest.digest(), "<u8").tolist())
+                about.extend(struct.unpack("<4Q", digest.digest()))
                 about.append(count)
         file.flush()
         os.fsync(file.fileno())
@@ -146,8 +147,8 @@ class Store:
 
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises ValueError where its bytes are not those that were written, and OSError."""
-        mark, checksum = self._records[number].tolist()
-        start, end = int(self._records[number - 1, 0]) >> 1 if number else 0, mark >> 1
+        mark, checksum = self._records.item(number, 0), self._records.item(number, 1)
+        start, end = self._records.item(number - 1, 0) >> 1 if number else 0, mark >> 1
         part = bisect_right(self._ends, start)
         before = self._ends[part - 1] if part else 0
         # Read, not mapped: pages of a mapped file count as this process's memory.

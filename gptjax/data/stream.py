@@ -73,21 +73,26 @@ class TokenStream:
         take = which * self._per_lane + mine % self._per_lane  # of the rows of the lanes that are run
         self._take = None if np.array_equal(take, np.arange(len(run) * self._per_lane)) else take
         apart = seed is not None or lanes > 1  # else each piece is followed by its document's next one
-        number_of, each = _order(len(source), seed), max(1, threads // len(run))
-        self._pool = ThreadPoolExecutor(threads, "tokens")
+        self._pool = _pool(threads)
 
         def reader(lane: int) -> Reader:
-            def tokens_of(k: int) -> np.ndarray:
-                return _encode(source[number_of(k * lanes + lane)], tokenizer, apart)
+            number_of = order(len(source), seed, lane, lanes)
 
-            return Reader(tokens_of, start[lane] >> 32, None, self._pool, each)
+            def make(places: range) -> list[np.ndarray]:
+                records = [source[number] for number in [number_of(place) for place in places]]
+                return [_encode(record, tokenizer, apart) for record in records]
+
+            return Reader(make, start[lane] >> 32, None, self._pool, -(-2 * threads // len(run)))
 
         self._run = {lane: _Lane(reader(lane), start[lane]) for lane in run.tolist()}
 
     def batch(self, num_micro: int) -> np.ndarray:
         """The next micro-batches, int32 [num_micro, rows of this process, T+1]; their number may change at each
         call."""
-        rows = [lane.rows(num_micro * self._per_lane, self.seq_len) for lane in self._run.values()]
+        count = num_micro * self._per_lane
+        for lane in self._run.values():
+            lane.reader.ahead(count * self.seq_len + 1)
+        rows = [lane.rows(count, self.seq_len) for lane in self._run.values()]
         joined = np.concatenate([r.reshape(num_micro, self._per_lane, -1) for r in rows], axis=1)
         return joined if self._take is None else joined[:, self._take]
 
@@ -98,7 +103,8 @@ class TokenStream:
 
     def close(self) -> None:
         """Stop the reading threads."""
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class _Lane:
@@ -116,7 +122,6 @@ class _Lane:
     def rows(self, count: int, seq_len: int) -> np.ndarray:
         """The next `count` rows, int32 [count, seq_len + 1]."""
         tokens, filled = np.empty(count * seq_len + 1, np.int32), 0
-        self.reader.ahead(len(tokens))
         while True:
             if not self.held:
                 self.held.append(next(self.reader))
@@ -171,8 +176,12 @@ def eval_batches(
     require_one_row(source, tokenizer, seq_len)
     mine = slice(None) if rows is None else list(rows)
     stride = batch_size * seq_len
-    pool = ThreadPoolExecutor(threads, "tokens")
-    reader = Reader(lambda k: _encode(source[k], tokenizer, apart=False), 0, len(source), pool, threads)
+    pool = _pool(threads)
+
+    def make(numbers: range) -> list[np.ndarray]:
+        return [_encode(record, tokenizer, apart=False) for record in [source[number] for number in numbers]]
+
+    reader = Reader(make, 0, len(source), pool, 2 * threads)
     held: list[np.ndarray] = []
     size = made = 0
     try:
@@ -193,7 +202,8 @@ def eval_batches(
             padded = np.pad(np.concatenate(held), (0, stride + 1 - size), constant_values=PADDING)
             yield cut_rows(padded, seq_len)[mine]
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 class Prefetcher(Iterator[X], Generic[X]):
@@ -245,6 +255,12 @@ class Prefetcher(Iterator[X], Generic[X]):
         self.close()
 
 
+def _pool(threads: int) -> ThreadPoolExecutor | None:
+    """None for one thread, which is that of whoever asks for rows: Python runs one at a time, and what two of them say
+    to each other takes a quarter of the time of GPT-2's tokenizer."""
+    return ThreadPoolExecutor(threads, "tokens") if threads > 1 else None
+
+
 def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
     """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document."""
     tokens = tokenizer.encode(record.text)
@@ -256,15 +272,15 @@ def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
     return tokens
 
 
-def _order(size: int, seed: int | None) -> Callable[[int], int]:
-    """The record that comes at a place of the endless order: a permutation that is new in each epoch, of which nothing
-    is held."""
+def order(size: int, seed: int | None, lane: int = 0, lanes: int = 1) -> Callable[[int], int]:
+    """Which of `size` records comes at a place of a lane: every `lanes`th of an endless order, which is a permutation
+    that is new in each epoch."""
     if seed is None:
-        return lambda place: place % size
+        return lambda place: (place * lanes + lane) % size
     import grain
 
-    shuffled = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-    return lambda place: int(shuffled[place])
+    shuffled = grain.MapDataset.range(size).seed(seed).shuffle().repeat()  # an index permutation: no memory
+    return lambda place: int(shuffled[place * lanes + lane])
 
 
 def require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
