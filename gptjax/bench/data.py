@@ -19,7 +19,8 @@ from gptjax.config import Config, DataConfig
 from gptjax.data import build as builds
 from gptjax.data.sources import TextSource, build
 from gptjax.data.stream import TokenStream
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.vocabulary import open_tokenizer
 
 MOST_BYTES = 1 << 28  # of text
 SECONDS = 2.0  # that a turn takes, about
@@ -29,8 +30,10 @@ NUM_MICRO = 8  # rows of a turn come in batches of so many micro-batches, as in 
 def run(config: Config, tokenizers: list[str], rounds: int, out: Path) -> str:
     """Measure, write OUT/data.json, return the tables as text. Raises what building and loading raise."""
     rates = [_building(config.data, processes) for processes in sorted({1, builds.cores()})]
-    text = build(config.data).split(config.data.train_split, config.data.split_by)
-    rows = [_compare(config, text, load_tokenizer(spec), spec, rounds) for spec in tokenizers]
+    corpus = build(config.data)
+    text = corpus.split(config.data.train_split, config.data.split_by)
+    made = [open_tokenizer(replace(config.data, tokenizer=spec), corpus) for spec in tokenizers]
+    rows = [_compare(config, text, each, spec, rounds) for each, spec in zip(made, tokenizers, strict=True)]
     result = {**provenance(), "source": config.data.source, "build": rates, "stream": rows}
     save(result, out / "data.json")
     return f"{table(result)}\n\n{out / 'data.json'}"

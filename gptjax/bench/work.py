@@ -20,6 +20,7 @@ from gptjax.config import Config
 from gptjax.data.sources import build
 from gptjax.data.stream import Prefetcher
 from gptjax.data.tokenizers import load_tokenizer
+from gptjax.data.vocabulary import open_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
@@ -90,7 +91,8 @@ class Work:
     def stream(self, count: int) -> Iterator[Iterator[jax.Array]]:
         """The first batches of the config's own text, prefetched as in training."""
         data = self.config.data
-        task = replace(self.task, tokenizer=load_tokenizer(data.tokenizer), corpus=build(data))
+        corpus = build(data)
+        task = replace(self.task, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
         rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
         made = batches(self.config, task, self._tokens, rows, Position())
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:

@@ -1,5 +1,7 @@
 """Do the fields of a config agree with each other? What one field alone can have wrong stands on the field."""
 
+import re
+
 from gptjax.config.schema import Config
 from gptjax.errors import UserError
 
@@ -13,6 +15,7 @@ def validate(config: Config) -> Config:
     """Return the config, or raise UserError that names field, value and the nearest right one."""
     _model(config)
     _batch(config)
+    _vocabulary(config)
     optimizer = config.optimizer
     if optimizer.warmup_tokens > optimizer.decay_tokens:
         raise UserError(
@@ -65,3 +68,15 @@ def _batch(config: Config) -> None:
         raise UserError(
             f"data.lanes = {config.data.lanes}: does not divide the micro-batch of {micro} sequences; nearest {near}"
         )
+
+
+def _vocabulary(config: Config) -> None:
+    spec, size = config.data.tokenizer, config.model.vocab_size
+    if not spec.startswith("sentencepiece:"):
+        return
+    if not re.fullmatch(r"sentencepiece:[1-9][0-9]{0,6}", spec):
+        raise UserError(
+            f"data.tokenizer = {spec}: must be sentencepiece:N with a number of pieces; nearest sentencepiece:{size}"
+        )
+    if config.data.made_pieces > size:
+        raise UserError(f"data.tokenizer = {spec}: model.vocab_size is {size}; nearest sentencepiece:{size}")

@@ -107,8 +107,9 @@ class DataConfig:
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"
-    """bytes; DIR or gpt2:DIR, a folder with a Hugging Face tokenizer (tokenizer.json, or GPT-2's vocab.json and
-    merges.txt, or encoder.json and vocab.bpe) or with tokenizer.model alone; or a SentencePiece .model file."""
+    """bytes; sentencepiece:N, a vocabulary of N made of the training text and kept in cache_dir; DIR or gpt2:DIR, a
+    folder with a Hugging Face tokenizer (tokenizer.json, or GPT-2's vocab.json and merges.txt, or encoder.json and
+    vocab.bpe) or with tokenizer.model alone; or a SentencePiece .model file."""
     seed: Seed = 0
     """Seed of the global shuffle."""
     lanes: Positive = 1
@@ -116,6 +117,12 @@ class DataConfig:
     process reads only the lanes of its rows."""
     threads: Annotated[Positive, FREE] = 1
     """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
+
+    @property
+    def made_pieces(self) -> int:
+        """N of a tokenizer sentencepiece:N; 0 for one that is there already."""
+        kind, _, size = self.tokenizer.partition(":")
+        return int(size) if kind == "sentencepiece" else 0
 
 
 @frozen

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from gptjax.config import Config
+from gptjax.data import vocabulary
 from gptjax.data.sources import look
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -108,10 +109,16 @@ class Rehearsal:
         return Pretrain(for_compiler(self.config, self.hardware), self.hardware.chip.platform, self.layout)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | None:
+        """None for one that is still to be made of the text."""
+        data = self.config.data
         if self.resumed:
             return folders.saved_tokenizer(self.resumed.folder)
-        return load_tokenizer(self.config.data.tokenizer)
+        if not data.made_pieces:
+            return load_tokenizer(data.tokenizer)
+        _, corpus = look(data)
+        model = vocabulary.model_file(data, corpus) if corpus else None
+        return load_tokenizer(str(model)) if model and model.is_file() else None
 
     def run(self) -> Iterator[str]:
         if self.resumed is None:
@@ -188,8 +195,12 @@ class Rehearsal:
         yield text
 
     def tokenizer_lines(self) -> Iterator[str]:
-        fitted, vocabulary = fit_vocabulary(self.config, self.tokenizer), self.config.model.vocab_size
-        yield f"{self.config.data.tokenizer}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {vocabulary:,}"
+        spec, size = self.config.data.tokenizer, self.config.model.vocab_size
+        if self.tokenizer is None:
+            yield f"{spec}: to be made of the text, a vocabulary of {size:,}"
+            return
+        fitted = fit_vocabulary(self.config, self.tokenizer)
+        yield f"{spec}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {size:,}"
         yield from fitted.notes
 
     def data(self) -> Iterator[str]:
@@ -199,7 +210,8 @@ class Rehearsal:
             return
         for name in (self.config.data.train_split, self.config.data.eval_split):
             split = corpus.split(name, self.config.data.split_by)
-            require_one_row(split, self.tokenizer, self.config.model.seq_len)
+            if self.tokenizer:
+                require_one_row(split, self.tokenizer, self.config.model.seq_len)
             yield f"{name}: {len(split):,} records"
         changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None
         if self.resumed and changed and not self.resumed.new_data:

@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
+from gptjax.data import vocabulary
 from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.stream import require_one_row
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, load_model, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling
@@ -61,8 +62,8 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> in
     prepare(config)
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
-    layout, tokenizer = together(lambda: _layout(config)), together(lambda: _tokenizer(config, resumed))
-    corpus = _corpus(config)
+    layout = together(lambda: _layout(config))
+    tokenizer, corpus = _text(config, resumed)
     task = together(lambda: _task(config, layout, tokenizer, corpus))
     compare({"attention backend": task.attention[0]})
     weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
@@ -105,13 +106,24 @@ def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) 
     return task
 
 
-def _tokenizer(config: Config, resumed: Resumed | None) -> Tokenizer:
+def _text(config: Config, resumed: Resumed | None) -> tuple[Tokenizer, Corpus]:
+    """Tokenizer and text: that first, unless it is made of the text, for a text may take hours to build."""
+    spec = config.data.tokenizer
+    if not config.data.made_pieces:
+        return together(lambda: _tokenizer(config, resumed, lambda: load_tokenizer(spec))), _corpus(config)
+    corpus, model = _corpus(config), ""
+    if resumed is None or spec != resumed.saved.data.tokenizer:  # made by one, and sent: hosts may share no cache
+        model = first(lambda: vocabulary.make(config.data, corpus).read_bytes().hex())
+    return together(lambda: _tokenizer(config, resumed, lambda: load_model(spec, bytes.fromhex(model)))), corpus
+
+
+def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Tokenizer]) -> Tokenizer:
     """The run's own copy for a run that goes on; another name for it must name the same."""
     if resumed is None:
-        return load_tokenizer(config.data.tokenizer)
+        return load()
     saved = folders.saved_tokenizer(resumed.folder)
     if config.data.tokenizer != resumed.saved.data.tokenizer:
-        given = load_tokenizer(config.data.tokenizer)
+        given = load()
         if given.pieces != saved.pieces or given.files != saved.files:
             raise UserError(
                 f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "

@@ -5,7 +5,8 @@ reads one, `train_sentencepiece` makes one.
 """
 
 from gptjax.data.tokenizers.load import load_tokenizer
+from gptjax.data.tokenizers.sentencepiece import load_model
 from gptjax.data.tokenizers.tokenizer import SPECIALS, Tokenizer
 from gptjax.data.tokenizers.training import train_sentencepiece
 
-__all__ = ["SPECIALS", "Tokenizer", "load_tokenizer", "train_sentencepiece"]
+__all__ = ["SPECIALS", "Tokenizer", "load_model", "load_tokenizer", "train_sentencepiece"]

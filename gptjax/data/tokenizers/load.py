@@ -18,6 +18,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return bytes_tokenizer()
+    if spec.startswith("sentencepiece:"):
+        raise UserError(f"data.tokenizer = {spec}: is made of a text; name a config that has one, or a run folder")
     path = Path(spec.removeprefix("gpt2:")).expanduser()
     if spec.startswith("gpt2:") or path.is_dir():
         return _load_folder(spec, path)
