@@ -98,12 +98,12 @@ class DataConfig:
     max_chars: Positive = 65536
     """Longer documents are stored as consecutive records of this many characters."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
-    """Part to train on, such as train[:95%]; of tfds:NAME a split as TFDS writes it."""
+    """Part to train on, such as train[:95%]; tfds:NAME has other splits, too."""
     eval_split: Annotated[str, Field(min_length=1)] = "train[95%:]"
     """Part to evaluate on."""
     split_by: Literal["document", "position"] = "document"
     """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
-    for a text of one document or a few. tfds:NAME has splits of its own."""
+    for a text of one document or a few."""
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"
