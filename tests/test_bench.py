@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from gptjax import cli
+from gptjax.bench import data as bench_data
 from gptjax.bench.attention import exponent
+from gptjax.data.build import cores
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.planner.chips import CHIPS
@@ -93,3 +95,19 @@ def test_peak_is_that_of_the_very_card(device_kind: str, tera: float | None) -> 
 def test_planned_chips_are_the_cards_of_the_big_nodes() -> None:
     tera = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 1150, "a100": 312, "h100": 989, "h200": 989}
     assert {family: chip.flops / 1e12 for family, chip in CHIPS.items()} == pytest.approx(tera)
+
+
+def test_data_has_both_sides_and_the_building(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench_data, "SECONDS", 0.05)
+    out = str(tmp_path / "out")
+    words = ["--tokenizers", "bytes,sentencepiece:300", "--rounds", "2", "--out", out]
+    assert cli.run(["bench", "data", file, *words]) == 0
+    result = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert [row["tokenizer"] for row in result["stream"]] == ["bytes", "sentencepiece:300"]
+    for row in result["stream"]:
+        low, high = row["ratio_span"]
+        assert 0 < low <= row["ratio"] <= high and row["encode_bytes_s"] > 0 and row["stream_bytes_s"] > 0
+    assert [row["processes"] for row in result["build"]] == sorted({1, cores()})
+    assert "| bytes |" in capsys.readouterr().out

@@ -119,6 +119,23 @@ def test_a_snapshot_of_links_is_read_by_its_names(tmp_path):
     fails(snapshot, "gone.jsonl is a link to a file that is not there")
 
 
+def test_what_describes_records_is_none_of_them(tmp_path):
+    """A data set's card in a snapshot, and what `datasets` writes beside its tables; a folder of text keeps its own."""
+    revision = tmp_path / "datasets--me--talk" / "snapshots" / ("a1" * 20)
+    (revision / "data").mkdir(parents=True)
+    (revision / "data" / "train.jsonl").write_bytes(KINDS["a.jsonl"](TEXTS))
+    (revision / "README.md").write_text("---\nlicense: mit\n---\n")
+    (revision / "data" / "state.json").write_text('{"_data_files": []}')
+    found = files.find(DataConfig(source=str(revision)))
+    assert read(revision) == TEXTS and found.name == "datasets__me__talk"
+    assert found.note() == "2 file(s) left out: 1 README.md, 1 state.json"
+    assert files.find(DataConfig(source=str(revision / "data" / "*.jsonl"))).name == "datasets__me__talk"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("read me")
+    assert read(tmp_path / "docs") == ["read me"]
+    assert len(read(f"{revision / 'README.md'},{revision}")) == len(TEXTS) + 1  # named, so meant
+
+
 def test_lists_folders_and_globs_name_each_file_once(tmp_path):
     for name in ("b.txt", "a.txt", "c/d.md", "c/.hidden.txt", "e,f.txt", "g.PNG", "c/h.tar.gz", "c/Makefile"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

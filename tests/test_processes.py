@@ -76,7 +76,7 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
         assert "build it first on every host: gptjax data CONFIG" in errors
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
-    assert len([*(cache / "datasets").iterdir()]) == 1
+    assert len([*(cache / "datasets").glob("[!.]*")]) == 1
 
 
 def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: Path) -> None:

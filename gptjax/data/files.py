@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,9 @@ KINDS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+REVISION = re.compile("[0-9a-f]{40}")
+# What publishers put beside records: the card of a data set, and what `datasets` writes into its folders.
+CARDS = {"readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 READ = f"{' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
 # Not library code, or tables rather than text that reads as Python.
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "encodings", "pydoc_data"}
@@ -68,15 +72,17 @@ def find(config: DataConfig) -> Found:
     for name in names(config.source):
         path = Path(name).expanduser()
         alone = path.is_file()
-        for each in [path] if alone else _below(path, config):
+        some = [path] if alone else [*_below(path, config)]
+        cards = _cards(some, config) if path.is_dir() else set()
+        for each in some:
             about = _about(each, config)
             kind, compression = _kind(each, config.format)
-            if kind:
+            if kind and each not in cards:
                 files.setdefault(about, TextFile(each, kind, compression))
             elif alone:
                 raise UserError(f"data.source: {each}: not one of the kinds read ({READ}); or say which: data.format")
             else:
-                left_out.setdefault(about, "".join(each.suffixes[-2:]).lower())
+                left_out.setdefault(about, each.name if kind else "".join(each.suffixes[-2:]).lower())
     counted = Counter(ending for about, ending in left_out.items() if about not in files)
     found = Found(_short_name(config.source), list(files.values()), counted)
     if not files:
@@ -148,9 +154,21 @@ def _kind(path: Path, chosen: str) -> tuple[str, str]:
     return (KINDS.get(endings[-1], "") if endings else ""), compression
 
 
+def _cards(files: list[Path], config: DataConfig) -> set[Path]:
+    """Those of a folder that describe its records; none where nothing else than text is in it."""
+    cards = {path for path in files if path.name.lower() in CARDS}
+    kinds = {_kind(path, config.format)[0] for path in files if path not in cards}
+    return cards if kinds - {"text", ""} else set()
+
+
 def _short_name(source: str) -> str:
-    stem = Path(names(source)[0]).name.split(".")[0] or "text"
-    return "".join(c if c.isalnum() else "_" for c in stem)[:40]
+    """The first part of a source that says more than where it lies: no wildcard, revision, or folder's common name."""
+    for part in reversed(Path(names(source)[0]).parts):
+        stem = part.split(".")[0] or part.strip(".")
+        name = "".join(c if c.isalnum() else "_" for c in stem).strip("_")
+        if name and not REVISION.fullmatch(name) and name not in ("data", "snapshots", "main"):
+            return name[:40]
+    return "text"
 
 
 def _stdlib() -> list[Path]:
