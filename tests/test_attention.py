@@ -29,7 +29,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from gptjax.config import Config, LayoutConfig
-from gptjax.data.stream import CUT
+from gptjax.data.rows import CUT, next_token
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.attention import Attend, Mask, Need, reference
@@ -370,11 +370,13 @@ def test_documents_of_a_row_are_apart_when_asked(ways: int, tiny: Config) -> Non
         config = replace(tiny, model=replace(tiny.model, separate_documents=apart))
         task = Pretrain(config, "cpu", context_layout(ways), tokenizer)
         params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-        loss = jax.jit(lambda tokens: task.loss(params, tokens, None))
+        loss = jax.jit(lambda rows: task.loss(params, rows, None))
 
         def gap(before: str, end: int) -> float:
             rows = [[*tokenizer.encode(before), end, *b"x", *after] for after in (b"abcdefghi", b"qrstuvwyz")]
-            (one, targets), (two, _) = (loss(jnp.asarray([row])) for row in rows)
+            (one, targets), (two, _) = (
+                loss(next_token(np.array([row], np.int32), tokenizer.eot if apart else None)) for row in rows
+            )
             assert targets == 16 - (end < 0)
             return float(one - two)
 

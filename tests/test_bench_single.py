@@ -22,6 +22,7 @@ from gptjax.bench.parts import PARTS, UNKNOWN, Span, divided, floors, instructio
 from gptjax.bench.single import OPTIONS, Options, alone, climb, search
 from gptjax.bench.single_report import doubts, markdown
 from gptjax.config import Config, ModelConfig
+from gptjax.data.rows import next_token
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options
 from gptjax.model.accounting import train_flops_per_token
@@ -354,7 +355,7 @@ def test_the_peer_is_the_same_model(tiny: Config) -> None:
             ours[f"blocks.{i}.{name}.bias"] = block[name]["bias"].reshape(-1)
     net.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in ours.items()})
     tokens = rng.integers(0, 256, (3, 17))
-    nats, count = jax.jit(lambda p: task.loss(p, jnp.asarray(tokens), None))(params)
+    nats, count = jax.jit(lambda p: task.loss(p, next_token(tokens), None))(params)
     assert net(torch.tensor(tokens)).item() == pytest.approx(float(nats / count), rel=1e-5)
 
     found = trial.measure_peer(ROOT / "tests" / "peers" / "gpt2_torch.py", config, 2, 300)

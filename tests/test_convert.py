@@ -260,7 +260,9 @@ def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     assert 0 < moved < 1e-5  # three steps of warm-up
     task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"), corpus=build(config.data))
     stream = task.stream(None, range(config.micro_batch_size))
-    nats, count = jax.jit(lambda p, t: task.loss(p, t, None))(before, stream.batch(1)[0])
+    nats, count = jax.jit(lambda p, r: task.loss(p, r, None))(
+        before, jax.tree.map(lambda leaf: leaf[0], stream.batch(1))
+    )
     stream.close()
     losses = [entry["loss"] for entry in logged if entry.get("loss") is not None]
     assert losses[0] == pytest.approx(float(nats / count), rel=1e-5)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.config.load import load_config
+from gptjax.data.rows import next_token
 from gptjax.errors import UserError
 from gptjax.model.accounting import num_params
 from gptjax.model.gpt import GPT, forward
@@ -66,7 +67,7 @@ def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
     tokens = ((starts + np.arange(length) * 3) % 50).astype(np.int32)
     losses = []
     for i in range(STEPS):
-        state, metrics = step(state, tokens[i], np.float32(1e-3), np.int32(2), np.int32(i))
+        state, metrics = step(state, next_token(tokens[i]), np.float32(1e-3), np.int32(2), np.int32(i))
         losses.append(float(metrics["loss"]))
     assert step._cache_size() == 1, "a step compiled again"
     return np.array(losses), jax.device_get(state.params)
@@ -309,11 +310,12 @@ from gptjax.config import LayoutConfig, from_json
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain
-from gptjax.train.step import abstract_state, make_step
+from gptjax.train.step import abstract_rows, abstract_state, make_step
 
 config = replace(from_json(sys.stdin.read()), layout=LayoutConfig(fsdp=2, tensor=2, sequence_sharding=True))
 shape = {"num_heads": 2, "embed_dim": 128, "seq_len": 256, "window": 128, "remat": "dots"}  # splash takes heads of 64
-config = replace(config, model=replace(config.model, **shape))
+train = replace(config.train, batch_size=16, micro_batch_size=8)
+config = replace(config, model=replace(config.model, **shape), train=train)
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 layout = Layout(make_mesh(config, devices), rule_table(config.layout))
 task = Pretrain(config, "tpu", layout)
@@ -321,9 +323,9 @@ boxed = abstract_state(config, task.init)
 shardings = layout.shardings(boxed)
 shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 state = jax.tree.map(shaped, nn.unbox(boxed), shardings)
-tokens = jax.ShapeDtypeStruct((2, 8, 257), np.int32, sharding=layout.sharding((None, "batch", None)))
+rows = abstract_rows(config, task.row, layout)
 scalars = np.float32(0), np.int32(1), np.int32(0)
-compiled = make_step(config, task.loss, shardings, layout).lower(state, tokens, *scalars).compile()
+compiled = make_step(config, task.loss, shardings, layout).lower(state, rows, *scalars).compile()
 memory = compiled.memory_analysis()
 kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
 print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)), kernels)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.data.rows import CUT, PADDING, next_token
 from gptjax.data.store import Record, cut
-from gptjax.data.stream import CUT, NOT_RUN, PADDING, Prefetcher, TokenStream, eval_batches, merge_positions
+from gptjax.data.stream import NOT_RUN, Prefetcher, TokenStream, eval_batches, merge_positions
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 
@@ -54,11 +55,16 @@ def naive_lane(records: list[Record], seed: int | None, lane: int, lanes: int):
             tokens = tokens[T:]
 
 
+def split(row: list[int]) -> tuple[list[int], list[int]]:
+    """What a row of T+1 tokens is as an input, and what is asked for."""
+    return [t if t >= 0 else CUT - t if t < PADDING else 0 for t in row[:-1]], [max(t, PADDING) for t in row[1:]]
+
+
 def naive_batches(records: list[Record], seed: int | None, lanes: int, shapes: list[tuple[int, int]]):
-    """Batches of shapes (num_micro, micro_batch) over all rows."""
+    """Batches of shapes (num_micro, micro_batch) over all rows: inputs and targets of each."""
     streams = [naive_lane(records, seed, lane, lanes) for lane in range(lanes)]
     for num_micro, micro_batch in shapes:
-        yield [[next(s) for s in streams for _ in range(micro_batch // lanes)] for _ in range(num_micro)]
+        yield [[[*split(next(s))] for s in streams for _ in range(micro_batch // lanes)] for _ in range(num_micro)]
 
 
 def ranges(micro_batch: int, processes: int) -> list[tuple[int, ...]]:
@@ -84,10 +90,11 @@ class Processes:
         self.streams = [TokenStream(records, BYTES, T, micro_batch=micro_batch, rows=r, **options) for r in rows]
 
     def batch(self, num_micro: int) -> np.ndarray:
-        whole = np.full((num_micro, self.micro_batch, T + 1), -1, np.int32)
+        whole = np.full((num_micro, self.micro_batch, 2, T), -1, np.int32)
         for rows, stream in zip(self.rows, self.streams, strict=True):
-            batch = stream.batch(num_micro)
-            assert batch.dtype == np.int32
+            tokens, targets, segments = stream.batch(num_micro)
+            assert tokens.dtype == targets.dtype == np.int32 and segments is None
+            batch = np.stack([tokens, targets], axis=2)
             assert (whole[:, rows] == -1).all() or (whole[:, rows] == batch).all()
             whole[:, rows] = batch
         return whole
@@ -158,14 +165,25 @@ def test_resume_on_other_processes_goes_on_exactly(data, before, first, second, 
     resumed.close()
 
 
+@given(st.lists(st.sampled_from([0, 7, 9, CUT - 9, PADDING]), min_size=2, max_size=20))
+def test_rows_are_inputs_targets_and_documents(row):
+    """9 ends a document, and belongs to it, also where the document was cut."""
+    inputs, targets = split(row)
+    segments = [inputs[:i].count(9) for i in range(len(inputs))]
+    made = next_token(np.array([[row]], np.int32), eot=9)
+    assert [leaf.tolist() for leaf in made] == [[[inputs]], [[targets]], [[segments]]]
+    assert next_token(np.array(row, np.int32)).segments is None
+
+
 @pytest.mark.parametrize(("lanes", "seed"), [(1, 3), (2, None), (1, None)])
 def test_pieces_of_different_documents_never_touch(lanes, seed):
     records = [record for letter in "ABC" for record in cut([letter * 100], 40)]
     stream = TokenStream(records, BYTES, T, lanes=lanes, seed=seed, micro_batch=60)
-    pairs = {tuple(pair) for row in stream.batch(1)[0] for pair in np.stack([row[:-1], row[1:]], 1).tolist()}
+    tokens, targets, _ = stream.batch(1)
+    pairs = set(zip(tokens.ravel().tolist(), targets.ravel().tolist(), strict=True))
     text = {ord(letter) for letter in "ABC"}
     assert all(a == b for a, b in pairs if a in text and b in text)
-    assert ((CUT - BYTES.eot) in np.array(list(pairs))) == (seed is not None or lanes > 1)  # in order nothing is cut
+    assert (PADDING in targets) == (seed is not None or lanes > 1)  # in order nothing is cut
 
 
 class Counted:
@@ -187,7 +205,7 @@ def test_each_epoch_has_every_record_once_in_a_new_order(size):
     # Records of T letters, the last always an end-of-text, so each record is one row.
     records = [Record(f"{i:0{T - 1}d}", True) for i in range(size)] + [Record("x" * (T - 1), True)]
     stream = TokenStream(records, BYTES, T, lanes=1, seed=5, micro_batch=size + 1)
-    epochs = [[BYTES.decode(row[:-2]) for row in stream.batch(1)[0]] for _ in range(3)]
+    epochs = [[BYTES.decode(row[:-1]) for row in stream.batch(1).tokens[0]] for _ in range(3)]
     assert stream.positions == [3 * (size + 1) << 32]
     for epoch in epochs:
         assert sorted(epoch) == sorted(record.text for record in records)
@@ -227,17 +245,16 @@ def test_evaluation_counts_every_token_once(documents, rows):
     batches = list(eval_batches(records, BYTES, T, batch_size))
     for mine in rows:
         for whole, part in zip(batches, eval_batches(records, BYTES, T, batch_size, rows=mine), strict=True):
-            assert part.tolist() == whole[list(mine)].tolist()
-    assert {b.shape for b in batches} == {(batch_size, T + 1)} and batches[0].dtype == np.int32
-    joined = np.concatenate(batches)
-    targets = joined[:, 1:].ravel()
+            for one, all_of_it in zip(part[:2], whole[:2], strict=True):
+                assert one.tolist() == all_of_it[list(mine)].tolist()
+    assert {b.tokens.shape for b in batches} == {(batch_size, T)} and batches[0].tokens.dtype == np.int32
+    targets = np.concatenate([b.targets for b in batches]).ravel()
     assert targets[targets != PADDING].tolist() == tokens[1:]
-    inputs = joined[:, :-1].ravel()[: len(tokens) - 1]
+    inputs = np.concatenate([b.tokens for b in batches]).ravel()[: len(tokens) - 1]
     assert inputs.tolist() == tokens[:-1]
     assert len(batches) == -(-(len(tokens) - 1) // (batch_size * T))
-    assert [b.tolist() for b in eval_batches(records, BYTES, T, batch_size, limit=2)] == [
-        b.tolist() for b in batches[:2]
-    ]
+    limited = list(eval_batches(records, BYTES, T, batch_size, limit=2))
+    assert [b.targets.tolist() for b in limited] == [b.targets.tolist() for b in batches[:2]]
     assert list(eval_batches(records, BYTES, T, batch_size, limit=0)) == []
 
 

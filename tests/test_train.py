@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from gptjax.config import Config, LayoutConfig, OptimizerConfig, to_json
 from gptjax.config.load import load_config
+from gptjax.data.rows import Rows, next_token
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
 from gptjax.malloc import matters as malloc_matters
@@ -104,19 +105,19 @@ def stepping(config: Config) -> tuple:
     return task, layout, make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
 
 
-def random_tokens(config: Config, seed: int = 0) -> np.ndarray:
+def random_rows(config: Config, seed: int = 0) -> Rows:
     shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
-    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.int32)
+    return next_token(np.random.default_rng(seed).integers(0, 256, shape).astype(np.int32))
 
 
 def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
     """Two accumulated micro-batches, clip, AdamW with masked decay: against optax.adamw on the whole batch."""
     task, state, step = make(tiny)
-    params, tokens, o = jax.device_get(state.params), random_tokens(tiny), tiny.optimizer
-    new, metrics = step(state, tokens, np.float32(1e-3), np.int32(2), np.int32(0))
+    params, rows, o = jax.device_get(state.params), random_rows(tiny), tiny.optimizer
+    new, metrics = step(state, rows, np.float32(1e-3), np.int32(2), np.int32(0))
 
     def mean_loss(p: dict) -> jax.Array:
-        nats, count = task.loss(p, tokens.reshape(16, -1), None)
+        nats, count = task.loss(p, jax.tree.map(lambda leaf: leaf.reshape(16, -1), rows), None)
         return nats / count
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
@@ -132,7 +133,7 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
 
 
 def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -> None:
-    def drawn(params: dict, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def drawn(params: dict, rows: Rows, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.random.uniform(key) + 0 * params["positions"].sum(), jnp.int32(1)
 
     task, layout = single_device(tiny)
@@ -142,7 +143,7 @@ def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -
     for index in (0, 1, 2, 0):
         one, two = [], []
         for losses, count in ((one, 1), (two, 2)):
-            state, metrics = step(state, random_tokens(tiny), np.float32(0), np.int32(count), np.int32(index))
+            state, metrics = step(state, random_rows(tiny), np.float32(0), np.int32(count), np.int32(index))
             losses.append(float(metrics["loss"]))
         found.append((one[0], 2 * two[0] - one[0]))  # a mean of one, and of two
     assert found[3] == found[0]
@@ -151,11 +152,11 @@ def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -
 
 def test_ramp_ignores_the_unused_micro_batches(tiny: Config) -> None:
     _, state, step = make(tiny)
-    tokens = random_tokens(tiny)
-    other = tokens.copy()
-    other[1] = 7
+    rows = random_rows(tiny)
+    other = jax.tree.map(np.copy, rows)
+    other.tokens[1] = other.targets[1] = 7
     again = jax.tree.map(jnp.copy, state)
-    a, _ = step(state, tokens, np.float32(1e-3), np.int32(1), np.int32(0))
+    a, _ = step(state, rows, np.float32(1e-3), np.int32(1), np.int32(0))
     b, _ = step(again, other, np.float32(1e-3), np.int32(1), np.int32(0))
     assert fingerprint(a) == fingerprint(b)
 
@@ -228,7 +229,7 @@ def test_muon_goes_on_bit_for_bit_and_moves_to_another_layout(muon: Config, tmp_
 
     def advance(state: TrainState, begin: int) -> TrainState:
         for i in range(begin, begin + 2):
-            state, _ = step(state, random_tokens(muon, i), np.float32(1e-3), np.int32(2), np.int32(i))
+            state, _ = step(state, random_rows(muon, i), np.float32(1e-3), np.int32(2), np.int32(i))
         return state
 
     checkpoints = Checkpoints(tmp_path, muon)
@@ -255,7 +256,7 @@ def test_nonfinite_step_is_skipped_and_counted(tiny: Config) -> None:
     _, state, step = make(tiny)
     state = state.replace(params=state.params | {"positions": state.params["positions"].at[0, 0].set(jnp.nan)})
     before = fingerprint(state)
-    state, metrics = step(state, random_tokens(tiny), np.float32(1e-3), np.int32(2), np.int32(0))
+    state, metrics = step(state, random_rows(tiny), np.float32(1e-3), np.int32(2), np.int32(0))
     assert int(metrics["skipped"]) == 1
     after = fingerprint(state)
     assert [name for name in after if after[name] != before[name]] == ["skipped", "bad_streak"]
@@ -366,8 +367,10 @@ def checked(config, task, sharding, mine, position, batches=loop.batches):
     whole = task.stream(position.data, range(8))
     for batch in batches(config, task, sharding, mine, position):
         rows = whole.batch(batch.num_micro)
-        for shard in batch.tokens.addressable_shards:
-            np.testing.assert_array_equal(shard.data[: batch.num_micro], rows[:, shard.index[1]])
+        for name in ("tokens", "targets"):
+            for shard in getattr(batch.rows, name).addressable_shards:
+                mine = getattr(rows, name)[:, shard.index[1]]
+                np.testing.assert_array_equal(shard.data[: batch.num_micro], mine)
         time.sleep(0.1)
         yield batch
 

@@ -32,10 +32,10 @@ class Stream:
     positions: list[int]
     seconds: float = 0.0
 
-    def batch(self, num_micro: int, *_: Any) -> np.ndarray:
+    def batch(self, num_micro: int, *_: Any) -> dict[str, np.ndarray]:
         time.sleep(self.seconds)
         self.positions = [self.positions[0] + 1]
-        return np.full((num_micro, ROWS, LENGTH + 1), self.happens.get(self.positions[0], FINE), np.int32)
+        return {"what": np.full((num_micro, ROWS), self.happens.get(self.positions[0], FINE), np.int32)}
 
     def close(self) -> None:
         pass
@@ -53,8 +53,12 @@ class Toy:
     def init(self, key: jax.Array) -> Any:
         return {"w": nn.LogicallyPartitioned(jax.random.normal(key, (4,)), (None,))}
 
-    def loss(self, params: Any, tokens: jax.Array, key: Any) -> tuple[jax.Array, jax.Array]:
-        what, count = tokens[0, 0], ROWS * LENGTH
+    @property
+    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"what": jax.ShapeDtypeStruct((), np.int32)}
+
+    def loss(self, params: Any, rows: dict[str, jax.Array], key: Any) -> tuple[jax.Array, jax.Array]:
+        what, count = rows["what"][0], ROWS * LENGTH
         loss = 3 + jnp.sum(params["w"] ** 2)
         loss *= jnp.where(what == SPIKE, 100.0, 1.0) * jnp.where(what == NAN_LOSS, jnp.nan, 1.0)
         zero = jnp.where(what == NAN_GRADIENT, 0.0, 1.0) * jnp.sum(params["w"] ** 2)

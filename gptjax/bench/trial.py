@@ -183,7 +183,7 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
     started = time.perf_counter()
     step = work.compile(state, extras.options if extras else {})
     compile_s = time.perf_counter() - started
-    state, seconds, loss = work.timed(step, state, [work.random_tokens] * (WARMUP + steps))
+    state, seconds, loss = work.timed(step, state, [work.random_rows] * (WARMUP + steps))
     if not np.isfinite(loss):
         return {"status": "failed", "reason": f"the loss is {loss} after {WARMUP + steps} steps"}
     answer = {
@@ -200,7 +200,7 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
         with work.stream(WARMUP + steps) as batches:
             state, answer["stream_s"], _ = work.timed(step, state, batches)
         # Once more right after, for a machine whose speed drifts.
-        state, answer["again_s"], _ = work.timed(step, state, [work.random_tokens] * (WARMUP + steps))
+        state, answer["again_s"], _ = work.timed(step, state, [work.random_rows] * (WARMUP + steps))
     if extras is not None and extras.parts:
         answer["parts_s"] = work.parts(state, extras.options)
     return answer

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 
 from gptjax.bench.parts import seconds_by_part
 from gptjax.config import Config
+from gptjax.data.rows import Rows, next_token
 from gptjax.data.sources import build
 from gptjax.data.stream import Prefetcher
-from gptjax.data.tokenizers import load_tokenizer
 from gptjax.data.vocabulary import open_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
@@ -29,7 +29,7 @@ from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import PREFETCH, batches
 from gptjax.train.schedule import learning_rate
-from gptjax.train.step import TrainState, abstract_state, make_step
+from gptjax.train.step import MICRO_BATCHES, TrainState, abstract_state, make_step
 
 WARMUP = 2  # steps that are not measured: the first also places what the allocator will keep
 TRACED = 2  # steps in a profiler's trace
@@ -47,37 +47,40 @@ class Work:
     @classmethod
     def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
         layout = Layout(make_mesh(config, devices), rule_table(config.layout))
-        # Any end of text will do for random tokens.
-        task = Pretrain(config, jax.default_backend(), layout, load_tokenizer("bytes"))
+        task = Pretrain(config, jax.default_backend(), layout)
         return cls(config, layout, task, layout.shardings(abstract_state(config, task.init)))
 
     @property
-    def _tokens(self) -> NamedSharding:
-        return self.layout.sharding((None, "batch", None))
+    def _sharding(self) -> NamedSharding:
+        return self.layout.sharding(MICRO_BATCHES)
 
     @cached_property
-    def random_tokens(self) -> jax.Array:
-        """[M, b, T+1]"""
+    def random_rows(self) -> Rows:
+        """[M, b, T]"""
         c = self.config
         shape = (c.max_accumulation, c.micro_batch_size, c.model.seq_len + 1)
-        rows = np.random.default_rng(c.train.seed).integers(0, c.model.vocab_size, shape, np.int32)
-        return jax.make_array_from_callback(shape, self._tokens, lambda part: rows[part])
+        tokens = np.random.default_rng(c.train.seed).integers(0, c.model.vocab_size, shape, np.int32)
+        # Any end of text will do for random tokens.
+        rows = next_token(tokens, 0 if c.model.separate_documents else None)
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, self._sharding, lambda part: leaf[part])
+
+        return jax.tree.map(put, rows)
 
     def compile(self, state: TrainState, more: dict[str, str]) -> Any:
         """With more compiler options than the platform's own. Not from the persistent cache: the time to compile is a
         figure."""
         options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
         step = make_step(self.config, self.task.loss, self.shardings, self.layout, options)
-        return step.lower(state, self.random_tokens, *self._scalars(0)).compile()
+        return step.lower(state, self.random_rows, *self._scalars(0)).compile()
 
-    def timed(
-        self, step: Any, state: TrainState, batches: Iterable[jax.Array]
-    ) -> tuple[TrainState, list[float], float]:
+    def timed(self, step: Any, state: TrainState, batches: Iterable[Rows]) -> tuple[TrainState, list[float], float]:
         """(state, seconds of each step after the warm-up, last loss)."""
         seconds = []
         started = time.perf_counter()
-        for i, tokens in enumerate(batches):
-            state, metrics = jax.block_until_ready(step(state, tokens, *self._scalars(i)))
+        for i, rows in enumerate(batches):
+            state, metrics = jax.block_until_ready(step(state, rows, *self._scalars(i)))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
         return state, seconds[WARMUP:], float(metrics["loss"])
@@ -88,22 +91,22 @@ class Work:
         return np.float32(lr), np.int32(c.max_accumulation), np.int32(i)
 
     @contextmanager
-    def stream(self, count: int) -> Iterator[Iterator[jax.Array]]:
+    def stream(self, count: int) -> Iterator[Iterator[Rows]]:
         """The first batches of the config's own text, prefetched as in training."""
         data = self.config.data
         corpus = build(data)
         task = replace(self.task, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
         rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
-        made = batches(self.config, task, self._tokens, rows, Position())
+        made = batches(self.config, task, self._sharding, rows, Position())
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:
-            yield (next(ahead).tokens for _ in range(count))
+            yield (next(ahead).rows for _ in range(count))
 
     def parts(self, state: TrainState, more: dict[str, str]) -> dict[str, float]:
         """Seconds of one step in each part and idle, from a trace of TRACED steps: their sum is the traced step."""
         # Kernels that are launched as a graph are not traced by their instruction's name.
         alone = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
         step = self.compile(state, more | alone)
-        state, _, _ = self.timed(step, state, [self.random_tokens] * WARMUP)
+        state, _, _ = self.timed(step, state, [self.random_rows] * WARMUP)
         text = step.as_text()
         module = re.match(r"HloModule ([\w.\-]+)", text)
         assert module
@@ -112,7 +115,7 @@ class Work:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder, profiler_options=quiet):
                 started = time.perf_counter()
-                self.timed(step, state, [self.random_tokens] * TRACED)
+                self.timed(step, state, [self.random_rows] * TRACED)
                 whole = time.perf_counter() - started
             seconds = seconds_by_part(Path(folder), text, module[1], _threads())
         seconds["idle"] = whole - sum(seconds.values())

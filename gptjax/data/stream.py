@@ -21,6 +21,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from gptjax.data.reading import Reader
+from gptjax.data.rows import CUT, PADDING, Rows, next_token
 from gptjax.data.store import Record
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
@@ -28,8 +29,6 @@ from gptjax.errors import UserError
 X = TypeVar("X")
 
 NOT_RUN = -1  # the position of a lane that another process runs
-PADDING = -1  # in evaluation rows: neither input nor target
-CUT = -2  # CUT - i is id i as an input, and no target
 
 
 class Source(Protocol):
@@ -43,8 +42,9 @@ class TokenStream:
     """The endless training rows of one process.
 
     Of every `micro_batch` rows this process holds `rows`, in ascending order; None means all. `seed` None keeps the
-    records in order. `positions` resumes: a position for each lane, such as `merge_positions` gives. Raises UserError
-    where the source has fewer than T+1 tokens, and ValueError where lanes do not divide `micro_batch`.
+    records in order. `separate` numbers the documents of each row. `positions` resumes: a position for each lane, such
+    as `merge_positions` gives. Raises UserError where the source has fewer than T+1 tokens, and ValueError where lanes
+    do not divide `micro_batch`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class TokenStream:
         seed: int | None,
         micro_batch: int,
         rows: Sequence[int] | None = None,
+        separate: bool = False,
         threads: int = 1,
         positions: Sequence[int] | None = None,
     ):
@@ -67,6 +68,7 @@ class TokenStream:
         if len(start) != lanes or min(start) < 0:
             raise ValueError(f"{lanes} lanes need {lanes} positions of 0 or more, got {start}")
         self.seq_len, self.lanes = seq_len, lanes
+        self._eot = tokenizer.eot if separate else None
         self._per_lane = micro_batch // lanes
         mine = np.arange(micro_batch) if rows is None else np.array(rows)
         run, which = np.unique(mine // self._per_lane, return_inverse=True)
@@ -86,15 +88,14 @@ class TokenStream:
 
         self._run = {lane: _Lane(reader(lane), start[lane]) for lane in run.tolist()}
 
-    def batch(self, num_micro: int) -> np.ndarray:
-        """The next micro-batches, int32 [num_micro, rows of this process, T+1]; their number may change at each
-        call."""
+    def batch(self, num_micro: int) -> Rows:
+        """The next micro-batches [num_micro, rows of this process, T]; their number may change at each call."""
         count = num_micro * self._per_lane
         for lane in self._run.values():
             lane.reader.ahead(count * self.seq_len + 1)
         rows = [lane.rows(count, self.seq_len) for lane in self._run.values()]
         joined = np.concatenate([r.reshape(num_micro, self._per_lane, -1) for r in rows], axis=1)
-        return joined if self._take is None else joined[:, self._take]
+        return next_token(joined if self._take is None else joined[:, self._take], self._eot)
 
     @property
     def positions(self) -> list[int]:
@@ -163,19 +164,19 @@ def eval_batches(
     batch_size: int,
     *,
     rows: Sequence[int] | None = None,
+    separate: bool = False,
     limit: int = -1,
     threads: int = 1,
-) -> Iterator[np.ndarray]:
-    """One pass in order: int32 [rows of this process, T+1] for each batch of `batch_size` rows, of which this process
-    holds `rows` (None means all).
+) -> Iterator[Rows]:
+    """One pass in order: [rows of this process, T] for each batch of `batch_size` rows, of which this process holds
+    `rows` (None means all).
 
-    Every token but the split's first is a target exactly once; the rows of the last batch are filled
-    up with PADDING, which is no id. `limit` is the
-    number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens.
+    Every token but the split's first is a target exactly once; the rows of the last batch are filled up with PADDING.
+    `limit` is the number of batches, -1 for all. Raises UserError where the source has fewer than T+1 tokens.
     """
     require_one_row(source, tokenizer, seq_len)
     mine = slice(None) if rows is None else list(rows)
-    stride = batch_size * seq_len
+    stride, eot = batch_size * seq_len, tokenizer.eot if separate else None
     pool = _pool(threads)
 
     def make(numbers: range) -> list[np.ndarray]:
@@ -192,7 +193,7 @@ def eval_batches(
             if size > stride:
                 joined = np.concatenate(held)
                 while len(joined) > stride and made != limit:
-                    yield cut_rows(joined[: stride + 1], seq_len)[mine]
+                    yield next_token(cut_rows(joined[: stride + 1], seq_len)[mine], eot)
                     joined, made = joined[stride:], made + 1
                 held, size = [joined], len(joined)
                 reader.ahead(stride)
@@ -200,7 +201,7 @@ def eval_batches(
                 return
         if size > 1:  # a single token is left where full batches end the split: it was their last target
             padded = np.pad(np.concatenate(held), (0, stride + 1 - size), constant_values=PADDING)
-            yield cut_rows(padded, seq_len)[mine]
+            yield next_token(cut_rows(padded, seq_len)[mine], eot)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)

@@ -181,23 +181,21 @@ def devices_of(topology: chips.Topology) -> list[Any]:
 def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[Any, dict[str, int]]:
     """The train step, lowered for devices that are not there, and the sizes of its mesh; `rules` tries another
     table."""
-    import jax
     import numpy as np
 
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
     from gptjax.tasks.pretrain import Pretrain
-    from gptjax.train.step import abstract_state, make_step, placed
+    from gptjax.train.step import abstract_rows, abstract_state, make_step, placed
 
     layout = Layout(make_mesh(config, devices_of(topology)), rules or rule_table(config.layout))
     task = Pretrain(config, topology.chip.platform, layout)
     boxed = abstract_state(config, task.init)
     shardings = layout.shardings(boxed)
-    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding((None, "batch", None)))
+    rows = abstract_rows(config, task.row, layout)
     scalars = np.float32(0), np.int32(1), np.int32(0)
     step = make_step(config, task.loss, shardings, layout)
-    return step.lower(placed(boxed, shardings), tokens, *scalars), dict(layout.mesh.shape)
+    return step.lower(placed(boxed, shardings), rows, *scalars), dict(layout.mesh.shape)
 
 
 def _child(cache: Path, job: dict[str, Any]) -> str:

@@ -71,8 +71,9 @@ def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[in
     plain = replace(config, model=replace(config.model, attention="blockwise"))
     task = Pretrain(plain, "tpu", recorder)
     params = nn.unbox(abstract_state(plain, task.init).params)
-    tokens = jax.ShapeDtypeStruct((config.micro_batch_size, config.model.seq_len + 1), np.int32)
-    jax.eval_shape(lambda p, t: task.loss(p, t, None), params, tokens)
+    size = config.micro_batch_size
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), task.row)
+    jax.eval_shape(lambda p, r: task.loss(p, r, None), params, rows)
     return [(ACTIVATIONS.get(axes, str(axes)), shape, axes, dtype) for axes, (shape, dtype) in recorder.seen.items()]
 
 

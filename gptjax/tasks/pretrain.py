@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import Config
+from gptjax.data.rows import Rows
 from gptjax.data.sources import Corpus, TextSource
-from gptjax.data.stream import CUT, TokenStream, eval_batches
+from gptjax.data.stream import TokenStream, eval_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, generate
@@ -29,7 +30,7 @@ SAMPLE_TOKENS = 200
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Loss, batches and evaluation of a decoder on rows of T+1 tokens."""
+    """Loss, batches and evaluation of a decoder on rows of a text."""
 
     config: Config
     platform: str
@@ -77,21 +78,25 @@ class Pretrain:
         """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
         return self.plain_model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def loss(self, params: Any, tokens: Array, key: Array | None) -> tuple[Array, Array]:
-        """tokens [b, T+1] -> summed nats, number of targets; a key of None switches dropout off."""
-        hidden, embedding, targets = self._before_head(params, tokens, key)
+    @property
+    def row(self) -> Rows:
+        """The shapes of one row."""
+        ids = jax.ShapeDtypeStruct((self.config.model.seq_len,), np.int32)
+        return Rows(ids, ids, ids if self.config.model.separate_documents else None)
+
+    def loss(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array]:
+        """rows [b, T] -> summed nats, number of targets; a key of None switches dropout off."""
+        hidden, embedding, targets = self._before_head(params, rows, key)
         with jax.named_scope("loss"):
             c = self.config.model
             nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
         return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
 
-    def _before_head(self, params: Any, tokens: Array, key: Array | None) -> tuple[Array, Array, Array]:
-        """tokens [b, T+1] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
+    def _before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
+        """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
         `ways` devices, [b, ways, T/ways] in place of [b, T]."""
         c = self.config.model
-        inputs = jnp.maximum(jnp.maximum(tokens, CUT - tokens), 0)[:, :-1]  # a cut as its id, padding as 0
-        targets = jnp.maximum(tokens, IGNORED)[:, 1:]
-        segments = self._documents(inputs) if c.separate_documents else None
+        inputs, targets, segments = rows
         ways, positions = self._ways, None
         if ways > 1:
             positions = context.order(inputs.shape[1], ways)
@@ -110,11 +115,6 @@ class Pretrain:
         """Parts that the layout cuts a sequence into."""
         return self.layout.mesh.shape[context.AXIS] if self.layout else 1
 
-    def _documents(self, inputs: Array) -> Array:
-        """The number of each token's document within its row; an end of text belongs to the text that it ends."""
-        ends = inputs == self._tokenizer.eot
-        return jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
-
     def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
         """The training rows from a position on: of every micro-batch those of this process."""
         data = self.config.data
@@ -126,27 +126,30 @@ class Pretrain:
             seed=data.seed,
             micro_batch=self.config.micro_batch_size,
             rows=rows,
+            separate=self.config.model.separate_documents,
             threads=data.threads,
             positions=positions,
         )
 
-    def evaluate(self, params: Any, place: Callable[[np.ndarray], Array], rows: Sequence[int]) -> dict[str, float]:
+    def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
         """Loss in nats per token and bits per byte over the evaluation split, in order; `rows` of every batch are this
         process's to read and `place`."""
         c, text = self.config, self.evaluation_text
         shape = c.model.seq_len, c.micro_batch_size
-        batches = eval_batches(text, self._tokenizer, *shape, rows=rows, limit=c.train.eval_batches)
+        batches = eval_batches(
+            text, self._tokenizer, *shape, rows=rows, separate=c.model.separate_documents, limit=c.train.eval_batches
+        )
         sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
         nats, targets, size_bytes = (math.fsum(column) for column in zip(*jax.device_get(sums), strict=True))
         return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / size_bytes}
 
     @cached_property
-    def _evaluate_batch(self) -> Callable[[Any, Array], tuple[Array, Array, Array]]:
-        """jit of (params, tokens [b, T+1]) -> nats, targets, and the UTF-8 bytes that the targets stand for."""
+    def _evaluate_batch(self) -> Callable[[Any, Rows], tuple[Array, Array, Array]]:
+        """jit of (params, rows [b, T]) -> nats, targets, and the UTF-8 bytes that the targets stand for."""
         c, token_bytes = self.config.model, self._tokenizer.token_bytes()
 
-        def sums(params: Any, tokens: Array) -> tuple[Array, Array, Array]:
-            hidden, embedding, targets = self._before_head(params, tokens, None)
+        def sums(params: Any, rows: Rows) -> tuple[Array, Array, Array]:
+            hidden, embedding, targets = self._before_head(params, rows, None)
             nats = -jnp.sum(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
             size = jnp.where(targets == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(targets, 0)])
             return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32), jnp.sum(size)

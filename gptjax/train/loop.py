@@ -31,7 +31,18 @@ from gptjax.train.processes import is_first, warn
 from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
-from gptjax.train.step import LossFn, Params, abstract_state, init_state, make_step, placed, start_state
+from gptjax.train.step import (
+    MICRO_BATCHES,
+    LossFn,
+    Params,
+    Rows,
+    abstract_rows,
+    abstract_state,
+    init_state,
+    make_step,
+    placed,
+    start_state,
+)
 
 PREFETCH = 2  # batches ready on the devices ahead of the step
 
@@ -40,12 +51,15 @@ class Task(Protocol):
     """What a stage supplies."""
 
     @property
+    def row(self) -> Rows:
+        """The shapes of one row."""
+        ...
+
+    @property
     def loss(self) -> LossFn: ...
     def init(self, key: Array) -> Params: ...
     def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream: ...
-    def evaluate(
-        self, params: Params, place: Callable[[np.ndarray], Array], rows: Sequence[int]
-    ) -> dict[str, float]: ...
+    def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]: ...
     def sample(self, params: Params) -> str: ...
 
 
@@ -53,7 +67,7 @@ class Task(Protocol):
 class Batch:
     """One step's input on the devices, and where this process stands once it is consumed."""
 
-    tokens: Array  # [M, b, T+1]
+    rows: Rows  # [M, b, ...]
     num_micro: int
     start: Position
     after: Position
@@ -107,13 +121,12 @@ def _loop(
 ) -> int:
     """From `position` on: a step, then what it owes."""
     train = config.train
-    batch_sharding = layout.sharding((None, "batch", None))
+    batch_sharding = layout.sharding(MICRO_BATCHES)
     mine = rows_by_process(layout, config.micro_batch_size)[jax.process_index()]
-    rows_sharding = layout.sharding(("batch", None))
+    rows_sharding = layout.sharding(("batch",))
 
-    def place_rows(rows: np.ndarray) -> Array:
-        shape = (config.micro_batch_size, rows.shape[-1])
-        return jax.make_array_from_process_local_data(rows_sharding, rows, shape)
+    def place_rows(rows: Rows) -> Rows:
+        return _on_devices(rows, rows_sharding, (config.micro_batch_size,))
 
     def save(now: Moment) -> dict[str, Any] | None:
         return {} if checkpoints.save(now.state, _whole(now.position)) else None
@@ -152,7 +165,7 @@ def _loop(
             with meter.waiting():
                 batch = next(ahead)
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
-            state, metrics = step_fn(now.state, batch.tokens, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
+            state, metrics = step_fn(now.state, batch.rows, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
             now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
             meter.add(now.position, float(lr), metrics)
             stopping = stop.agreed()
@@ -194,10 +207,9 @@ def _todo(
 def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: Any, reporter: Reporter) -> Any:
     """The step, compiled ahead of its first run so that the time is known and not counted as training."""
     started = time.perf_counter()
-    shape = (config.max_accumulation, config.micro_batch_size, config.model.seq_len + 1)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding((None, "batch", None)))
+    rows = abstract_rows(config, task.row, layout)
     step = make_step(config, task.loss, shardings, layout)
-    compiled = step.lower(state, tokens, np.float32(0), np.int32(0), np.int32(0)).compile()
+    compiled = step.lower(state, rows, np.float32(0), np.int32(0), np.int32(0)).compile()
     seconds = time.perf_counter() - started
     reporter.say(f"step compiled in {seconds:.1f} s")
     return compiled
@@ -213,16 +225,28 @@ def batches(
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
             num_micro = size // micro
-            rows = stream.batch(num_micro)
             # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
-            rows = np.pad(rows, ((0, most - num_micro), (0, 0), (0, 0)))
-            shape = (most, micro, config.model.seq_len + 1)
-            placed = jax.make_array_from_process_local_data(sharding, rows, shape)
+            rows = jax.tree.map(lambda leaf: _padded(leaf, most), stream.batch(num_micro))
+            placed = _on_devices(rows, sharding, (most, micro))
             data = tuple(stream.positions)
             after = Position(step + 1, tokens + size * config.model.seq_len, data)
             yield Batch(placed, num_micro, Position(step, tokens), after)
     finally:
         stream.close()
+
+
+def _padded(leaf: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(leaf, ((0, length - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)))
+
+
+def _on_devices(rows: Rows, sharding: NamedSharding, lead: tuple[int, ...]) -> Rows:
+    """This process's part of a batch, put together with those of the others; `lead` is the shape of the whole before a
+    row's own."""
+
+    def put(leaf: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(sharding, leaf, (*lead, *leaf.shape[len(lead) :]))
+
+    return jax.tree.map(put, rows)
 
 
 def _whole(position: Position) -> Position:

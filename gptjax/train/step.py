@@ -18,9 +18,12 @@ from gptjax.sharding.rules import Layout, is_boxed, leaf_name
 
 Params = Any
 Metrics = dict[str, Array]
-LossFn = Callable[[Params, Array, Array], tuple[Array, Array]]
-"""(params, tokens [b, T+1], dropout key) -> (summed loss in nats, number of targets)."""
+Rows = Any
+"""A batch: a tree of arrays [b, ...], or of micro-batches [M, b, ...]. What they mean only the stage knows."""
+LossFn = Callable[[Params, Rows, Array], tuple[Array, Array]]
+"""(params, rows [b, ...], dropout key) -> (summed loss in nats, number of targets)."""
 
+MICRO_BATCHES = (None, "batch")  # logical axes that every array of a batch begins with
 SPIKE_WARMUP = 100  # accepted steps before the loss statistics may reject one, and the steps that they remember
 SPIKE_REACH = 4.0  # deviations from the mean at which a loss pulls at the statistics, however far it lies
 
@@ -115,6 +118,12 @@ def placed(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def abstract_rows(config: Config, row: Rows, layout: Layout) -> Rows:
+    """The shapes of a step's batch, and where it lies, from those of one row."""
+    shape, sharding = (config.max_accumulation, config.micro_batch_size), layout.sharding(MICRO_BATCHES)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding), row)
+
+
 def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) -> TrainState:
     """The initial state, each array born with its sharding. Equal on every layout."""
     shardings = layout.shardings(abstract_state(config, init))
@@ -125,7 +134,7 @@ def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) 
 def make_step(
     config: Config, loss_fn: LossFn, shardings: Any, layout: Layout, options: dict[str, str] | None = None
 ) -> Any:
-    """jit of (state, tokens [M, b, T+1], lr, num_micro, step) -> (state, metrics); the state is donated.
+    """jit of (state, rows [M, b, ...], lr, num_micro, step) -> (state, metrics); the state is donated.
 
     Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. `options` are
     the compiler's, in place of those of the platform.
@@ -135,10 +144,10 @@ def make_step(
     dtype = compute_dtype(config.model, platform)
     optimizer = make_optimizer(config.optimizer)
 
-    def step(state: TrainState, tokens: Array, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), index)
-        params = state.params if tokens.shape[0] == 1 else _narrow(state.params, dtype)
-        loss, grads = _mean_gradient(loss_fn, params, tokens, num_micro, key)
+        params = state.params if _num_micro(rows) == 1 else _narrow(state.params, dtype)
+        loss, grads = _mean_gradient(loss_fn, params, rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -147,7 +156,7 @@ def make_step(
         return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped, "bad_streak": new.bad_streak}
 
     scalar = layout.sharding(())
-    batch = layout.sharding((None, "batch", None))
+    batch = layout.sharding(MICRO_BATCHES)
     return jax.jit(
         step,
         in_shardings=(shardings, batch, scalar, scalar, scalar),
@@ -163,22 +172,27 @@ def _narrow(params: Params, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda p, matrix: p.astype(dtype) if matrix else p, params, is_decayed(params))
 
 
-def _mean_gradient(
-    loss_fn: LossFn, params: Params, tokens: Array, num_micro: Array, key: Array
-) -> tuple[Array, Params]:
+def _mean_gradient(loss_fn: LossFn, params: Params, rows: Rows, num_micro: Array, key: Array) -> tuple[Array, Params]:
     """Mean loss and its gradient over the targets of the first num_micro micro-batches, summed in float32."""
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def add(i: Array | int, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, gradient(params, tokens[i], jax.random.fold_in(key, i)))
+        return jax.tree.map(jnp.add, total, one(i))
 
-    if tokens.shape[0] == 1:
-        (loss, count), grads = gradient(params, tokens[0], jax.random.fold_in(key, 0))
+    def one(i: Array | int) -> Any:
+        return gradient(params, jax.tree.map(lambda leaf: leaf[i], rows), jax.random.fold_in(key, i))
+
+    if _num_micro(rows) == 1:
+        (loss, count), grads = one(0)
     else:
         empty = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
         zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32)), empty
         (loss, count), grads = jax.lax.fori_loop(0, num_micro, add, zeros)
     return loss / count, jax.tree.map(lambda g: g / count, grads)
+
+
+def _num_micro(rows: Rows) -> int:
+    return int(jax.tree.leaves(rows)[0].shape[0])
 
 
 def guard(config: OptimizerConfig, old: TrainState, new: TrainState, loss: Array, grad_norm: Array) -> TrainState:

@@ -108,6 +108,7 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     import numpy as np
 
     from gptjax.config import Config, ModelConfig, TrainConfig
+    from gptjax.data.rows import next_token
     from gptjax.hardware import compiler_options
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
@@ -122,17 +123,18 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     options = compiler_options("cpu")
     forward = jax.jit(lambda p, t: task.loss(p, t, None)[0], compiler_options=options)
     gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, t, None)[0]), compiler_options=options)
-    tokens = np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32)
+    rows = next_token(np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32))
+    first = jax.tree.map(lambda leaf: leaf[0], rows)
     held = {"state": init_state(config, task.init, layout)}
 
     def one_step() -> None:
-        held["state"], metrics = step(held["state"], tokens, np.float32(1e-3), np.int32(1), np.int32(0))
+        held["state"], metrics = step(held["state"], rows, np.float32(1e-3), np.int32(1), np.int32(0))
         jax.block_until_ready(metrics)
 
     return {
         "step": one_step,
-        "forward": lambda: jax.block_until_ready(forward(held["state"].params, tokens[0])),
-        "gradient": lambda: jax.block_until_ready(gradient(held["state"].params, tokens[0])),
+        "forward": lambda: jax.block_until_ready(forward(held["state"].params, first)),
+        "gradient": lambda: jax.block_until_ready(gradient(held["state"].params, first)),
     }
 
 

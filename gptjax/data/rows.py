@@ -1,0 +1,30 @@
+"""A batch as named arrays, every one of them with the batch's axes first."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PADDING = -1  # neither an id nor a target
+CUT = -2  # CUT - i is id i as an input, and no target
+
+
+class Rows(NamedTuple):
+    """What a decoder reads and is asked for: arrays [..., T] of numpy, of JAX, or of shapes."""
+
+    tokens: Any
+    """int32 ids."""
+    targets: Any
+    """int32 id after each token; PADDING where none counts."""
+    segments: Any = None
+    """int32 number of each token's document within its row, where documents are kept apart; else None."""
+
+
+def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:
+    """Rows of T+1 tokens of a stream, int32 [..., T+1] with CUT and PADDING, as inputs and targets; `eot` keeps apart
+    the documents that end in it, and belongs to the one that it ends."""
+    inputs = np.maximum(np.maximum(tokens, CUT - tokens), 0)[..., :-1]
+    segments = None
+    if eot is not None:
+        ends = inputs == eot
+        segments = np.cumsum(ends, axis=-1, dtype=np.int32) - ends
+    return Rows(inputs, np.maximum(tokens, PADDING)[..., 1:], segments)
