@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.config.load import load_config
-from gptjax.data.rows import next_token
+from gptjax.data.rows import Rows, next_token
 from gptjax.errors import UserError
 from gptjax.model.accounting import num_params
 from gptjax.model.gpt import GPT, forward
@@ -205,9 +205,9 @@ def test_a_split_sequence_gathers_no_activation(tiny: Config) -> None:
     task, layout = build(config, 2)
     boxed = abstract_state(config, task.init)
     shardings = layout.shardings(boxed)
-    tokens = jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    ids = jax.ShapeDtypeStruct((1, 8, 16), np.int32)
     scalars = np.float32(0), np.int32(1), np.int32(0)
-    lowered = make_step(config, task.loss, shardings, layout).lower(nn.unbox(boxed), tokens, *scalars)
+    lowered = make_step(config, task.loss, shardings, layout).lower(nn.unbox(boxed), Rows(ids, ids), *scalars)
     text = lowered.compile().as_text()
     kinds = set(re.findall(r" (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text))
     assert kinds == {"collective-permute", "all-reduce"}
