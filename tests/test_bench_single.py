@@ -355,8 +355,9 @@ def test_the_peer_is_the_same_model(tiny: Config) -> None:
             ours[f"blocks.{i}.{name}.bias"] = block[name]["bias"].reshape(-1)
     net.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in ours.items()})
     tokens = rng.integers(0, 256, (3, 17))
-    nats, count = jax.jit(lambda p: task.loss(p, next_token(tokens), None))(params)
-    assert net(torch.tensor(tokens)).item() == pytest.approx(float(nats / count), rel=1e-5)
+    rows = next_token(tokens)
+    loss = jax.jit(lambda p: task.loss(p, rows, task.counts(rows), None))(params)
+    assert net(torch.tensor(tokens)).item() == pytest.approx(float(loss), rel=1e-5)
 
     found = trial.measure_peer(ROOT / "tests" / "peers" / "gpt2_torch.py", config, 2, 300)
     assert (found["status"], len(found["times_s"])) == ("ok", 2)

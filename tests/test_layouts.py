@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, LayoutConfig, to_json
 from gptjax.config.load import load_config
-from gptjax.data.rows import Rows, next_token
+from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
 from gptjax.model.accounting import num_params
 from gptjax.model.gpt import GPT, forward
+from gptjax.model.loss import log_probs
 from gptjax.planner.bill import read
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import lower
@@ -60,7 +61,7 @@ def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
     """Losses of 20 steps on fixed learnable tokens, and the parameters after."""
     task, layout = build(config, num_devices)
     state = init_state(config, task.init, layout)
-    step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+    step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
     length = config.model.seq_len + 1
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 50, (STEPS, 2, 8, 1))
@@ -92,6 +93,32 @@ def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np
     assert single[0][-1] < single[0][0] - 0.5
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, single[1])
+
+
+COUNTED = (0, 1, 7, 100)  # targets of each quarter of a batch of 16 rows of 16
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("num_micro", [1, 2, 4])
+def test_the_mean_is_over_the_targets_of_the_whole_step(num_devices: int, num_micro: int, tiny: Config) -> None:
+    """However they lie in micro-batches and on devices: against one sum in float64 of each token's nats."""
+    model = replace(tiny.model, num_layers=2, attention_pattern=("dense",))
+    config = replace(tiny, model=model, layout=LayoutConfig(fsdp=min(num_devices, 16 // num_micro)))
+    config = replace(config, train=replace(tiny.train, micro_batch_size=16 // num_micro, ramp_start=0, ramp_tokens=0))
+    num_devices = config.layout.fsdp
+    task, layout = build(config, num_devices)
+    rng = np.random.default_rng(0)
+    rows = next_token(rng.integers(0, 256, (16, 17)).astype(np.int32))
+    for quarter, count in zip(np.split(rows.targets, 4), COUNTED, strict=True):
+        left_out = rng.permutation(quarter.size) >= count
+        quarter[left_out.reshape(quarter.shape)] = PADDING
+    state = init_state(config, task.init, layout)
+    hidden, embedding, _ = forward(task.plain_model, jax.device_get(state.params), rows.tokens)
+    nats = -np.asarray(log_probs(hidden, embedding, rows.targets, 261, 64), np.float64)
+    step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
+    micro = jax.tree.map(lambda leaf: leaf.reshape(num_micro, -1, *leaf.shape[1:]), rows)
+    _, metrics = step(state, micro, np.float32(1e-3), np.int32(num_micro), np.int32(0))
+    assert float(metrics["loss"]) == pytest.approx(nats.sum() / sum(COUNTED), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +234,7 @@ def test_a_split_sequence_gathers_no_activation(tiny: Config) -> None:
     shardings = layout.shardings(boxed)
     ids = jax.ShapeDtypeStruct((1, 8, 16), np.int32)
     scalars = np.float32(0), np.int32(1), np.int32(0)
-    lowered = make_step(config, task.loss, shardings, layout).lower(nn.unbox(boxed), Rows(ids, ids), *scalars)
+    lowered = make_step(config, task, shardings, layout).lower(nn.unbox(boxed), Rows(ids, ids), *scalars)
     text = lowered.compile().as_text()
     kinds = set(re.findall(r" (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text))
     assert kinds == {"collective-permute", "all-reduce"}
@@ -325,7 +352,7 @@ shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sha
 state = jax.tree.map(shaped, nn.unbox(boxed), shardings)
 rows = abstract_rows(config, task.row, layout)
 scalars = np.float32(0), np.int32(1), np.int32(0)
-compiled = make_step(config, task.loss, shardings, layout).lower(state, rows, *scalars).compile()
+compiled = make_step(config, task, shardings, layout).lower(state, rows, *scalars).compile()
 memory = compiled.memory_analysis()
 kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
 print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)), kernels)

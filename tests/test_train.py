@@ -102,7 +102,7 @@ def make(config: Config) -> tuple:
 def stepping(config: Config) -> tuple:
     """One compiled step for all tests of a config."""
     task, layout = single_device(config)
-    return task, layout, make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+    return task, layout, make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
 
 
 def random_rows(config: Config, seed: int = 0) -> Rows:
@@ -117,8 +117,8 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
     new, metrics = step(state, rows, np.float32(1e-3), np.int32(2), np.int32(0))
 
     def mean_loss(p: dict) -> jax.Array:
-        nats, count = task.loss(p, jax.tree.map(lambda leaf: leaf.reshape(16, -1), rows), None)
-        return nats / count
+        whole = jax.tree.map(lambda leaf: leaf.reshape(16, -1), rows)
+        return task.loss(p, whole, task.counts(whole), None)
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     adamw = optax.adamw(1e-3, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_decayed)
@@ -133,12 +133,16 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
 
 
 def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -> None:
-    def drawn(params: dict, rows: Rows, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.random.uniform(key) + 0 * params["positions"].sum(), jnp.int32(1)
+    class Drawn:
+        def counts(self, rows: Rows) -> jax.Array:
+            return jnp.float32(1)
+
+        def loss(self, params: dict, rows: Rows, counts: jax.Array, key: jax.Array) -> jax.Array:
+            return (jax.random.uniform(key) + 0 * params["positions"].sum()) / counts
 
     task, layout = single_device(tiny)
     state = init_state(tiny, task.init, layout)
-    step = make_step(tiny, drawn, layout.shardings(abstract_state(tiny, task.init)), layout)
+    step = make_step(tiny, Drawn(), layout.shardings(abstract_state(tiny, task.init)), layout)
     found = []
     for index in (0, 1, 2, 0):
         one, two = [], []

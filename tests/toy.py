@@ -57,12 +57,15 @@ class Toy:
     def row(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {"what": jax.ShapeDtypeStruct((), np.int32)}
 
-    def loss(self, params: Any, rows: dict[str, jax.Array], key: Any) -> tuple[jax.Array, jax.Array]:
+    def counts(self, rows: dict[str, jax.Array]) -> jax.Array:
+        return jnp.float32(ROWS * LENGTH)
+
+    def loss(self, params: Any, rows: dict[str, jax.Array], counts: jax.Array, key: Any) -> jax.Array:
         what, count = rows["what"][0], ROWS * LENGTH
         loss = 3 + jnp.sum(params["w"] ** 2)
         loss *= jnp.where(what == SPIKE, 100.0, 1.0) * jnp.where(what == NAN_LOSS, jnp.nan, 1.0)
         zero = jnp.where(what == NAN_GRADIENT, 0.0, 1.0) * jnp.sum(params["w"] ** 2)
-        return count * (loss + jnp.where(what == NAN_GRADIENT, jnp.sqrt(zero), 0)), jnp.int32(count)
+        return count * (loss + jnp.where(what == NAN_GRADIENT, jnp.sqrt(zero), 0)) / counts
 
     def stream(self, positions: Iterable[int] | None, *_: Any) -> Stream:
         return Stream(self.happens, list(positions or [0]), self.batch_seconds)

@@ -72,7 +72,7 @@ class Work:
         """With more compiler options than the platform's own. Not from the persistent cache: the time to compile is a
         figure."""
         options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
-        step = make_step(self.config, self.task.loss, self.shardings, self.layout, options)
+        step = make_step(self.config, self.task, self.shardings, self.layout, options)
         return step.lower(state, self.random_rows, *self._scalars(0)).compile()
 
     def timed(self, step: Any, state: TrainState, batches: Iterable[Rows]) -> tuple[TrainState, list[float], float]:

@@ -194,7 +194,7 @@ def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[
     shardings = layout.shardings(boxed)
     rows = abstract_rows(config, task.row, layout)
     scalars = np.float32(0), np.int32(1), np.int32(0)
-    step = make_step(config, task.loss, shardings, layout)
+    step = make_step(config, task, shardings, layout)
     return step.lower(placed(boxed, shardings), rows, *scalars), dict(layout.mesh.shape)
 
 

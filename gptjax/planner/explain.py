@@ -73,7 +73,7 @@ def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[in
     params = nn.unbox(abstract_state(plain, task.init).params)
     size = config.micro_batch_size
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), task.row)
-    jax.eval_shape(lambda p, r: task.loss(p, r, None), params, rows)
+    jax.eval_shape(lambda p, r: task.loss(p, r, task.counts(r), None), params, rows)
     return [(ACTIVATIONS.get(axes, str(axes)), shape, axes, dtype) for axes, (shape, dtype) in recorder.seen.items()]
 
 

@@ -84,13 +84,16 @@ class Pretrain:
         ids = jax.ShapeDtypeStruct((self.config.model.seq_len,), np.int32)
         return Rows(ids, ids, ids if self.config.model.separate_documents else None)
 
-    def loss(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array]:
-        """rows [b, T] -> summed nats, number of targets; a key of None switches dropout off."""
+    def counts(self, rows: Rows) -> Array:
+        """The number of targets."""
+        return jnp.sum(rows.targets != IGNORED, dtype=jnp.float32)
+
+    def loss(self, params: Any, rows: Rows, counts: Array, key: Array | None) -> Array:
+        """rows [b, T] -> their part in the mean nats of `counts` targets; a key of None switches dropout off."""
         hidden, embedding, targets = self._before_head(params, rows, key)
         with jax.named_scope("loss"):
             c = self.config.model
-            nats = cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
-        return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+            return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk) / counts
 
     def _before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
         """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over

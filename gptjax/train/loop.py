@@ -33,7 +33,7 @@ from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import (
     MICRO_BATCHES,
-    LossFn,
+    Objective,
     Params,
     Rows,
     abstract_rows,
@@ -47,7 +47,7 @@ from gptjax.train.step import (
 PREFETCH = 2  # batches ready on the devices ahead of the step
 
 
-class Task(Protocol):
+class Task(Objective, Protocol):
     """What a stage supplies."""
 
     @property
@@ -55,8 +55,6 @@ class Task(Protocol):
         """The shapes of one row."""
         ...
 
-    @property
-    def loss(self) -> LossFn: ...
     def init(self, key: Array) -> Params: ...
     def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream: ...
     def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]: ...
@@ -208,7 +206,7 @@ def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: 
     """The step, compiled ahead of its first run so that the time is known and not counted as training."""
     started = time.perf_counter()
     rows = abstract_rows(config, task.row, layout)
-    step = make_step(config, task.loss, shardings, layout)
+    step = make_step(config, task, shardings, layout)
     compiled = step.lower(state, rows, np.float32(0), np.int32(0), np.int32(0)).compile()
     seconds = time.perf_counter() - started
     reporter.say(f"step compiled in {seconds:.1f} s")

@@ -1,7 +1,7 @@
 """The state of training and the one jitted step that every stage shares."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,21 @@ Params = Any
 Metrics = dict[str, Array]
 Rows = Any
 """A batch: a tree of arrays [b, ...], or of micro-batches [M, b, ...]. What they mean only the stage knows."""
-LossFn = Callable[[Params, Rows, Array], tuple[Array, Array]]
-"""(params, rows [b, ...], dropout key) -> (summed loss in nats, number of targets)."""
+Counts = Any
+"""A tree of float32 scalars: what the terms of a loss are means over, such as targets or summed weights."""
+
+
+class Objective(Protocol):
+    """What a stage minimises: a sum over the micro-batches of a step, every term over its count in the whole step."""
+
+    def counts(self, rows: Rows, /) -> Counts:
+        """Those of rows [b, ...]; those of a step are their sums over all micro-batches and processes."""
+        ...
+
+    def loss(self, params: Params, rows: Rows, counts: Counts, key: Array | None, /) -> Array:
+        """The part of rows [b, ...] in the step's mean, nats; a key of None switches dropout off."""
+        ...
+
 
 MICRO_BATCHES = (None, "batch")  # logical axes that every array of a batch begins with
 SPIKE_WARMUP = 100  # accepted steps before the loss statistics may reject one, and the steps that they remember
@@ -132,7 +145,7 @@ def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) 
 
 
 def make_step(
-    config: Config, loss_fn: LossFn, shardings: Any, layout: Layout, options: dict[str, str] | None = None
+    config: Config, objective: Objective, shardings: Any, layout: Layout, options: dict[str, str] | None = None
 ) -> Any:
     """jit of (state, rows [M, b, ...], lr, num_micro, step) -> (state, metrics); the state is donated.
 
@@ -147,7 +160,7 @@ def make_step(
     def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), index)
         params = state.params if _num_micro(rows) == 1 else _narrow(state.params, dtype)
-        loss, grads = _mean_gradient(loss_fn, params, rows, num_micro, key)
+        loss, grads = _mean_gradient(objective, params, rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -172,23 +185,28 @@ def _narrow(params: Params, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda p, matrix: p.astype(dtype) if matrix else p, params, is_decayed(params))
 
 
-def _mean_gradient(loss_fn: LossFn, params: Params, rows: Rows, num_micro: Array, key: Array) -> tuple[Array, Params]:
-    """Mean loss and its gradient over the targets of the first num_micro micro-batches, summed in float32."""
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+def _mean_gradient(
+    objective: Objective, params: Params, rows: Rows, num_micro: Array, key: Array
+) -> tuple[Array, Params]:
+    """The loss of the first num_micro micro-batches and its gradient, summed in float32.
 
-    def add(i: Array | int, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, one(i))
+    The counts come first: a term is divided by what it is a mean over before it meets another. Where nothing counts the
+    loss is not a number, and the step is one that is left out.
+    """
+    gradient = jax.value_and_grad(objective.loss)
+    used = jnp.arange(_num_micro(rows)) < num_micro
+    counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
-    def one(i: Array | int) -> Any:
-        return gradient(params, jax.tree.map(lambda leaf: leaf[i], rows), jax.random.fold_in(key, i))
+    def one(i: Array | int) -> tuple[Array, Params]:
+        return gradient(params, jax.tree.map(lambda leaf: leaf[i], rows), counts, jax.random.fold_in(key, i))
 
     if _num_micro(rows) == 1:
-        (loss, count), grads = one(0)
-    else:
-        empty = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
-        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32)), empty
-        (loss, count), grads = jax.lax.fori_loop(0, num_micro, add, zeros)
-    return loss / count, jax.tree.map(lambda g: g / count, grads)
+        return one(0)
+    empty = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), params)
+    total: tuple[Array, Params] = jax.lax.fori_loop(
+        0, num_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), empty
+    )
+    return total
 
 
 def _num_micro(rows: Rows) -> int:

@@ -119,10 +119,10 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     config = Config("bench", model, train=TrainConfig(batch_size=batch))
     layout = Layout(make_mesh(config), rule_table(config.layout))
     task = Pretrain(config, "cpu", layout)
-    step = make_step(config, task.loss, layout.shardings(abstract_state(config, task.init)), layout)
+    step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
     options = compiler_options("cpu")
-    forward = jax.jit(lambda p, t: task.loss(p, t, None)[0], compiler_options=options)
-    gradient = jax.jit(jax.grad(lambda p, t: task.loss(p, t, None)[0]), compiler_options=options)
+    forward = jax.jit(lambda p, r: task.loss(p, r, task.counts(r), None), compiler_options=options)
+    gradient = jax.jit(jax.grad(lambda p, r: task.loss(p, r, task.counts(r), None)), compiler_options=options)
     rows = next_token(np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32))
     first = jax.tree.map(lambda leaf: leaf[0], rows)
     held = {"state": init_state(config, task.init, layout)}
