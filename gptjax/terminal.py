@@ -40,7 +40,8 @@ class Progress:
         if not sys.stderr.isatty():
             if now - self._said > SAY_EVERY:
                 self._said = now
-                print(f"{what}: {self._rate(done)}, {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+                far = f": {self._rate(done)}, {done / total:.0%}" if done else ""
+                print(f"{what}{far}", file=sys.stderr, flush=True)
             return
         if self._bar is None:
             self._start()

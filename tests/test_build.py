@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from gptjax import terminal
 from gptjax.config import DataConfig
 from gptjax.data import build as builds
 from gptjax.data import cache
@@ -24,6 +25,7 @@ from gptjax.data.formats import documents, in_spans
 from gptjax.data.sources import build, open_source
 from gptjax.data.store import Record, cut
 from gptjax.errors import UserError
+from gptjax.terminal import Progress
 
 LINES = st.lists(
     st.one_of(st.just(""), st.just("  "), st.text(max_size=30).map(lambda text: json.dumps({"text": text}))),
@@ -134,9 +136,11 @@ def test_a_process_that_dies_is_said_and_the_next_build_goes_on(many, processes,
 WITHOUT_GUARD = """
 import resource, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
+from gptjax import terminal
 from gptjax.config import DataConfig
 from gptjax.data import build, sources
 from gptjax.errors import UserError
+from gptjax.terminal import Progress
 build.PART_BYTES, build.ALONE_BYTES, build.cores = 1 << 20, 0, lambda: 2
 if sys.argv[3] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
@@ -190,3 +194,18 @@ def test_no_process_outlives_its_parent(large, number):
     running.stdout.close()
     assert script(large).communicate(timeout=60)[0].splitlines()[-1] == "10000"
     assert os.listdir(cache.datasets(large.cache_dir) / cache.KEYS) != []
+
+
+def test_progress_is_said_line_by_line_where_there_is_no_terminal(monkeypatch, capsys):
+    with Progress() as quick:
+        quick("building", 5_000_000, 5_000_000)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(terminal, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(terminal, "SAY_EVERY", 0.0)
+    with Progress() as progress:
+        progress("waiting for process 7, which builds it", 0, 1)
+        progress("building", 3_000_000, 4_000_000)
+    waiting, building, built = capsys.readouterr().err.splitlines()
+    assert waiting == "waiting for process 7, which builds it"
+    assert building.startswith("building: 3 MB in 0 s, ") and building.endswith(" MB/s, 75%")
+    assert built.startswith("built: 3 MB in 0 s, ")

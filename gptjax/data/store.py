@@ -158,9 +158,10 @@ class Store:
         return Record(data.decode(), bool(mark & 1))
 
     def _file(self, part: int) -> IO[bytes]:
-        if part not in self._files:
-            self._files[part] = _text(self.folder, part).open("rb", buffering=0)
-        return self._files[part]
+        file = self._files.get(part)
+        if file is None:  # of threads that come at once one opens it for all: what another reads must stay open
+            file = self._files.setdefault(part, _text(self.folder, part).open("rb", buffering=0))
+        return file
 
 
 def _text(folder: Path, number: int) -> Path:
