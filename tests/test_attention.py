@@ -34,7 +34,7 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.attention import Attend, Mask, Need, reference
 from gptjax.model.kernels import blockwise, choose, cudnn, selftest, splash
-from gptjax.sharding import context
+from gptjax.parallel import context
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.launch import train
@@ -478,7 +478,7 @@ from gptjax.config import Config, LayoutConfig
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.model.attention import Mask, Need
 from gptjax.model.kernels import BACKENDS, choose
-from gptjax.sharding.context import on_mesh
+from gptjax.parallel.context import on_mesh
 from gptjax.sharding.mesh import MESH_AXES, AUTO
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.launch import train

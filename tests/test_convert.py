@@ -31,6 +31,7 @@ from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
 from gptjax.model.gpt import forward
 from gptjax.model.loss import cross_entropy, logits
+from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.launch import train
@@ -84,7 +85,7 @@ def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bo
 
 def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, Any]:
     """Over all positions but the last, whose targets are the next tokens."""
-    model, vocab = Pretrain(config, "cpu").model, config.model.vocab_size
+    model, vocab = Network(config, "cpu").model, config.model.vocab_size
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         hidden, embedding, _ = forward(model, params, tokens)
@@ -214,7 +215,7 @@ def require_agreement(run: Path, out: Path, torch: Any, transformers: Any) -> No
     config, params = load(run)
     peer = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, config.model.seq_len))
-    model, vocab = Pretrain(config, "cpu").model, config.model.vocab_size
+    model, vocab = Network(config, "cpu").model, config.model.vocab_size
     scores = jax.jit(lambda p: logits(*forward(model, p, tokens)[:2], vocab))(params)[..., :vocab]
     theirs = peer(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(scores, theirs, atol=1e-4)

@@ -113,7 +113,7 @@ def test_the_mean_is_over_the_targets_of_the_whole_step(num_devices: int, num_mi
         left_out = rng.permutation(quarter.size) >= count
         quarter[left_out.reshape(quarter.shape)] = PADDING
     state = init_state(config, task.init, layout)
-    hidden, embedding, _ = forward(task.plain_model, jax.device_get(state.params), rows.tokens)
+    hidden, embedding, _ = forward(task.network.plain_model, jax.device_get(state.params), rows.tokens)
     nats = -np.asarray(log_probs(hidden, embedding, rows.targets, 261, 64), np.float64)
     step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
     micro = jax.tree.map(lambda leaf: leaf.reshape(num_micro, -1, *leaf.shape[1:]), rows)
@@ -176,7 +176,7 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
         run = jax.jit(lambda p, key: forward(model, p, tokens, segments=segments, dropout_key=key)[0])
         return [np.array(run(params, key)) for key in (None, jax.random.key(0), jax.random.key(1))]
 
-    staged, plain = hidden(task.model, params), hidden(task.plain_model, jax.device_get(params))
+    staged, plain = hidden(task.network.model, params), hidden(task.network.plain_model, jax.device_get(params))
     np.testing.assert_allclose(staged, plain, rtol=1e-5, atol=1e-5)
     assert np.isclose(plain[1], plain[2]).mean() < 0.1
 
@@ -355,7 +355,7 @@ scalars = np.float32(0), np.int32(1), np.int32(0)
 compiled = make_step(config, task, shardings, layout).lower(state, rows, *scalars).compile()
 memory = compiled.memory_analysis()
 kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-print(task.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)), kernels)
+print(task.network.model.dtype, memory.alias_size_in_bytes, sum(row[3] for row in layout.table(boxed)), kernels)
 """
 
 

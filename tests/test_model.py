@@ -27,6 +27,7 @@ from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
 from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up, multiply
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
+from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.tasks.pretrain import Pretrain
@@ -123,7 +124,7 @@ def test_evaluation_sums_log_probs(ways: int, dtype: str, tiny: Config) -> None:
     task = Pretrain(config, "cpu", layout, bytes_, SimpleNamespace(split=lambda *_: text))
     params = jax.tree.map(lambda p: 5 * p, nn.unbox(jax.jit(task.init)(jax.random.key(0))))
     got = task.evaluate(params, partial(jax.tree.map, jnp.asarray), range(config.micro_batch_size))
-    plain = Pretrain(config, "cpu").plain_model
+    plain = Network(config, "cpu").plain_model
     ((inputs, targets, _),) = eval_batches(text, bytes_, config.model.seq_len, config.micro_batch_size)
     hidden, embedding, _ = jax.jit(partial(forward, plain))(params, inputs)
     each = np.asarray(jax.nn.log_softmax(logits(hidden, embedding, config.model.vocab_size)), np.float64)

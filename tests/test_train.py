@@ -30,6 +30,7 @@ from gptjax.data.rows import Rows, next_token
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, draw
 from gptjax.malloc import matters as malloc_matters
+from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.tasks.pretrain import Pretrain
@@ -620,8 +621,10 @@ def test_greedy_sampling_equals_the_uncached_model(tiny: Config) -> None:
     from gptjax.model.loss import logits
 
     task, state, _ = make(tiny)
-    made = generate(task.model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[0]
-    score = jax.jit(lambda p, ids: logits(*forward(task.model, p, ids)[:2], 261))
+    made = generate(task.network.model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[
+        0
+    ]
+    score = jax.jit(lambda p, ids: logits(*forward(task.network.model, p, ids)[:2], 261))
     context = [5, 6, 7]
     for token in made:
         padded = np.array(context + [0] * (16 - len(context)))[None]
@@ -636,7 +639,7 @@ def test_ids_that_stand_for_nothing_are_never_drawn(tiny: Config) -> None:
 
     from gptjax.infer.sampling import generate
 
-    model = Pretrain(tiny, "cpu").plain_model
+    model = Network(tiny, "cpu").plain_model
     params = nn.unbox(Pretrain(tiny, "cpu").init(jax.random.key(0)))
     possible = np.arange(tiny.model.vocab_size) % 7 == 3
     for how in (Sampling(temperature=9), Sampling(top_k=100)):

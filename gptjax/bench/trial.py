@@ -27,7 +27,7 @@ from gptjax.errors import UserError
 from gptjax.files import json_text
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.kernels import BACKENDS
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.parallel.network import Network
 from gptjax.train.processes import is_first
 from gptjax.train.step import init_state
 
@@ -161,12 +161,12 @@ def _gather_rate(platform: str) -> float:
 
 def _backends(config: Config, platform: str) -> tuple[list[str], dict[str, str]]:
     """(those that serve, the config's choice first; why the others do not)."""
-    chosen = Pretrain(config, platform).attention[0]
+    chosen = Network(config, platform).attention[0]
     served, refused = [chosen], {}
     for name in BACKENDS:
         try:
             named: Any = {"attention": name}
-            backend = Pretrain(replace(config, model=replace(config.model, **named)), platform).attention[0]
+            backend = Network(replace(config, model=replace(config.model, **named)), platform).attention[0]
             served += [backend] if backend != chosen else []
         except UserError as error:
             refused[name] = str(error)
@@ -191,8 +191,8 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
         "times_s": seconds,
         "compile_s": compile_s,
         "loss": loss,
-        "attention": work.task.attention[0],
-        "compute_width": work.task.plain_model.dtype.itemsize,
+        "attention": work.task.network.attention[0],
+        "compute_width": work.task.network.plain_model.dtype.itemsize,
         "state_bytes": {name: num_bytes(getattr(state, name)) for name in ("params", "opt_state")},
         **peak(step),
     }

@@ -50,7 +50,7 @@ class Parallelism:
     """Queries, keys and values from one product: where heads are split over devices, the gradient that three products
     send back would be summed over them three times."""
     pipeline: Callable[..., Array] | None = None
-    """Runs the stacked units in place of a scan; see sharding.pipeline."""
+    """Runs the stacked units in place of a scan; see parallel.pipeline."""
 
 
 def named(init: Any, axes: Axes) -> Any:

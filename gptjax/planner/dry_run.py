@@ -149,7 +149,7 @@ class Rehearsal:
         if self.hardware.name != ATTACHED and self.hardware.chip.platform == "gpu":
             yield "decided on the machine, where cuDNN's kernel must pass its self-test; else blockwise"
         else:
-            yield ": ".join(self.task.attention)
+            yield ": ".join(self.task.network.attention)
 
     def rows(self) -> Iterator[str]:
         """Which rows of a micro-batch each process reads; processes that read the same stand together."""

@@ -8,11 +8,11 @@ import jax
 
 from gptjax.config import Config
 from gptjax.model.gpt import compute_dtype
+from gptjax.parallel import pipeline
+from gptjax.parallel.network import Network
 from gptjax.planner.chips import Topology
-from gptjax.sharding import pipeline
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
-from gptjax.tasks.pretrain import Pretrain
 from gptjax.train.step import muon_axes
 
 FLOAT = 4  # bytes of a master weight, a moment, a gradient
@@ -29,7 +29,7 @@ class Array:
 
 def parameters(config: Config) -> tuple[Array, ...]:
     """Shapes and logical axes of all parameters; the same on every layout."""
-    boxed = jax.eval_shape(Pretrain(config, "tpu").init, jax.random.key(0))
+    boxed = jax.eval_shape(Network(config, "tpu").init, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed)
     return tuple(Array(leaf_name(path), leaf.value.shape, leaf.names) for path, leaf in leaves)
 

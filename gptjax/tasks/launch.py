@@ -27,7 +27,7 @@ from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import compute_dtype
-from gptjax.sharding import pipeline
+from gptjax.parallel import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
@@ -65,7 +65,7 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> in
     layout = together(lambda: _layout(config))
     tokenizer, corpus = _text(config, resumed)
     task = together(lambda: _task(config, layout, tokenizer, corpus))
-    compare({"attention backend": task.attention[0]})
+    compare({"attention backend": task.network.attention[0]})
     weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
     with _folder(task, resumed, named) as run:
         known = facts(task) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
@@ -102,7 +102,7 @@ def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) 
         require_one_row(source, tokenizer, config.model.seq_len)
     rows_by_process(layout, config.micro_batch_size)
     layout.shardings(abstract_state(config, task.init))
-    assert task.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
+    assert task.network.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
     return task
 
 
@@ -256,7 +256,7 @@ def facts(task: Pretrain) -> dict[str, Any]:
     rest = left_out(config.data)
     options = compiler_options(platform, config.train.deterministic)
     return _stages(config, task.layout) | {
-        "attention": ": ".join(task.attention),
+        "attention": ": ".join(task.network.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"

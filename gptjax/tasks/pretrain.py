@@ -18,11 +18,8 @@ from gptjax.data.stream import TokenStream, eval_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.sampling import Sampling, generate
-from gptjax.model.attention import Need
-from gptjax.model.gpt import GPT, Parallelism, compute_dtype, forward, layer_mask
-from gptjax.model.kernels import BACKENDS, choose
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs
-from gptjax.sharding import context, pipeline
+from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
 
 SAMPLE_TOKENS = 200
@@ -43,40 +40,12 @@ class Pretrain:
     """The text, opened once: what becomes of its files does not reach a run. None as for the tokenizer."""
 
     @cached_property
-    def attention(self) -> tuple[str, str]:
-        """The backend and the reason for it; see kernels.choose."""
-        model, ways = self.config.model, self._ways
-        masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
-        dtype = self.plain_model.dtype
-        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
-        name, reason = choose(model.attention, need)
-        split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
-        return name, reason + (split if ways > 1 else "")
-
-    @cached_property
-    def model(self) -> GPT:
-        """The decoder over the whole layout."""
-        attend = BACKENDS[self.attention[0]].attend
-        if self.layout is None:
-            return self.plain_model.clone(parallelism=Parallelism(attend))
-        layout, stages = self.layout, None
-        if layout.mesh.shape[pipeline.AXIS] > 1:
-            units = jax.eval_shape(self.init, jax.random.key(0))["units"]
-            stages = pipeline.on_mesh(self.config, layout, units, self.plain_model.dtype)
-            layout = pipeline.inside(layout)
-        attend = context.on_mesh(attend, layout)
-        merge_qkv = layout.mesh.shape["tensor"] > 1
-        how = Parallelism(attend, layout.constrain, self._ways == 1, merge_qkv, stages)
-        return self.plain_model.clone(parallelism=how)
-
-    @cached_property
-    def plain_model(self) -> GPT:
-        """The same function without constraints on shapes: for initialising and sampling."""
-        return GPT(self.config.model, compute_dtype(self.config.model, self.platform))
+    def network(self) -> Network:
+        return Network(self.config, self.platform, self.layout)
 
     def init(self, key: Array) -> Any:
-        """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
-        return self.plain_model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        """Parameters boxed with their logical axes."""
+        return self.network.init(key)
 
     @property
     def row(self) -> Rows:
@@ -90,33 +59,10 @@ class Pretrain:
 
     def loss(self, params: Any, rows: Rows, counts: Array, key: Array | None) -> Array:
         """rows [b, T] -> their part in the mean nats of `counts` targets; a key of None switches dropout off."""
-        hidden, embedding, targets = self._before_head(params, rows, key)
+        hidden, embedding, targets = self.network.before_head(params, rows, key)
         with jax.named_scope("loss"):
             c = self.config.model
             return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk) / counts
-
-    def _before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
-        """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
-        `ways` devices, [b, ways, T/ways] in place of [b, T]."""
-        c = self.config.model
-        inputs, targets, segments = rows
-        ways, positions = self._ways, None
-        if ways > 1:
-            positions = context.order(inputs.shape[1], ways)
-            inputs, targets = inputs[:, positions], targets[:, positions]
-            segments = None if segments is None else segments[:, positions]
-        hidden, embedding, _ = forward(
-            self.model, params, inputs, positions=positions, segments=segments, dropout_key=key
-        )
-        if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
-            parts = (len(targets), ways, -1)
-            hidden, targets = hidden.reshape(*parts, c.embed_dim), targets.reshape(parts)
-        return hidden, embedding, targets
-
-    @property
-    def _ways(self) -> int:
-        """Parts that the layout cuts a sequence into."""
-        return self.layout.mesh.shape[context.AXIS] if self.layout else 1
 
     def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
         """The training rows from a position on: of every micro-batch those of this process."""
@@ -152,7 +98,7 @@ class Pretrain:
         c, token_bytes = self.config.model, self._tokenizer.token_bytes()
 
         def sums(params: Any, rows: Rows) -> tuple[Array, Array, Array]:
-            hidden, embedding, targets = self._before_head(params, rows, None)
+            hidden, embedding, targets = self.network.before_head(params, rows, None)
             nats = -jnp.sum(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
             size = jnp.where(targets == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(targets, 0)])
             return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32), jnp.sum(size)
@@ -169,7 +115,7 @@ class Pretrain:
         """What the model goes on with after a prompt; `size` as for `generate`."""
         tokenizer = self._tokenizer
         ids = tokenizer.prompt(prompt)
-        made = generate(self.plain_model, params, ids, how=how, possible=tokenizer.possible, **size)
+        made = generate(self.network.plain_model, params, ids, how=how, possible=tokenizer.possible, **size)
         return [tokenizer.decode(row, inside=True) for row in made]
 
     @cached_property

@@ -14,7 +14,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.parallel.network import Network
 from gptjax.train.checkpoint import restore_params
 from gptjax.train.run import open_run, saved_tokenizer
 from gptjax.train.step import placed
@@ -69,6 +69,6 @@ def _same(model: ModelConfig) -> tuple[str, ...]:
 
 def on_device(config: Config, device: jax.Device) -> Any:
     """The shapes of a model's parameters, all on one device."""
-    task = Pretrain(config, device.platform)
-    abstract = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    network = Network(config, device.platform)
+    abstract = nn.unbox(jax.eval_shape(network.init, jax.random.key(0)))
     return placed(abstract, jax.tree.map(lambda _: SingleDeviceSharding(device), abstract))
