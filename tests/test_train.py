@@ -621,10 +621,9 @@ def test_greedy_sampling_equals_the_uncached_model(tiny: Config) -> None:
     from gptjax.model.loss import logits
 
     task, state, _ = make(tiny)
-    made = generate(task.network.model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[
-        0
-    ]
-    score = jax.jit(lambda p, ids: logits(*forward(task.network.model, p, ids)[:2], 261))
+    model = task.network.model
+    made = generate(model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[0]
+    score = jax.jit(lambda p, ids: logits(*forward(model, p, ids)[:2], 261))
     context = [5, 6, 7]
     for token in made:
         padded = np.array(context + [0] * (16 - len(context)))[None]
