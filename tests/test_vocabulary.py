@@ -52,6 +52,7 @@ def test_a_large_text_is_learned_from_in_parts(data, monkeypatch):
 def test_a_run_with_its_own_vocabulary(tiny: Config, file: str, tmp_path: Path, capsys):
     run = str(tmp_path / "run")
     words = ["--data.tokenizer", "sentencepiece:300", "--model.vocab_size", "300", "--train.total_tokens", "1280"]
+    words += ["--data.cache_dir", str(tmp_path / "cache")]  # that of the session may have one
     assert cli.run(["train", file, *words, "--run", run, "--dry-run"]) == 0
     assert "sentencepiece:300: to be made of the text" in capsys.readouterr().out
     assert cli.run(["train", file, *words, "--run", run]) == 0
