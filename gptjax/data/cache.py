@@ -78,7 +78,7 @@ def builder(root: Path, stem: str) -> int | None:
     """The process of this host that is making the data set of such a stem, if there is one."""
     for folder in root.glob(f".{stem}.*"):
         host, pid, birth = _maker(folder)
-        if host == _host() and pid.isdigit() and birth and born(int(pid)) == birth:
+        if host == _host() and _lives(pid, birth):
             return int(pid)
     return None
 
@@ -164,6 +164,11 @@ def _maker(folder: Path) -> tuple[str, str, str]:
     return parts[1], pid, birth
 
 
+def _lives(pid: str, birth: str) -> bool:
+    """Whether a process of this host, as `_maker` names it, is still the one that it was."""
+    return pid.isdigit() and bool(birth) and born(int(pid)) == birth
+
+
 def _alive(folder: Path) -> bool:
     """Whether a folder's maker may still be at work: a process of this host that lives; of another host, one that
     wrote within a day."""
@@ -171,7 +176,7 @@ def _alive(folder: Path) -> bool:
     if not host:
         return False
     if host == _host():
-        return pid.isdigit() and bool(birth) and born(int(pid)) == birth
+        return _lives(pid, birth)
     with suppress(FileNotFoundError):
         return time.time() - max(path.stat().st_mtime for path in [folder, *folder.rglob("*")]) < DAY
     return False

@@ -14,7 +14,7 @@ import jax
 
 from gptjax.config import Config
 from gptjax.data import vocabulary
-from gptjax.data.sources import look
+from gptjax.data.sources import Corpus, look
 from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -109,6 +109,11 @@ class Rehearsal:
         return Pretrain(for_compiler(self.config, self.hardware), self.hardware.chip.platform, self.layout)
 
     @cached_property
+    def text(self) -> tuple[str, Corpus | None]:
+        """What the run would read, in words, and the data set if it is built."""
+        return look(self.config.data)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """None for one that is still to be made of the text."""
         data = self.config.data
@@ -116,7 +121,7 @@ class Rehearsal:
             return folders.saved_tokenizer(self.resumed.folder)
         if not data.made_pieces:
             return load_tokenizer(data.tokenizer)
-        _, corpus = look(data)
+        _, corpus = self.text
         model = vocabulary.model_file(data, corpus) if corpus else None
         return load_tokenizer(str(model)) if model and model.is_file() else None
 
@@ -204,7 +209,7 @@ class Rehearsal:
         yield from fitted.notes
 
     def data(self) -> Iterator[str]:
-        text, corpus = look(self.config.data)
+        text, corpus = self.text
         yield text
         if corpus is None:
             return
