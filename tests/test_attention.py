@@ -37,8 +37,8 @@ from gptjax.model.kernels import blockwise, choose, cudnn, selftest, splash
 from gptjax.parallel import context
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.launch import train
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.launch import train
+from gptjax.stages.pretrain import Pretrain
 
 LENGTHS = (1, 2, 63, 64, 65, 255, 256, 257, 1000, 2048)
 WINDOWS = (None, 1, 2, 64, 256, 4096)  # 4096: at least T everywhere
@@ -481,8 +481,8 @@ from gptjax.model.kernels import BACKENDS, choose
 from gptjax.parallel.context import on_mesh
 from gptjax.sharding.mesh import MESH_AXES, AUTO
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.launch import train
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.launch import train
+from gptjax.stages.pretrain import Pretrain
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1, 2, 1, 2), MESH_AXES, axis_types=AUTO)

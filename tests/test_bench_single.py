@@ -28,7 +28,7 @@ from gptjax.hardware import compiler_options
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import topology
 from gptjax.planner.compile import devices_of
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
 FACTS = {

@@ -34,9 +34,9 @@ from gptjax.model.loss import cross_entropy, logits
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
-from gptjax.tasks.launch import train
-from gptjax.tasks.pretrain import Pretrain
-from gptjax.tasks.weights import on_device, open_weights
+from gptjax.stages.launch import train
+from gptjax.stages.pretrain import Pretrain
+from gptjax.stages.weights import on_device, open_weights
 from gptjax.train.step import placed
 
 TEXT = "def f(x, y=12):\n    return {'a': [x]}  # naïve Größe, 東京 😀!\r\n\t\tpass\n\n"
@@ -314,7 +314,7 @@ MEMORY = r"""
 import re, sys
 from pathlib import Path
 import jax
-from gptjax.tasks.weights import on_device, open_weights
+from gptjax.stages.weights import on_device, open_weights
 weights = open_weights(sys.argv[1])
 abstract = on_device(weights.config, jax.devices()[0])
 status = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])

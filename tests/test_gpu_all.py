@@ -54,7 +54,7 @@ def test_it_goes_on_and_asks_for_what_there_is(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("gptjax.bench.single.run", lambda configs, *_: taken.append(configs) or "")
     monkeypatch.setattr("gptjax.bench.layouts.run", lambda *_: taken.append("layouts") or ("", False))
     monkeypatch.setattr("gptjax.bench.attention.run", lambda *_: taken.append("attention") or "")
-    monkeypatch.setattr("gptjax.tasks.launch.train", lambda *_, **__: taken.append("train") or 0)
+    monkeypatch.setattr("gptjax.stages.launch.train", lambda *_, **__: taken.append("train") or 0)
     monkeypatch.chdir(ROOT)
     asked = [json.loads(line) for line in log.read_text().splitlines()]
     ours = [arguments[2:] for arguments in asked if arguments[:2] == ["-m", "gptjax"]]

@@ -26,7 +26,7 @@ from gptjax.planner.compile import lower
 from gptjax.planner.place import place
 from gptjax.sharding.mesh import MESH_AXES, abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train.step import abstract_state, init_state, make_step
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -336,7 +336,7 @@ from jax.experimental import topologies
 from gptjax.config import LayoutConfig, from_json
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train.step import abstract_rows, abstract_state, make_step
 
 config = replace(from_json(sys.stdin.read()), layout=LayoutConfig(fsdp=2, tensor=2, sequence_sharding=True))

@@ -30,7 +30,7 @@ from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 
 CONFIG = ModelConfig(
     4, 4, 32, seq_len=24, vocab_size=200, attention_pattern=("dense", "banded"), window=5, loss_chunk=7

@@ -25,8 +25,8 @@ from gptjax.planner.search import named
 from gptjax.sharding.mesh import AUTO, MESH_AXES, make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks import join
-from gptjax.tasks.join import ADDRESS, COUNT, INDEX
+from gptjax.stages import join
+from gptjax.train.join import ADDRESS, COUNT, INDEX
 from gptjax.train.signals import ASKED
 
 ROOT = Path(__file__).parents[1]

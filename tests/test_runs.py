@@ -20,7 +20,7 @@ from gptjax import cli
 from gptjax.config import Config, to_json
 from gptjax.data.sources import build
 from gptjax.errors import UserError
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train import run as folders
 from gptjax.train.lock import NAME, RunLock
 from gptjax.train.metrics import read_log

@@ -33,7 +33,7 @@ from gptjax.malloc import matters as malloc_matters
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import read_log

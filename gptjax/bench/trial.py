@@ -104,7 +104,7 @@ def _child() -> None:
     config = from_json(job["config"])
     try:
         if job.get("distributed"):
-            from gptjax.tasks.join import join
+            from gptjax.train.join import join
 
             join(os.environ)
         extras = Extras(**job["extras"]) if "extras" in job else None
@@ -179,7 +179,7 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
     With `extras` on the first device alone, and what they ask for.
     """
     work = Work.prepare(config, jax.devices() if extras is None else jax.devices()[:1])
-    state = init_state(config, work.task.init, work.layout)
+    state = init_state(config, work.stage.init, work.layout)
     started = time.perf_counter()
     step = work.compile(state, extras.options if extras else {})
     compile_s = time.perf_counter() - started
@@ -191,8 +191,8 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
         "times_s": seconds,
         "compile_s": compile_s,
         "loss": loss,
-        "attention": work.task.network.attention[0],
-        "compute_width": work.task.network.plain_model.dtype.itemsize,
+        "attention": work.stage.network.attention[0],
+        "compute_width": work.stage.network.plain_model.dtype.itemsize,
         "state_bytes": {name: num_bytes(getattr(state, name)) for name in ("params", "opt_state")},
         **peak(step),
     }

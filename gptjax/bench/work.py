@@ -25,7 +25,7 @@ from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import PREFETCH, batches
 from gptjax.train.schedule import learning_rate
@@ -41,14 +41,14 @@ class Work:
 
     config: Config
     layout: Layout
-    task: Pretrain
+    stage: Pretrain
     shardings: Any
 
     @classmethod
     def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
         layout = Layout(make_mesh(config, devices), rule_table(config.layout))
-        task = Pretrain(config, jax.default_backend(), layout)
-        return cls(config, layout, task, layout.shardings(abstract_state(config, task.init)))
+        stage = Pretrain(config, jax.default_backend(), layout)
+        return cls(config, layout, stage, layout.shardings(abstract_state(config, stage.init)))
 
     @property
     def _sharding(self) -> NamedSharding:
@@ -72,7 +72,7 @@ class Work:
         """With more compiler options than the platform's own. Not from the persistent cache: the time to compile is a
         figure."""
         options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
-        step = make_step(self.config, self.task, self.shardings, self.layout, options)
+        step = make_step(self.config, self.stage, self.shardings, self.layout, options)
         return step.lower(state, self.random_rows, *self._scalars(0)).compile()
 
     def timed(self, step: Any, state: TrainState, batches: Iterable[Rows]) -> tuple[TrainState, list[float], float]:
@@ -95,9 +95,9 @@ class Work:
         """The first batches of the config's own text, prefetched as in training."""
         data = self.config.data
         corpus = build(data)
-        task = replace(self.task, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
+        stage = replace(self.stage, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
         rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
-        made = batches(self.config, task, self._sharding, rows, Position())
+        made = batches(self.config, stage, self._sharding, rows, Position())
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:
             yield (next(ahead).rows for _ in range(count))
 

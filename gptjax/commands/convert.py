@@ -19,6 +19,6 @@ class Command:
 
     def run(self) -> None:
         """Convert, and print what was written."""
-        from gptjax.tasks.convert import convert
+        from gptjax.stages.convert import convert
 
         print(convert(self.source, self.target, self.dtype))

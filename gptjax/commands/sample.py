@@ -32,7 +32,7 @@ class Command:
     def run(self) -> None:
         """Print the prompt with each continuation."""
         from gptjax.infer.sampling import Sampling
-        from gptjax.tasks.launch import sample
+        from gptjax.stages.launch import sample
 
         how = Sampling(self.temperature, self.top_k, self.top_p)
         texts = sample(self.folder, self.prompt, how, num_samples=self.samples, num_tokens=self.tokens, seed=self.seed)

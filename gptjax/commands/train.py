@@ -41,8 +41,8 @@ class Command:
         if (self.topology or self.slices > 1) and not (self.dry_run and self.topology):
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
         given = self._given() if self.config else None
-        from gptjax.tasks.join import join
-        from gptjax.tasks.launch import Resumed, train
+        from gptjax.stages.launch import Resumed, train
+        from gptjax.train.join import join
         from gptjax.train.processes import first, warn
         from gptjax.train.run import going_on, open_run
 

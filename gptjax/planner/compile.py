@@ -152,7 +152,7 @@ def _sources() -> str:
         "model/**/*.py",
         "sharding/*.py",
         "train/step.py",
-        "tasks/pretrain.py",
+        "stages/pretrain.py",
         "planner/compile.py",
     )
     return _digest(*(path.read_text() for part in parts for path in sorted(root.glob(part))))
@@ -185,16 +185,16 @@ def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[
 
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
-    from gptjax.tasks.pretrain import Pretrain
+    from gptjax.stages.pretrain import Pretrain
     from gptjax.train.step import abstract_rows, abstract_state, make_step, placed
 
     layout = Layout(make_mesh(config, devices_of(topology)), rules or rule_table(config.layout))
-    task = Pretrain(config, topology.chip.platform, layout)
-    boxed = abstract_state(config, task.init)
+    stage = Pretrain(config, topology.chip.platform, layout)
+    boxed = abstract_state(config, stage.init)
     shardings = layout.shardings(boxed)
-    rows = abstract_rows(config, task.row, layout)
+    rows = abstract_rows(config, stage.row, layout)
     scalars = np.float32(0), np.int32(1), np.int32(0)
-    step = make_step(config, task, shardings, layout)
+    step = make_step(config, stage, shardings, layout)
     return step.lower(placed(boxed, shardings), rows, *scalars), dict(layout.mesh.shape)
 
 

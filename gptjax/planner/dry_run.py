@@ -27,9 +27,9 @@ from gptjax.planner.plan import EXTRAS, for_compiler
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.launch import Resumed
-from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
-from gptjax.tasks.weights import open_weights
+from gptjax.stages.launch import Resumed
+from gptjax.stages.pretrain import Pretrain, fit_vocabulary
+from gptjax.stages.weights import open_weights
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.loop import plain_facts
@@ -105,7 +105,7 @@ class Rehearsal:
         return Layout(make_mesh(self.config, self.devices), rule_table(self.config.layout))
 
     @cached_property
-    def task(self) -> Pretrain:
+    def stage(self) -> Pretrain:
         return Pretrain(for_compiler(self.config, self.hardware), self.hardware.chip.platform, self.layout)
 
     @cached_property
@@ -154,7 +154,7 @@ class Rehearsal:
         if self.hardware.name != ATTACHED and self.hardware.chip.platform == "gpu":
             yield "decided on the machine, where cuDNN's kernel must pass its self-test; else blockwise"
         else:
-            yield ": ".join(self.task.network.attention)
+            yield ": ".join(self.stage.network.attention)
 
     def rows(self) -> Iterator[str]:
         """Which rows of a micro-batch each process reads; processes that read the same stand together."""
@@ -170,7 +170,7 @@ class Rehearsal:
             yield from (f"rows {spans(rows)}: process(es) {spans(each)}" for rows, each in together.items())
 
     def arrays(self) -> Iterator[str]:
-        state = abstract_state(self.config, self.task.init)
+        state = abstract_state(self.config, self.stage.init)
         self.layout.shardings(state)
         rows = Counter(  # unrolled units are alike
             (re.sub(r"^unit_\d+", "unit_*", name), "x".join(map(str, shape)), spec, size)

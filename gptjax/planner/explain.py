@@ -16,7 +16,7 @@ from gptjax.planner.place import parameters
 from gptjax.planner.search import Candidate, named, priced
 from gptjax.sharding.mesh import abstract_mesh
 from gptjax.sharding.rules import Axes, Layout, partition_spec, rule_table
-from gptjax.tasks.pretrain import Pretrain
+from gptjax.stages.pretrain import Pretrain
 from gptjax.train.step import abstract_state
 
 # What the model pins, by the axes it names there.
@@ -69,11 +69,11 @@ def explain(config: Config, topology: Topology, wanted: str) -> str:
 def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[int, ...], Axes, Any]]:
     """What the loss of one micro-batch pins; plain attention stands in for kernels, which pin nothing."""
     plain = replace(config, model=replace(config.model, attention="blockwise"))
-    task = Pretrain(plain, "tpu", recorder)
-    params = nn.unbox(abstract_state(plain, task.init).params)
+    stage = Pretrain(plain, "tpu", recorder)
+    params = nn.unbox(abstract_state(plain, stage.init).params)
     size = config.micro_batch_size
-    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), task.row)
-    jax.eval_shape(lambda p, r: task.loss(p, r, task.counts(r), None), params, rows)
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), stage.row)
+    jax.eval_shape(lambda p, r: stage.loss(p, r, stage.counts(r), None), params, rows)
     return [(ACTIVATIONS.get(axes, str(axes)), shape, axes, dtype) for axes, (shape, dtype) in recorder.seen.items()]
 
 

@@ -1,4 +1,4 @@
-"""The one train loop. A stage brings a `Task`; batches, steps, logs, checkpoints and signals are here."""
+"""The one train loop. A `Stage` brings what is its own; batches, steps, logs, checkpoints and signals are here."""
 
 import platform
 import shlex
@@ -47,7 +47,7 @@ from gptjax.train.step import (
 PREFETCH = 2  # batches ready on the devices ahead of the step
 
 
-class Task(Objective, Protocol):
+class Stage(Objective, Protocol):
     """What a stage supplies."""
 
     @property
@@ -73,7 +73,7 @@ class Batch:
 
 def fit(
     config: Config,
-    task: Task,
+    stage: Stage,
     layout: Layout,
     run: Path,
     resume: bool,
@@ -88,25 +88,25 @@ def fit(
     Raises UserError for anything the user can mend, and where the run has gone bad.
     """
     with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
-        abstract = abstract_state(config, task.init)
+        abstract = abstract_state(config, stage.init)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
         state, position = (checkpoints.restore(places, warn) if resume else None) or (None, Position())
         if state is None:
             if load is None:
-                state = init_state(config, task.init, layout)
+                state = init_state(config, stage.init, layout)
             else:
                 state = start_state(config, load(places.params), shardings)
         log = run / LOG
         since = position.step if resume else None
         with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
             _announce(config, layout, reporter, position, facts)
-            return _loop(config, task, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
+            return _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
 
 
 def _loop(
     config: Config,
-    task: Task,
+    stage: Stage,
     layout: Layout,
     shardings: Any,
     state: Any,
@@ -130,12 +130,12 @@ def _loop(
         return {} if checkpoints.save(now.state, _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
-        return task.evaluate(now.state.params, place_rows, mine)
+        return stage.evaluate(now.state.params, place_rows, mine)
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
     trace = Trace(train.profile_steps, position.step, run / "profile")
-    todo = _todo(train, task, meter, trace, save, evaluate, more)
+    todo = _todo(train, stage, meter, trace, save, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
         for action in actions:
@@ -152,12 +152,12 @@ def _loop(
                 require_finite(action.name, now.position.step, values)
 
     now = Moment(position, state, position.tokens >= train.total_tokens)
-    made = batches(config, task, batch_sharding, mine, position)
+    made = batches(config, stage, batch_sharding, mine, position)
     with Prefetcher(lambda: next(made), PREFETCH) as ahead, closing(trace):
         step_fn: Any = None
         if not now.ended:
             with clock.pause():
-                step_fn = _compile(config, task, shardings, layout, state, reporter)
+                step_fn = _compile(config, stage, shardings, layout, state, reporter)
         do(owed(todo, now, reporter.earlier), now)
         while not now.ended:
             with meter.waiting():
@@ -176,7 +176,7 @@ def _loop(
 
 def _todo(
     train: TrainConfig,
-    task: Task,
+    stage: Stage,
     meter: Meter,
     trace: Trace,
     save: Callable[[Moment], dict[str, Any] | None],
@@ -198,15 +198,17 @@ def _todo(
     if train.eval_batches:
         todo.append(Action("eval", every(train.eval_interval), evaluate))
     if train.sample_interval:
-        todo.append(Action("sample", every(train.sample_interval), lambda now: {"text": task.sample(now.state.params)}))
+        todo.append(
+            Action("sample", every(train.sample_interval), lambda now: {"text": stage.sample(now.state.params)})
+        )
     return [*todo, *more, trace.begin]
 
 
-def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: Any, reporter: Reporter) -> Any:
+def _compile(config: Config, stage: Stage, shardings: Any, layout: Layout, state: Any, reporter: Reporter) -> Any:
     """The step, compiled ahead of its first run so that the time is known and not counted as training."""
     started = time.perf_counter()
-    rows = abstract_rows(config, task.row, layout)
-    step = make_step(config, task, shardings, layout)
+    rows = abstract_rows(config, stage.row, layout)
+    step = make_step(config, stage, shardings, layout)
     compiled = step.lower(state, rows, np.float32(0), np.int32(0), np.int32(0)).compile()
     seconds = time.perf_counter() - started
     reporter.say(f"step compiled in {seconds:.1f} s")
@@ -214,11 +216,11 @@ def _compile(config: Config, task: Task, shardings: Any, layout: Layout, state: 
 
 
 def batches(
-    config: Config, task: Task, sharding: NamedSharding, mine: Sequence[int], position: Position
+    config: Config, stage: Stage, sharding: NamedSharding, mine: Sequence[int], position: Position
 ) -> Iterator[Batch]:
     """Every step's batch, on the devices; runs in the prefetch thread. The rows `mine` of each micro-batch are this
     process's to read."""
-    stream = task.stream(position.data, mine)
+    stream = stage.stream(position.data, mine)
     micro, most = config.micro_batch_size, config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):

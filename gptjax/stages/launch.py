@@ -1,4 +1,4 @@
-"""From a config or a run folder to a running stage: devices, mesh, tokenizer, text and task put together, and all of it
+"""From a config or a run folder to a running stage: devices, mesh, tokenizer, text and stage put together, all of it
 checked, on all processes, before there is a run folder."""
 
 import logging
@@ -31,8 +31,8 @@ from gptjax.parallel import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
-from gptjax.tasks.weights import Weights, on_device, open_weights
+from gptjax.stages.pretrain import Pretrain, fit_vocabulary
+from gptjax.stages.weights import Weights, on_device, open_weights
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
@@ -64,17 +64,17 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> in
     _same_everywhere(config)
     layout = together(lambda: _layout(config))
     tokenizer, corpus = _text(config, resumed)
-    task = together(lambda: _task(config, layout, tokenizer, corpus))
-    compare({"attention backend": task.network.attention[0]})
+    stage = together(lambda: _stage(config, layout, tokenizer, corpus))
+    compare({"attention backend": stage.network.attention[0]})
     weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
-    with _folder(task, resumed, named) as run:
-        known = facts(task) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
+    with _folder(stage, resumed, named) as run:
+        known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
 
         def load(places: Any) -> Any:
             """Also for a run that was stopped before its first checkpoint."""
             return (weights or _first_weights(config)).load(config.model, places)
 
-        number = fit(config, task, layout, run, resumed is not None, known, load if config.init_from else None)
+        number = fit(config, stage, layout, run, resumed is not None, known, load if config.init_from else None)
         if is_first():
             print(
                 f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True
@@ -94,16 +94,16 @@ def _layout(config: Config) -> Layout:
     return Layout(make_mesh(config), rule_table(config.layout))
 
 
-def _task(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> Pretrain:
+def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> Pretrain:
     """The stage, checked against its layout, vocabulary and text."""
     tokenizer = fit_vocabulary(config, tokenizer)
-    task = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
-    for source in (task.training_text, task.evaluation_text):
+    stage = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
+    for source in (stage.training_text, stage.evaluation_text):
         require_one_row(source, tokenizer, config.model.seq_len)
     rows_by_process(layout, config.micro_batch_size)
-    layout.shardings(abstract_state(config, task.init))
-    assert task.network.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
-    return task
+    layout.shardings(abstract_state(config, stage.init))
+    assert stage.network.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
+    return stage
 
 
 def _text(config: Config, resumed: Resumed | None) -> tuple[Tokenizer, Corpus]:
@@ -142,19 +142,19 @@ def _corpus(config: Config) -> Corpus:
 
 
 @contextmanager
-def _folder(task: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Path]:
+def _folder(stage: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Path]:
     """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
-    config, held, folder = task.config, [], resumed.folder if resumed else None
+    config, held, folder = stage.config, [], resumed.folder if resumed else None
 
     def take() -> str:
         if resumed:
             held.append(RunLock(resumed.folder, warn))
-            _take_over(task, resumed)
+            _take_over(stage, resumed)
             return str(resumed.folder)
         made, lock = folders.claim(config, named, warn)
         held.append(lock)
-        assert task.tokenizer
-        folders.fill_run(made, replace(config, run=str(made)), task.tokenizer, task.corpus)
+        assert stage.tokenizer
+        folders.fill_run(made, replace(config, run=str(made)), stage.tokenizer, stage.corpus)
         return str(made)
 
     try:
@@ -184,9 +184,9 @@ def _shared(folder: Path, mark: str) -> None:
         time.sleep(0.2)
 
 
-def _take_over(task: Pretrain, resumed: Resumed) -> None:
+def _take_over(stage: Pretrain, resumed: Resumed) -> None:
     """Put what this start changes in force, unless it changes what makes the run."""
-    config, corpus = task.config, task.corpus
+    config, corpus = stage.config, stage.corpus
     assert corpus
     started = folders.provenance()
     if text := folders.changed_code(resumed.folder, started):
@@ -244,31 +244,31 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     weights = open_weights(folder)
     prepare(weights.config)
     tokenizer = fit_vocabulary(weights.config, weights.tokenizer())
-    task = Pretrain(weights.config, jax.default_backend(), tokenizer=tokenizer)
+    stage = Pretrain(weights.config, jax.default_backend(), tokenizer=tokenizer)
     params = weights.load(weights.config.model, on_device(weights.config, jax.local_devices()[0]))
-    return task.continuations(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
+    return stage.continuations(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
 
 
-def facts(task: Pretrain) -> dict[str, Any]:
+def facts(stage: Pretrain) -> dict[str, Any]:
     """What a run is, beside what the loop says of every stage."""
-    config, platform, tokenizer = task.config, task.platform, task.tokenizer
-    assert task.layout and tokenizer and task.corpus
+    config, platform, tokenizer = stage.config, stage.platform, stage.tokenizer
+    assert stage.layout and tokenizer and stage.corpus
     rest = left_out(config.data)
     options = compiler_options(platform, config.train.deterministic)
-    return _stages(config, task.layout) | {
-        "attention": ": ".join(task.network.attention),
+    return _pipeline(config, stage.layout) | {
+        "attention": ": ".join(stage.network.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{task.corpus.name}, {rest + ', ' if rest else ''}{len(task.training_text):,} training records, "
+        "data": f"{stage.corpus.name}, {rest + ', ' if rest else ''}{len(stage.training_text):,} training records, "
         f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
         f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
         + "".join(f"; {note}" for note in tokenizer.notes),
     }
 
 
-def _stages(config: Config, layout: Layout) -> dict[str, Any]:
+def _pipeline(config: Config, layout: Layout) -> dict[str, Any]:
     """The pipeline, if there is one, and the share of its time in which a stage waits."""
     stages, rounds = layout.mesh.shape[pipeline.AXIS], config.layout.pipeline_rounds
     if stages == 1:

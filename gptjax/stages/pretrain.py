@@ -128,13 +128,13 @@ class Pretrain:
 
     def _split(self, name: str) -> TextSource:
         if self.corpus is None:
-            raise ValueError("this task was built without a text")
+            raise ValueError("this stage was built without a text")
         return self.corpus.split(name, self.config.data.split_by)
 
     @property
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this task was built without a tokenizer")
+            raise ValueError("this stage was built without a tokenizer")
         return self.tokenizer
 
 

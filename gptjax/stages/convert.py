@@ -16,9 +16,9 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.tasks.launch import prepare
-from gptjax.tasks.pretrain import Pretrain, fit_vocabulary
-from gptjax.tasks.weights import on_device
+from gptjax.stages.launch import prepare
+from gptjax.stages.pretrain import Pretrain, fit_vocabulary
+from gptjax.stages.weights import on_device
 from gptjax.train.checkpoint import Checkpoints, Position, restore_params
 from gptjax.train.run import fill_run, open_run, saved_tokenizer
 from gptjax.train.step import abstract_state, placed, start_state
@@ -63,9 +63,9 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     config = replace(finetune_config(Path(source)), run=str(target))
     prepare(config)
     tokenizer = fit_vocabulary(config, load_tokenizer(config.data.tokenizer))
-    task = Pretrain(config, "cpu", tokenizer=tokenizer)
+    stage = Pretrain(config, "cpu", tokenizer=tokenizer)
     one = LayoutConfig(fsdp=1)
-    abstract = abstract_state(config, task.init)
+    abstract = abstract_state(config, stage.init)
     shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)
     with appearing(target) as folder:
         params = directory.load(config.model, placed(abstract, shardings).params)
