@@ -74,7 +74,7 @@ def test_operations_belong_to_parts() -> None:
 def test_every_part_of_a_real_step_has_instructions(tiny: Config) -> None:
     """The scopes that PARTS names are those that the model and the step open."""
     work = trial.Work.prepare(alone(tiny), jax.devices()[:1])
-    state = trial.init_state(work.config, work.task.init, work.layout)
+    state = trial.init_state(work.config, work.task, work.layout)
     found = instructions(work.compile(state, {}).as_text())
     assert set(found.values()) == set(PARTS)
 

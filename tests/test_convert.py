@@ -260,7 +260,7 @@ def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
     assert 0 < moved < 1e-5  # three steps of warm-up
     task = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"), corpus=build(config.data))
-    stream = task.stream(None, range(config.micro_batch_size))
+    stream = task.feed(None, range(config.micro_batch_size))
     rows = jax.tree.map(lambda leaf: leaf[0], stream.batch(1))
     loss = jax.jit(lambda p, r: task.loss(p, r, task.counts(r), None))(before, rows)
     stream.close()

@@ -60,8 +60,8 @@ def build(config: Config, num_devices: int) -> tuple[Pretrain, Layout]:
 def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
     """Losses of 20 steps on fixed learnable tokens, and the parameters after."""
     task, layout = build(config, num_devices)
-    state = init_state(config, task.init, layout)
-    step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
+    state = init_state(config, task, layout)
+    step = make_step(config, task, layout.shardings(abstract_state(config, task)), layout)
     length = config.model.seq_len + 1
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 50, (STEPS, 2, 8, 1))
@@ -112,10 +112,10 @@ def test_the_mean_is_over_the_targets_of_the_whole_step(num_devices: int, num_mi
     for quarter, count in zip(np.split(rows.targets, 4), COUNTED, strict=True):
         left_out = rng.permutation(quarter.size) >= count
         quarter[left_out.reshape(quarter.shape)] = PADDING
-    state = init_state(config, task.init, layout)
+    state = init_state(config, task, layout)
     hidden, embedding, _ = forward(task.network.plain_model, jax.device_get(state.params), rows.tokens)
     nats = -np.asarray(log_probs(hidden, embedding, rows.targets, 261, 64), np.float64)
-    step = make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
+    step = make_step(config, task, layout.shardings(abstract_state(config, task)), layout)
     micro = jax.tree.map(lambda leaf: leaf.reshape(num_micro, -1, *leaf.shape[1:]), rows)
     _, metrics = step(state, micro, np.float32(1e-3), np.int32(num_micro), np.int32(0))
     assert float(metrics["loss"]) == pytest.approx(nats.sum() / sum(COUNTED), rel=1e-6)
@@ -155,7 +155,7 @@ def test_muon_on_a_layout_equals_single_device(steady: Config) -> None:
 def test_planned_moments_are_the_states(kind: str, tiny: Config) -> None:
     config = replace(tiny, layout=LAYOUTS["fsdp2_tp4"], optimizer=replace(tiny.optimizer, kind=kind))
     task, layout = build(config, 8)
-    held = sum(row[3] for row in layout.table(abstract_state(config, task.init).opt_state))
+    held = sum(row[3] for row in layout.table(abstract_state(config, task).opt_state))
     planned = 4 * place(config, Topology("cpu-8", "cpu", Chip("CPU", 1, 1, 1, 1, 1, 1, "cpu"), (8,))).local_moments
     assert 0 <= held - planned < 40  # counters and coefficients
 
@@ -167,7 +167,7 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
     staged_twice = LayoutConfig(pipeline=2, pipeline_rounds=2, pipeline_chunks=2, fsdp=2)
     config = replace(tiny, layout=staged_twice, model=model)
     task, layout = build(config, 4)
-    params = init_state(config, task.init, layout).params
+    params = init_state(config, task, layout).params
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 261, (8, 16)).astype(np.int32)
     segments = np.sort(rng.integers(0, 3, (8, 16)), axis=1).astype(np.int32)
@@ -219,9 +219,9 @@ def test_state_really_is_sharded(name: str, tiny: Config) -> None:
     """Each device holds its part and no more: what the arrays occupy equals what the table says."""
     config = replace(tiny, layout=LAYOUTS[name])
     task, layout = build(config, 8)
-    state = init_state(config, task.init, layout)
+    state = init_state(config, task, layout)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    assert held == sum(row[3] for row in layout.table(abstract_state(config, task.init)))
+    assert held == sum(row[3] for row in layout.table(abstract_state(config, task)))
     ways = config.layout.fsdp * config.layout.tensor
     assert held < 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / ways
 
@@ -230,7 +230,7 @@ def test_a_split_sequence_gathers_no_activation(tiny: Config) -> None:
     """The whole step over `context` alone: neighbours exchange, gradients are summed, and nothing else moves."""
     config = replace(tiny, layout=LayoutConfig(fsdp=1, context=2))
     task, layout = build(config, 2)
-    boxed = abstract_state(config, task.init)
+    boxed = abstract_state(config, task)
     shardings = layout.shardings(boxed)
     ids = jax.ShapeDtypeStruct((1, 8, 16), np.int32)
     scalars = np.float32(0), np.int32(1), np.int32(0)
@@ -264,7 +264,7 @@ def test_illegal_tables_are_refused(change: dict, axes: tuple, message: str) -> 
 def test_a_forgotten_matrix_is_named(tiny: Config) -> None:
     config = replace(tiny, layout=LAYOUTS["fsdp2_tp4"])
     task, layout = build(config, 8)
-    params = abstract_state(config, task.init).params
+    params = abstract_state(config, task).params
     broken = Layout(layout.mesh, layout.rules | {"mlp": (), "embed": ()})
     assert not any("mlp_up/kernel" in name for name in layout.replicated(params))
     assert any("mlp_up/kernel" in name for name in broken.replicated(params))
@@ -284,7 +284,7 @@ def test_shipped_config(path: Path) -> None:
     wanted = config.layout.data * config.layout.fsdp * config.layout.tensor
     layout = Layout(abstract_mesh(config, wanted if wanted > 0 else 1), rule_table(config.layout))
     task = Pretrain(config, "tpu", layout)
-    state = abstract_state(config, task.init)
+    state = abstract_state(config, task)
     model = config.model
     padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(model) + padding
@@ -322,7 +322,7 @@ def test_gpt3_sizes_are_the_papers() -> None:
 def test_spec_of_a_stacked_kernel(tiny: Config) -> None:
     layout = Layout(abstract_mesh(replace(tiny, layout=LAYOUTS["fsdp2_tp4"]), 8), rule_table(LAYOUTS["fsdp2_tp4"]))
     task = Pretrain(tiny, "cpu")
-    params = layout.shardings(abstract_state(tiny, task.init).params)
+    params = layout.shardings(abstract_state(tiny, task).params)
     assert params["units"]["block_1"]["qkv"]["kernel"].spec == PartitionSpec("pipeline", "fsdp", None, "tensor", None)
     assert params["embedding"].spec == PartitionSpec("tensor", "fsdp")
 
@@ -346,7 +346,7 @@ config = replace(config, model=replace(config.model, **shape), train=train)
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 layout = Layout(make_mesh(config, devices), rule_table(config.layout))
 task = Pretrain(config, "tpu", layout)
-boxed = abstract_state(config, task.init)
+boxed = abstract_state(config, task)
 shardings = layout.shardings(boxed)
 shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 state = jax.tree.map(shaped, nn.unbox(boxed), shardings)

@@ -96,14 +96,14 @@ def single_device(config: Config) -> tuple[Pretrain, Layout]:
 
 def make(config: Config) -> tuple:
     task, layout, step = stepping(config)
-    return task, init_state(config, task.init, layout), step
+    return task, init_state(config, task, layout), step
 
 
 @functools.cache
 def stepping(config: Config) -> tuple:
     """One compiled step for all tests of a config."""
     task, layout = single_device(config)
-    return task, layout, make_step(config, task, layout.shardings(abstract_state(config, task.init)), layout)
+    return task, layout, make_step(config, task, layout.shardings(abstract_state(config, task)), layout)
 
 
 def random_rows(config: Config, seed: int = 0) -> Rows:
@@ -142,8 +142,8 @@ def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -
             return (jax.random.uniform(key) + 0 * params["positions"].sum()) / counts
 
     task, layout = single_device(tiny)
-    state = init_state(tiny, task.init, layout)
-    step = make_step(tiny, Drawn(), layout.shardings(abstract_state(tiny, task.init)), layout)
+    state = init_state(tiny, task, layout)
+    step = make_step(tiny, Drawn(), layout.shardings(abstract_state(tiny, task)), layout)
     found = []
     for index in (0, 1, 2, 0):
         one, two = [], []
@@ -244,7 +244,7 @@ def test_muon_goes_on_bit_for_bit_and_moves_to_another_layout(muon: Config, tmp_
     saved, whole = fingerprint(state), fingerprint(advance(state, 2))
 
     def restore(layout: Layout) -> TrainState:
-        abstract = abstract_state(muon, task.init)
+        abstract = abstract_state(muon, task)
         return checkpoints.restore(placed(abstract, layout.shardings(abstract)), pytest.fail)[0]
 
     assert fingerprint(advance(restore(task.layout), 2)) == whole
@@ -369,7 +369,7 @@ def torus(sizes, devices, **options):
 
 def checked(config, task, sharding, mine, position, batches=loop.batches):
     assert len(mine) == 4 and tuple(mine) != tuple(range(mine[0], mine[0] + 4)), mine
-    whole = task.stream(position.data, range(8))
+    whole = task.feed(position.data, range(8))
     for batch in batches(config, task, sharding, mine, position):
         rows = whole.batch(batch.num_micro)
         for name in ("tokens", "targets"):
@@ -536,7 +536,7 @@ def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, f
 
 def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
     task, layout = single_device(tiny)
-    state = init_state(tiny, task.init, layout)
+    state = init_state(tiny, task, layout)
     checkpoints = Checkpoints(tmp_path, replace(tiny, train=replace(tiny.train, keep_last=1, keep_every=10)))
     for step in (5, 10, 15, 20, 25):
         checkpoints.save(state, Position(step, step, None))

@@ -50,6 +50,11 @@ class Toy:
     evaluated: list[float] = field(default_factory=list)
     batch_seconds: float = 0.0
 
+    on_policy = False
+
+    def is_frozen(self, name: str) -> bool:
+        return False
+
     def init(self, key: jax.Array) -> Any:
         return {"w": nn.LogicallyPartitioned(jax.random.normal(key, (4,)), (None,))}
 
@@ -67,7 +72,7 @@ class Toy:
         zero = jnp.where(what == NAN_GRADIENT, 0.0, 1.0) * jnp.sum(params["w"] ** 2)
         return count * (loss + jnp.where(what == NAN_GRADIENT, jnp.sqrt(zero), 0)) / counts
 
-    def stream(self, positions: Iterable[int] | None, *_: Any) -> Stream:
+    def feed(self, positions: Iterable[int] | None, *_: Any) -> Stream:
         return Stream(self.happens, list(positions or [0]), self.batch_seconds)
 
     def evaluate(self, params: Any, *_: Any) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Work:
     def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
         layout = Layout(make_mesh(config, devices), rule_table(config.layout))
         stage = Pretrain(config, jax.default_backend(), layout)
-        return cls(config, layout, stage, layout.shardings(abstract_state(config, stage.init)))
+        return cls(config, layout, stage, layout.shardings(abstract_state(config, stage)))
 
     @property
     def _sharding(self) -> NamedSharding:
@@ -97,7 +97,7 @@ class Work:
         corpus = build(data)
         stage = replace(self.stage, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
         rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
-        made = batches(self.config, stage, self._sharding, rows, Position())
+        made = batches(self.config, stage, self._sharding, rows, Position(), dict)
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:
             yield (next(ahead).rows for _ in range(count))
 

@@ -88,7 +88,7 @@ class TokenStream:
 
         self._run = {lane: _Lane(reader(lane), start[lane]) for lane in run.tolist()}
 
-    def batch(self, num_micro: int) -> Rows:
+    def batch(self, num_micro: int, _: object = None) -> Rows:
         """The next micro-batches [num_micro, rows of this process, T]; their number may change at each call."""
         count = num_micro * self._per_lane
         for lane in self._run.values():

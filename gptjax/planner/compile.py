@@ -150,9 +150,11 @@ def _sources() -> str:
         "*.py",
         "config/*.py",
         "model/**/*.py",
+        "parallel/*.py",
         "sharding/*.py",
+        "stages/*.py",
+        "train/parts.py",
         "train/step.py",
-        "stages/pretrain.py",
         "planner/compile.py",
     )
     return _digest(*(path.read_text() for part in parts for path in sorted(root.glob(part))))
@@ -190,7 +192,7 @@ def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[
 
     layout = Layout(make_mesh(config, devices_of(topology)), rules or rule_table(config.layout))
     stage = Pretrain(config, topology.chip.platform, layout)
-    boxed = abstract_state(config, stage.init)
+    boxed = abstract_state(config, stage)
     shardings = layout.shardings(boxed)
     rows = abstract_rows(config, stage.row, layout)
     scalars = np.float32(0), np.int32(1), np.int32(0)

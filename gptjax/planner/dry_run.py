@@ -170,7 +170,7 @@ class Rehearsal:
             yield from (f"rows {spans(rows)}: process(es) {spans(each)}" for rows, each in together.items())
 
     def arrays(self) -> Iterator[str]:
-        state = abstract_state(self.config, self.stage.init)
+        state = abstract_state(self.config, self.stage)
         self.layout.shardings(state)
         rows = Counter(  # unrolled units are alike
             (re.sub(r"^unit_\d+", "unit_*", name), "x".join(map(str, shape)), spec, size)

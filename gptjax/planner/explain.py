@@ -70,7 +70,7 @@ def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[in
     """What the loss of one micro-batch pins; plain attention stands in for kernels, which pin nothing."""
     plain = replace(config, model=replace(config.model, attention="blockwise"))
     stage = Pretrain(plain, "tpu", recorder)
-    params = nn.unbox(abstract_state(plain, stage.init).params)
+    params = nn.unbox(abstract_state(plain, stage).params)
     size = config.micro_batch_size
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), stage.row)
     jax.eval_shape(lambda p, r: stage.loss(p, r, stage.counts(r), None), params, rows)

@@ -65,13 +65,13 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     tokenizer = fit_vocabulary(config, load_tokenizer(config.data.tokenizer))
     stage = Pretrain(config, "cpu", tokenizer=tokenizer)
     one = LayoutConfig(fsdp=1)
-    abstract = abstract_state(config, stage.init)
+    abstract = abstract_state(config, stage)
     shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)
     with appearing(target) as folder:
         params = directory.load(config.model, placed(abstract, shardings).params)
         fill_run(folder, config, tokenizer)
         checkpoints = Checkpoints(folder, config)
-        checkpoints.save(start_state(config, params, shardings), Position())
+        checkpoints.save(start_state(config, stage, params, shardings), Position())
         checkpoints.close()
     where = shlex.quote(str(target))
     return (

@@ -101,7 +101,7 @@ def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus)
     for source in (stage.training_text, stage.evaluation_text):
         require_one_row(source, tokenizer, config.model.seq_len)
     rows_by_process(layout, config.micro_batch_size)
-    layout.shardings(abstract_state(config, stage.init))
+    layout.shardings(abstract_state(config, stage))
     assert stage.network.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
     return stage
 

@@ -43,9 +43,14 @@ class Pretrain:
     def network(self) -> Network:
         return Network(self.config, self.platform, self.layout)
 
+    on_policy = False
+
     def init(self, key: Array) -> Any:
         """Parameters boxed with their logical axes."""
         return self.network.init(key)
+
+    def is_frozen(self, name: str) -> bool:
+        return False
 
     @property
     def row(self) -> Rows:
@@ -64,8 +69,7 @@ class Pretrain:
             c = self.config.model
             return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk) / counts
 
-    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
-        """The training rows from a position on: of every micro-batch those of this process."""
+    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
         data = self.config.data
         return TokenStream(
             self.training_text,

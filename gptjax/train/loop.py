@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +17,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from gptjax.config import Config, TrainConfig
-from gptjax.data.stream import Prefetcher, TokenStream, merge_positions
+from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import num_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
+from gptjax.train.feed import Feed
 from gptjax.train.meter import Clock, Meter, require_finite
 from gptjax.train.metrics import Reporter
+from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.processes import is_first, warn
 from gptjax.train.run import LOG
@@ -34,7 +36,7 @@ from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import (
     MICRO_BATCHES,
     Objective,
-    Params,
+    Parametrised,
     Rows,
     abstract_rows,
     abstract_state,
@@ -47,7 +49,7 @@ from gptjax.train.step import (
 PREFETCH = 2  # batches ready on the devices ahead of the step
 
 
-class Stage(Objective, Protocol):
+class Stage(Objective, Parametrised, Protocol):
     """What a stage supplies."""
 
     @property
@@ -55,10 +57,22 @@ class Stage(Objective, Protocol):
         """The shapes of one row."""
         ...
 
-    def init(self, key: Array) -> Params: ...
-    def stream(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream: ...
-    def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]: ...
-    def sample(self, params: Params) -> str: ...
+    @property
+    def on_policy(self) -> bool:
+        """Whether rows depend on the current parameters. Else they depend on the position alone, and are made ahead."""
+        ...
+
+    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> Feed:
+        """The training rows from a position on, None for the start: of every micro-batch those of this process."""
+        ...
+
+    def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
+        """Figures of the evaluation split; `rows` of every batch are this process's to read and `place`."""
+        ...
+
+    def sample(self, params: Params) -> str:
+        """A text that shows what the model can do."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,20 +97,23 @@ def fit(
 ) -> int:
     """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
 
-    Without a checkpoint to resume, `load` gives the first parameters, laid out as the shapes it gets say; without
-    `load` they are random. `more` is what a stage does between steps beside saving, evaluating and sampling.
+    `load` gives parameters, laid out as the shapes it gets say: all of them where there is no checkpoint to resume,
+    else those that are frozen; without `load` they are random. `more` is what a stage does between steps beside saving,
+    evaluating and sampling.
     Raises UserError for anything the user can mend, and where the run has gone bad.
     """
     with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
-        abstract = abstract_state(config, stage.init)
+        abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
-        state, position = (checkpoints.restore(places, warn) if resume else None) or (None, Position())
-        if state is None:
-            if load is None:
-                state = init_state(config, stage.init, layout)
-            else:
-                state = start_state(config, load(places.params), shardings)
+        found = checkpoints.restore(places.replace(frozen={}), warn) if resume else None
+        state, position = found or (None, Position())
+        if state is not None:
+            state = state.replace(frozen=load(places.frozen) if load and places.frozen else {})
+        elif load is None:
+            state = init_state(config, stage, layout)
+        else:
+            state = start_state(config, stage, load(places.every_param), shardings)
         log = run / LOG
         since = position.step if resume else None
         with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
@@ -127,10 +144,10 @@ def _loop(
         return _on_devices(rows, rows_sharding, (config.micro_batch_size,))
 
     def save(now: Moment) -> dict[str, Any] | None:
-        return {} if checkpoints.save(now.state, _whole(now.position)) else None
+        return {} if checkpoints.save(now.state.replace(frozen={}), _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
-        return stage.evaluate(now.state.params, place_rows, mine)
+        return stage.evaluate(now.state.every_param, place_rows, mine)
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
@@ -152,8 +169,9 @@ def _loop(
                 require_finite(action.name, now.position.step, values)
 
     now = Moment(position, state, position.tokens >= train.total_tokens)
-    made = batches(config, stage, batch_sharding, mine, position)
-    with Prefetcher(lambda: next(made), PREFETCH) as ahead, closing(trace):
+    made = batches(config, stage, batch_sharding, mine, position, lambda: now.state.every_param)
+    source = closing(made) if stage.on_policy else Prefetcher(lambda: next(made), PREFETCH)
+    with source as ahead, closing(trace):
         step_fn: Any = None
         if not now.ended:
             with clock.pause():
@@ -216,23 +234,29 @@ def _compile(config: Config, stage: Stage, shardings: Any, layout: Layout, state
 
 
 def batches(
-    config: Config, stage: Stage, sharding: NamedSharding, mine: Sequence[int], position: Position
-) -> Iterator[Batch]:
-    """Every step's batch, on the devices; runs in the prefetch thread. The rows `mine` of each micro-batch are this
-    process's to read."""
-    stream = stage.stream(position.data, mine)
+    config: Config,
+    stage: Stage,
+    sharding: NamedSharding,
+    mine: Sequence[int],
+    position: Position,
+    params: Callable[[], Params],
+) -> Generator[Batch]:
+    """Every step's batch, on the devices; runs in the prefetch thread, unless the stage is on-policy and wants the
+    current `params`. The rows `mine` of each micro-batch are this process's to read."""
+    feed = stage.feed(position.data, mine)
     micro, most = config.micro_batch_size, config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
             num_micro = size // micro
             # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
-            rows = jax.tree.map(lambda leaf: _padded(leaf, most), stream.batch(num_micro))
+            made = feed.batch(num_micro, params() if stage.on_policy else None)
+            rows = jax.tree.map(lambda leaf: _padded(leaf, most), made)
             placed = _on_devices(rows, sharding, (most, micro))
-            data = tuple(stream.positions)
+            data = tuple(feed.positions)
             after = Position(step + 1, tokens + size * config.model.seq_len, data)
             yield Batch(placed, num_micro, Position(step, tokens), after)
     finally:
-        stream.close()
+        feed.close()
 
 
 def _padded(leaf: np.ndarray, length: int) -> np.ndarray:

@@ -15,13 +15,25 @@ from gptjax.config import Config, OptimizerConfig
 from gptjax.hardware import compiler_options
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.rules import Layout, is_boxed, leaf_name
+from gptjax.train.parts import Params, join, split
 
-Params = Any
 Metrics = dict[str, Array]
 Rows = Any
 """A batch: a tree of arrays [b, ...], or of micro-batches [M, b, ...]. What they mean only the stage knows."""
 Counts = Any
 """A tree of float32 scalars: what the terms of a loss are means over, such as targets or summed weights."""
+
+
+class Parametrised(Protocol):
+    """What has parameters."""
+
+    def init(self, key: Array, /) -> Params:
+        """All of them, boxed with their logical axes."""
+        ...
+
+    def is_frozen(self, name: str, /) -> bool:
+        """Whether no step changes a parameter, such as units/block_0/qkv/kernel."""
+        ...
 
 
 class Objective(Protocol):
@@ -42,9 +54,10 @@ SPIKE_REACH = 4.0  # deviations from the mean at which a loss pulls at the stati
 
 
 class TrainState(struct.PyTreeNode):
-    """What a checkpoint holds on the devices. The position (step, tokens, data) is kept by the host."""
+    """What a step changes, and what it needs. The position (step, tokens, data) is kept by the host."""
 
     params: Params
+    """The trainable ones."""
     opt_state: Any
     accepted: Array
     """int32: steps that changed the parameters."""
@@ -55,6 +68,13 @@ class TrainState(struct.PyTreeNode):
     loss_mean: Array
     loss_variance: Array
     """Running statistics of the loss, for the spike test."""
+    frozen: Params = struct.field(default_factory=dict)
+    """Parameters that no step changes: on the devices as any others, with no room in the optimizer or a checkpoint."""
+
+    @property
+    def every_param(self) -> Params:
+        """What a model takes."""
+        return join(self.params, self.frozen)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -98,15 +118,17 @@ def is_decayed(params: Params) -> Any:
     return _by_name(lambda name: {"bias", "scale"}.isdisjoint(name.split("/")))(params)
 
 
-def abstract_state(config: Config, init: Callable[[Array], Params]) -> TrainState:
+def abstract_state(config: Config, stage: Parametrised) -> TrainState:
     """Shapes of the whole state, each leaf boxed with its logical axes; nothing is allocated."""
-    return jax.eval_shape(lambda key: _initial(config, init(key)), jax.random.key(0))
+    return jax.eval_shape(lambda key: _initial(config, stage, stage.init(key)), jax.random.key(0))
 
 
-def _initial(config: Config, params: Params) -> TrainState:
+def _initial(config: Config, stage: Parametrised, every: Params) -> TrainState:
+    params, frozen = split(every, stage.is_frozen)
     opt_state = make_optimizer(config.optimizer).init(params)
     return TrainState(
         params=params,
+        frozen=frozen,
         # Of a parameter that one optimizer leaves to another, optax keeps the box with an empty node in it.
         opt_state=jax.tree.map(lambda x: x if jax.tree.leaves(x) else nn.unbox(x), opt_state, is_leaf=is_boxed),
         accepted=jnp.zeros((), jnp.int32),
@@ -117,9 +139,9 @@ def _initial(config: Config, params: Params) -> TrainState:
     )
 
 
-def start_state(config: Config, params: Params, shardings: Any) -> TrainState:
-    """The initial state around parameters that are there already; they are donated."""
-    return jax.jit(lambda p: _initial(config, p), out_shardings=shardings, donate_argnums=0)(params)
+def start_state(config: Config, stage: Parametrised, params: Params, shardings: Any) -> TrainState:
+    """The initial state around parameters that are there already, all of them; they are donated."""
+    return jax.jit(lambda p: _initial(config, stage, p), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def placed(abstract: Any, shardings: Any) -> Any:
@@ -137,10 +159,10 @@ def abstract_rows(config: Config, row: Rows, layout: Layout) -> Rows:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding), row)
 
 
-def init_state(config: Config, init: Callable[[Array], Params], layout: Layout) -> TrainState:
+def init_state(config: Config, stage: Parametrised, layout: Layout) -> TrainState:
     """The initial state, each array born with its sharding. Equal on every layout."""
-    shardings = layout.shardings(abstract_state(config, init))
-    make = jax.jit(lambda key: nn.unbox(_initial(config, init(key))), out_shardings=shardings)
+    shardings = layout.shardings(abstract_state(config, stage))
+    make = jax.jit(lambda key: nn.unbox(_initial(config, stage, stage.init(key))), out_shardings=shardings)
     return make(jax.random.key(config.train.seed))
 
 
@@ -160,7 +182,7 @@ def make_step(
     def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), index)
         params = state.params if _num_micro(rows) == 1 else _narrow(state.params, dtype)
-        loss, grads = _mean_gradient(objective, params, rows, num_micro, key)
+        loss, grads = _mean_gradient(objective, params, state.frozen, rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -186,14 +208,14 @@ def _narrow(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def _mean_gradient(
-    objective: Objective, params: Params, rows: Rows, num_micro: Array, key: Array
+    objective: Objective, params: Params, frozen: Params, rows: Rows, num_micro: Array, key: Array
 ) -> tuple[Array, Params]:
-    """The loss of the first num_micro micro-batches and its gradient, summed in float32.
+    """The loss of the first num_micro micro-batches and its gradient for `params`, summed in float32.
 
     The counts come first: a term is divided by what it is a mean over before it meets another. Where nothing counts the
     loss is not a number, and the step is one that is left out.
     """
-    gradient = jax.value_and_grad(objective.loss)
+    gradient = jax.value_and_grad(lambda trained, *rest: objective.loss(join(trained, frozen), *rest))
     used = jnp.arange(_num_micro(rows)) < num_micro
     counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
