@@ -204,6 +204,27 @@ class TrainConfig:
 
 
 @frozen
+class LoRAConfig:
+    """Low-rank adapters beside the layers' matrices (LoRA, arXiv 2106.09685)."""
+
+    rank: Count = 0
+    """Rank of each adapter, which alone are trained then; 0 trains all parameters."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What an adapter adds is scaled by alpha / rank."""
+    matrices: Annotated[tuple[Literal["qkv", "projection", "mlp_up", "mlp_down"], ...], Field(min_length=1)] = (
+        "qkv",
+        "projection",
+        "mlp_up",
+        "mlp_down",
+    )
+    """Which matrices have one; queries, keys and values are one matrix."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@frozen
 class LayoutConfig:
     """Degrees of the mesh axes; at most one is -1, which takes the devices that are left."""
 
@@ -253,6 +274,16 @@ class Config:
     """A Hugging Face directory (GPT-2, GPT-Neo) or a run folder whose weights a new run starts from."""
     run: Annotated[str, FREE] = ""
     """Run folder; empty means the first free of runs/NAME, runs/NAME-2, ..."""
+
+    @property
+    def separates(self) -> bool:
+        """Whether the documents of a row are kept apart."""
+        return self.model.separate_documents
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        """The adapters that a model of this config has; None for none."""
+        return None
 
     @property
     def micro_batch_size(self) -> int:

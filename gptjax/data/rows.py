@@ -17,6 +17,8 @@ class Rows(NamedTuple):
     """int32 id after each token; PADDING where none counts."""
     segments: Any = None
     """int32 number of each token's document within its row, where documents are kept apart; else None."""
+    positions: Any = None
+    """int32 position of each token within its document, where each begins anew; else None."""
 
 
 def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:

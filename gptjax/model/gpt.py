@@ -15,11 +15,13 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.config import ModelConfig
+from gptjax.config import LoRAConfig, ModelConfig
 from gptjax.model.attention import KEPT, Attend, Mask, reference
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
+from gptjax.model.lora import NAME as ADAPTER
+from gptjax.model.lora import LowRank
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
@@ -162,13 +164,17 @@ class Linear(nn.Module):
     num_in: int
     std: float
     product: Product
+    lora: LoRAConfig | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", named(nn.initializers.normal(self.std), self.axes), self.shape)
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
         bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
-        return affine(x, kernel, bias, self.num_in, self.product)
+        out = affine(x, kernel, bias, self.num_in, self.product)
+        if self.lora:
+            out += LowRank(self.lora, self.shape, self.axes, self.num_in, self.product, name=ADAPTER)(x)
+        return out
 
 
 class Heads(nn.Module):
@@ -180,6 +186,7 @@ class Heads(nn.Module):
     has_bias: bool
     product: Product
     merged: bool
+    lora: LoRAConfig | None
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -192,8 +199,13 @@ class Heads(nn.Module):
         if self.merged:
             out = self.product(x, kernel.astype(x.dtype), 1)
             out = out + biases.astype(x.dtype) if self.has_bias else out
-            return out[:, :, 0], out[:, :, 1], out[:, :, 2]
-        return tuple(affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(3))
+            qkv = [out[:, :, 0], out[:, :, 1], out[:, :, 2]]
+        else:
+            qkv = [affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(3)]
+        if self.lora:
+            more = LowRank(self.lora, shape, axes, 1, self.product, name=ADAPTER)(x)
+            qkv = [part + more[:, :, i] for i, part in enumerate(qkv)]
+        return tuple(qkv)
 
 
 class Block(nn.Module):
@@ -202,6 +214,7 @@ class Block(nn.Module):
     config: ModelConfig
     kind: str
     parallelism: Parallelism
+    lora: LoRAConfig | None
 
     @nn.compact
     def __call__(
@@ -211,14 +224,18 @@ class Block(nn.Module):
         only with dropout: the tokens' keys; layer: which of the L this is."""
         c, constrain = self.config, self.parallelism.constrain
         product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
-        linear = partial(Linear, product=product)
+
+        def linear(shape: tuple[int, ...], axes: Axes, num_in: int, std: float, name: str) -> Linear:
+            return Linear(shape, axes, num_in, std, product, _beside(self.lora, name), name=name)
+
         heads, head_dim = c.num_heads, c.head_dim
         residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
         mask = layer_mask(c, self.kind)
         scale = head_dim**-0.5 if c.scale_scores else 1.0
 
         h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        qkv = Heads(heads, head_dim, c.qkv_bias, product, self.parallelism.merge_qkv, name="qkv")(h)
+        adapter = _beside(self.lora, "qkv")
+        qkv = Heads(heads, head_dim, c.qkv_bias, product, self.parallelism.merge_qkv, adapter, name="qkv")(h)
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
         with jax.named_scope("attention"):
             if cache is None:
@@ -247,11 +264,17 @@ class Block(nn.Module):
         return constrain(x + dropout(h, c.dropout, noise, 2 * layer + 2), RESIDUAL), cache
 
 
+def _beside(config: LoRAConfig | None, name: str) -> LoRAConfig | None:
+    """The adapter of one of the matrices, if it has one."""
+    return config if config and name in config.matrices else None
+
+
 class Unit(nn.Module):
     """One repeat of the attention pattern: the body that the scan over layers repeats."""
 
     config: ModelConfig
     parallelism: Parallelism
+    lora: LoRAConfig | None
 
     @nn.compact
     def __call__(
@@ -260,7 +283,7 @@ class Unit(nn.Module):
         """See Block; number: which of the U units this is."""
         pattern, new_cache = self.config.attention_pattern, []
         for i, kind in enumerate(pattern):
-            block = Block(self.config, kind, self.parallelism, name=f"block_{i}")
+            block = Block(self.config, kind, self.parallelism, self.lora, name=f"block_{i}")
             own = None if cache is None else cache[i]
             x, block_cache = block(x, own, start, segments, noise, number * len(pattern) + i)
             new_cache.append(block_cache)
@@ -288,12 +311,26 @@ def _look_up_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, N
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+def _positions(places: Array, shape: tuple[int, ...], positions: Any, restarted: Any, start: Any) -> Array:
+    """The position embedding [B, T, D] of tokens of a shape; the rest as for GPT."""
+    if restarted is not None:
+        return look_up(places, restarted)
+    if start is not None:
+        here = jax.lax.dynamic_slice_in_dim(places, start, shape[1])
+    else:
+        here = places[: shape[1]] if positions is None else places[positions]
+    # A product with ones: its gradient is a product, too. The sum over B that plain broadcasting gives makes the
+    # GPU compiler lay the whole residual stream out with B innermost.
+    return jnp.einsum("b,td->btd", jnp.ones(shape[:1], places.dtype), here)
+
+
 class GPT(nn.Module):
     """Token and position embeddings, U units, a final LayerNorm. The tied head lives in `loss.logits`."""
 
     config: ModelConfig
     dtype: jnp.dtype
     parallelism: Parallelism = Parallelism()
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(
@@ -302,6 +339,7 @@ class GPT(nn.Module):
         *,
         positions: Any = None,
         segments: Array | None = None,
+        restarted: Array | None = None,
         cache: Cache = None,
         start: Array | None = None,
         dropout_key: Array | None = None,
@@ -309,8 +347,9 @@ class GPT(nn.Module):
         """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache.
 
         positions [T]: where the tokens stand, 0..T-1 unless given (`attend` must then expect that order);
-        segments [B, T]: a token attends only to its own number; cache and start: sampling, one position after
-        another from `start` on; dropout_key: of this micro-batch, or None for no dropout.
+        segments [B, T]: a token attends only to its own number; restarted [B, T]: each token's position in its own
+        segment, whose embedding it gets in place of that of where it stands; cache and start: sampling, one position
+        after another from `start` on; dropout_key: of this micro-batch, or None for no dropout.
         """
         c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -320,15 +359,9 @@ class GPT(nn.Module):
         # Gathered over fsdp once, here: a lookup in a table split over fsdp would reshard every token instead.
         embedding = constrain(embedding, ("vocab", None))
         length = tokens.shape[1]
-        if start is not None:
-            here = jax.lax.dynamic_slice_in_dim(places, start, length)
-        else:
-            here = places[:length] if positions is None else places[positions]
         # The head splits the vocabulary over tensor; a lookup in a split vocabulary would gather the whole of it.
         lookup = constrain(embedding, (None, "lookup"))
-        # A product with ones: its gradient is a product, too. The sum over B that plain broadcasting gives makes the
-        # GPU compiler lay the whole residual stream out with B innermost.
-        here = jnp.einsum("b,td->btd", jnp.ones(tokens.shape[:1], self.dtype), here)
+        here = _positions(places, tokens.shape, positions, restarted, start)
         x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
         noise = None
         if dropout_key is not None and c.dropout:
@@ -339,7 +372,7 @@ class GPT(nn.Module):
         if c.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[c.remat])
             unit = nn.remat(Unit, policy=policy, prevent_cse=not c.scan_layers)
-        settings = (c, self.parallelism)
+        settings = (c, self.parallelism, self.lora)
         units = c.num_layers // len(c.attention_pattern)
         if self.parallelism.pipeline is not None:
             one_unit = unit(*settings, parent=None)

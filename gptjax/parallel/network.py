@@ -33,7 +33,7 @@ class Network:
         model, ways = self.config.model, self._ways
         masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
         dtype = self.plain_model.dtype
-        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, model.separate_documents, ways)
+        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, self.config.separates, ways)
         name, reason = choose(model.attention, need)
         split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
         return name, reason + (split if ways > 1 else "")
@@ -57,7 +57,8 @@ class Network:
     @cached_property
     def plain_model(self) -> GPT:
         """The same function without constraints on shapes: for initialising and sampling."""
-        return GPT(self.config.model, compute_dtype(self.config.model, self.platform))
+        dtype = compute_dtype(self.config.model, self.platform)
+        return GPT(self.config.model, dtype, lora=self.config.adapter)
 
     def init(self, key: Array) -> Any:
         """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
@@ -66,14 +67,19 @@ class Network:
     def before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
         """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
         `ways` devices, [b, ways, T/ways] in place of [b, T]. A key of None switches dropout off."""
-        inputs, targets, segments = rows
+        inputs, targets, segments, restarted = rows
         ways, positions = self._ways, None
         if ways > 1:
             positions = context.order(inputs.shape[1], ways)
-            inputs, targets = inputs[:, positions], targets[:, positions]
-            segments = None if segments is None else segments[:, positions]
+            inputs, targets, segments, restarted = jax.tree.map(lambda leaf: leaf[:, positions], rows)
         hidden, embedding, _ = forward(
-            self.model, params, inputs, positions=positions, segments=segments, dropout_key=key
+            self.model,
+            params,
+            inputs,
+            positions=positions,
+            segments=segments,
+            restarted=restarted,
+            dropout_key=key,
         )
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
