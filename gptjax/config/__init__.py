@@ -9,9 +9,11 @@ from gptjax.config.schema import (
     LAYOUT_PRESETS,
     Config,
     DataConfig,
+    DialogueConfig,
     LayoutConfig,
     ModelConfig,
     OptimizerConfig,
+    SourceConfig,
     TrainConfig,
 )
 
@@ -19,9 +21,11 @@ __all__ = [
     "LAYOUT_PRESETS",
     "Config",
     "DataConfig",
+    "DialogueConfig",
     "LayoutConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "SourceConfig",
     "TrainConfig",
     "from_json",
     "nearest_divisor",
