@@ -151,7 +151,8 @@ class DialogueConfig(SourceConfig):
     init_from."""
     fields: Annotated[tuple[str, ...], AfterValidator(_conversation), SAME_CONTENT] = ()
     """Fields that hold the conversation: one of messages or of a transcript; prompt,reply; or instruction,input,reply.
-    A dotted one, such as instances.0.output, reaches into nested records and lists. Empty: found by the usual names."""
+    A dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found:
+    messages; conversations; instruction,input,output; prompt,completion; prompt,response; question,answer; chosen."""
     invalid: Literal["refuse", "drop"] = "refuse"
     """What becomes of a record that is no conversation to learn from: the build ends with its place and the reason, or
     the record is left out and counted by reason."""

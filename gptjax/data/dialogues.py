@@ -27,7 +27,6 @@ FORMS = (
     ("question", "answer"),
     ("chosen",),
 )
-KNOWN = "; ".join(", ".join(form) for form in FORMS)
 TURN_FIELDS = (("role", "content"), ("from", "value"))
 ROLE_OF = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -103,7 +102,7 @@ def _form(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _no_form(names: Collection[str]) -> str:
-    return f"its fields are {', '.join(names) or 'none'}, and none of the known ({KNOWN}); set data.fields"
+    return f"no known form (set data.fields) among its fields {', '.join(names) or 'none'}"
 
 
 def _messages(row: Any, fields: tuple[str, ...]) -> list[Message]:
@@ -155,14 +154,21 @@ def _message(value: Any) -> Message:
 
 
 def _items(value: Any, name: str) -> list[Any]:
-    """A list as JSON, Arrow and TFDS give it: the latter gives a list of records as a record of lists."""
+    """Raises _Invalid where a field holds no list."""
+    items = _list_of(value)
+    if items is None:
+        raise _Invalid(f"{name} is {kind(value)}, neither messages nor text")
+    return items
+
+
+def _list_of(value: Any) -> list[Any] | None:
+    """A list as JSON, Arrow and TFDS give it, of which the latter gives one of records as a record of lists; None for
+    what is none."""
     if isinstance(value, list | np.ndarray):
         return list(value)
     lists = [*value.values()] if isinstance(value, dict) else []
-    if not lists or not all(isinstance(each, list | np.ndarray) for each in lists):
-        raise _Invalid(f"{name} is {kind(value)}, neither messages nor text")
-    if len(set(map(len, lists))) > 1:
-        raise _Invalid(f"{name} has lists of several lengths")
+    if not lists or not all(isinstance(each, list | np.ndarray) for each in lists) or len({*map(len, lists)}) > 1:
+        return None
     return [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
 
 
@@ -179,9 +185,10 @@ def _reach(row: dict[str, Any], name: str) -> Any:
     """What a field holds, whose name may be dotted."""
     value: Any = row
     for step in [name] if name in row else name.split("."):
+        items = _list_of(value) if step.isdecimal() else None
         if isinstance(value, dict) and step in value:
             value = value[step]
-        elif step.isdecimal() and int(step) < len(items := _items(value, name)):
+        elif items is not None and int(step) < len(items):
             value = items[int(step)]
         else:
             raise _Invalid(f"no field {name} among {', '.join(row) or 'none'}")
