@@ -63,9 +63,7 @@ class Dialogue:
 
     def document(self, row: Any, where: object) -> str:
         try:
-            messages = _messages(row, self.fields)
-            if why := flaw(messages):
-                raise _Invalid(why)
+            messages = _conversation(row, self.fields)
         except _Invalid as error:
             why = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
             if self.invalid == "drop":
@@ -105,8 +103,16 @@ def _no_form(names: Collection[str]) -> str:
     return f"no known form (set data.fields) among its fields {', '.join(names) or 'none'}"
 
 
+def _conversation(row: Any, fields: tuple[str, ...]) -> list[Message]:
+    """Messages that can be learned from. Raises _Invalid, and UnicodeDecodeError."""
+    messages = _messages(row, fields)
+    if why := flaw(messages):
+        raise _Invalid(why)
+    return messages
+
+
 def _messages(row: Any, fields: tuple[str, ...]) -> list[Message]:
-    """Raises _Invalid."""
+    """Whatever messages there are. Raises as `_conversation`."""
     if not isinstance(row, dict):
         raise _Invalid(f"{kind(row)}, not an object with fields")
     names = fields or _form(row)
@@ -191,5 +197,5 @@ def _reach(row: dict[str, Any], name: str) -> Any:
         elif items is not None and int(step) < len(items):
             value = items[int(step)]
         else:
-            raise _Invalid(f"no field {name} among {', '.join(row) or 'none'}")
+            raise _Invalid(f"no field {name} (data.fields) among {', '.join(row) or 'none'}")
     return value
