@@ -21,7 +21,7 @@ from gptjax.config import DataConfig
 from gptjax.data import build as builds
 from gptjax.data import cache
 from gptjax.data.files import TextFile
-from gptjax.data.formats import documents, in_spans
+from gptjax.data.formats import TextField, documents, in_spans
 from gptjax.data.sources import build, open_source
 from gptjax.data.store import Record, cut
 from gptjax.errors import UserError
@@ -78,7 +78,7 @@ def test_lines_in_spans_are_the_lines(tmp_path_factory, lines, ending, ends, spa
     path.write_bytes(b"\xef\xbb\xbf" * mark + (ending.join(lines) + ending * ends).encode())
     spans = in_spans(TextFile(path, "jsonl"), span_bytes)
     assert sum(size for _, size in spans) == path.stat().st_size
-    found = [text for span, _ in spans for (text,) in documents(span, "text")]
+    found = [text for span, _ in spans for (text,) in documents(span, TextField("text"))]
     assert found == [json.loads(line)["text"] for line in lines if line.strip()]
 
 
@@ -90,11 +90,11 @@ def test_a_mistake_is_named_with_its_line_whatever_the_span(tmp_path, monkeypatc
         for span_bytes in (7, 64, 500, 10_000):
             with pytest.raises(UserError, match=rf"{wrong}\.jsonl:{wrong + 1}: not JSON"):
                 for span, _ in in_spans(TextFile(path, "jsonl"), span_bytes):
-                    list(documents(span, "text"))
+                    list(documents(span, TextField("text")))
     parquet.write_table(pyarrow.table({"text": [*["x"] * 40, None]}), tmp_path / "a.parquet", row_group_size=5)
     with pytest.raises(UserError, match=r"a\.parquet row 40: text is null"):
         for span, _ in in_spans(TextFile(tmp_path / "a.parquet", "parquet"), 100):
-            list(documents(span, "text"))
+            list(documents(span, TextField("text")))
 
 
 @pytest.fixture

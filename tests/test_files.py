@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from gptjax.config import DataConfig
 from gptjax.data import files
-from gptjax.data.formats import documents
+from gptjax.data.formats import TextField, documents
 from gptjax.errors import UserError
 
 TEXTS = ["one\n", 'two "quoted", and\r\na comma\t' * 3, "drei ß 東京 😀", "[1]", " x" * 90_000]
@@ -69,7 +69,9 @@ KINDS = {
 
 def read(source: Path | str, **fields: str) -> list[str]:
     config = DataConfig(source=str(source), **fields)
-    return ["".join(text) for file in files.find(config).files for text in documents(file, config.text_field)]
+    return [
+        "".join(text) for file in files.find(config).files for text in documents(file, TextField(config.text_field))
+    ]
 
 
 def fails(source: Path | str, *words: str, **fields: str) -> None:

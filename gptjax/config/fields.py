@@ -62,9 +62,13 @@ if typing.TYPE_CHECKING:
 else:
 
     def frozen(cls: type) -> type:
-        """A frozen dataclass with checked fields, each with its docstring below it."""
+        """A frozen dataclass with checked fields, each with its docstring below it, or in the class it is from."""
         rules = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-        return pydantic_dataclass(cls, frozen=True, config=rules)
+        made = pydantic_dataclass(cls, frozen=True, config=rules)
+        for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):  # pydantic reads the class itself alone
+            for name, info in infos(base).items():
+                infos(made)[name].description = infos(made)[name].description or info.description
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,12 @@ def _window(steps: tuple[int, ...]) -> tuple[int, ...]:
     return steps
 
 
+def _conversation(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) > 3:
+        raise ValueError("give one field of messages or a transcript, or prompt,reply, or instruction,input,reply")
+    return names
+
+
 Degree = Annotated[int, AfterValidator(_degree)]
 
 
@@ -85,25 +91,18 @@ class ModelConfig:
 
 
 @frozen
-class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
+class SourceConfig:
+    """Where records come from, whatever they hold."""
 
-    source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
-    """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
-    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
+    source: Annotated[str, Field(min_length=1), SAME_CONTENT]
+    """tfds:NAME, or files, folders and globs with commas between: .jsonl .ndjson .json .csv .tsv .parquet .arrow, each
+    also .gz .zst .xz .bz2."""
     format: Annotated[Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
     """How files are read; auto goes by their endings."""
-    text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
-    """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
-    max_chars: Positive = 65536
-    """Longer documents are stored as consecutive records of this many characters."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
     """Part to train on, such as train[:95%]; tfds:NAME has other splits, too."""
     eval_split: Annotated[str, Field(min_length=1)] = "train[95%:]"
     """Part to evaluate on."""
-    split_by: Literal["document", "position"] = "document"
-    """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
-    for a text of one document or a few."""
     cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
     """Where built datasets live."""
     tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"
@@ -112,17 +111,51 @@ class DataConfig:
     vocab.bpe) or with tokenizer.model alone; or a SentencePiece .model file."""
     seed: Seed = 0
     """Seed of the global shuffle."""
+    threads: Annotated[Positive, FREE] = 1
+    """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
+
+
+@frozen
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
+    """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
+    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
+    text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
+    """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
+    max_chars: Positive = 65536
+    """Longer documents are stored as consecutive records of this many characters."""
+    split_by: Literal["document", "position"] = "document"
+    """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
+    for a text of one document or a few."""
     lanes: Positive = 1
     """Independent packed streams that fill a batch side by side; divides the micro-batch. A
     process reads only the lanes of its rows."""
-    threads: Annotated[Positive, FREE] = 1
-    """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
 
     @property
     def made_pieces(self) -> int:
         """N of a tokenizer sentencepiece:N; 0 for one that is there already."""
         kind, _, size = self.tokenizer.partition(":")
         return int(size) if kind == "sentencepiece" else 0
+
+
+@frozen
+class DialogueConfig(SourceConfig):
+    """Where conversations come from and which fields of a record hold them."""
+
+    format: Annotated[Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
+    """How files are read; auto goes by their endings."""
+    tokenizer: Annotated[str, SAME_CONTENT] = ""
+    """bytes; DIR or gpt2:DIR, a folder with a Hugging Face tokenizer; or a SentencePiece .model file; empty is that of
+    init_from."""
+    fields: Annotated[tuple[str, ...], AfterValidator(_conversation), SAME_CONTENT] = ()
+    """Fields that hold the conversation: one of messages or of a transcript; prompt,reply; or instruction,input,reply.
+    A dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found:
+    messages; conversations; instruction,input,output; prompt,completion; prompt,response; question,answer; chosen."""
+    invalid: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a record that is no conversation to learn from: the build ends with its place and the reason, or
+    the record is left out and counted by reason."""
 
 
 @frozen

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from gptjax.config import DataConfig
-from gptjax.data.formats import Heard, no_field, reason, text_of
+from gptjax.config import SourceConfig
+from gptjax.data.formats import Extract, Heard, TextField, no_field, reason
 from gptjax.errors import UserError
 
 PREFIX = "tfds:"
@@ -26,11 +26,11 @@ class Rows:
     split: str
     start: int
     stop: int
-    text_field: str
+    extract: Extract
     size: int
 
     def documents(self, heard: Heard) -> Iterator[Iterable[str]]:
-        """Raises UserError for a row that cannot be read, or whose text is none."""
+        """Raises UserError for a row that cannot be read, and what `extract` raises."""
         rows = _rows(self.source, self.split)
         for number in range(self.start, self.stop):
             where = f"{self.source} {self.split} record {number}"
@@ -38,19 +38,23 @@ class Rows:
                 row = rows[number]
             except Exception as error:  # whatever a library makes of damaged bytes
                 raise UserError(f"data.source: {where}: damaged ({reason(error)}); prepare it again") from None
-            yield [text_of(row, self.text_field, where)]
+            yield [self.extract.document(row, where)]
             heard(self.size // (self.stop - self.start))
 
 
-def open_builder(config: DataConfig) -> Any:
+def open_builder(config: SourceConfig, extract: Extract) -> Any:
     """The data set's builder, in TFDS's own data folder (TFDS_DATA_DIR moves it). Raises UserError where there is no
-    such data set, or `data.text_field` is no text in it."""
+    such data set, or it has not what `extract` reads."""
     builder = _builder(config.source)
-    _require_text(config, builder.info.features)  # better before the download than after
+    features = builder.info.features
+    if isinstance(extract, TextField):  # better before the download than after
+        _require_text(extract.name, config.source, features)
+    else:
+        extract.columns([*features] if hasattr(features, "items") else [], config.source)
     return builder
 
 
-def prepare(config: DataConfig, builder: Any) -> None:
+def prepare(config: SourceConfig, builder: Any) -> None:
     """Download and write what is not there. Raises UserError where that fails."""
     try:
         if not builder.is_prepared():
@@ -69,15 +73,14 @@ def splits(builder: Any) -> dict[str, int]:
     return {name: info.num_examples for name, info in builder.info.splits.items()}
 
 
-def parts(config: DataConfig, builder: Any, split: str, part_bytes: int) -> list[Rows]:
+def parts(config: SourceConfig, extract: Extract, builder: Any, split: str, part_bytes: int) -> list[Rows]:
     """The rows of a split in parts of about so many bytes."""
     info = builder.info.splits[split]
     row_bytes = max(info.num_bytes // max(info.num_examples, 1), 1)
     step = max(part_bytes // row_bytes, 1)
     starts = [*range(0, info.num_examples, step), info.num_examples]
     return [
-        Rows(config.source, split, start, stop, config.text_field, row_bytes * (stop - start))
-        for start, stop in pairwise(starts)
+        Rows(config.source, split, start, stop, extract, row_bytes * (stop - start)) for start, stop in pairwise(starts)
     ]
 
 
@@ -108,14 +111,13 @@ def _rows(source: str, split: str) -> Any:
         raise UserError(f"data.source = {source}: {reason(error)}; prepare it as array_record") from error
 
 
-def _require_text(config: DataConfig, features: Any) -> None:
-    """Raises UserError where `data.text_field`, which may be dotted, is no text among TFDS's features."""
+def _require_text(field: str, source: str, features: Any) -> None:
+    """Raises UserError where a field, which may be dotted, is no text among TFDS's features."""
     feature = features
-    for name in config.text_field.split("."):
+    for name in field.split("."):
         if not hasattr(feature, "items") or name not in feature:
-            raise no_field(config.text_field, config.source, feature if hasattr(feature, "items") else ())
+            raise no_field(field, source, feature if hasattr(feature, "items") else (), "data.text_field")
         feature = feature[name]
     dtype = getattr(feature, "np_dtype", None)
     if hasattr(feature, "items") or getattr(feature, "shape", None) != () or dtype not in (np.object_, np.str_, bytes):
-        kind = type(feature).__name__
-        raise UserError(f"data.text_field = {config.text_field}: of {config.source} it is a {kind}, not text")
+        raise UserError(f"data.text_field = {field}: of {source} it is a {type(feature).__name__}, not text")

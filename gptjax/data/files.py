@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptjax.config import DataConfig
+from gptjax.config import DataConfig, SourceConfig
 from gptjax.errors import UserError
 
 KINDS = {
@@ -27,7 +27,6 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 REVISION = re.compile("[0-9a-f]{40}")
 # What publishers put beside records: the card of a data set, and what `datasets` writes into its folders.
 CARDS = {"readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-READ = f"{' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
 # Not library code, or tables rather than text that reads as Python.
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "encodings", "pydoc_data"}
 
@@ -62,10 +61,10 @@ class Found:
         return f"{self.left_out.total()} file(s) left out: {rest}" if rest else ""
 
 
-def find(config: DataConfig) -> Found:
+def find(config: SourceConfig) -> Found:
     """The files of a local `data.source`. Raises UserError for names without files, of kinds that are not read, and
     for links to nothing."""
-    if config.source == "stdlib":
+    if config.source == "stdlib" and isinstance(config, DataConfig):
         return Found("stdlib", [TextFile(path, "text") for path in _stdlib()], Counter())
     files: dict[tuple[int, int], TextFile] = {}
     left_out: dict[tuple[int, int], str] = {}
@@ -76,17 +75,21 @@ def find(config: DataConfig) -> Found:
         cards = _cards(some, config) if path.is_dir() else set()
         for each in some:
             about = _about(each, config)
-            kind, compression = _kind(each, config.format)
+            kind, compression = _kind(each, config)
             if kind and each not in cards:
                 files.setdefault(about, TextFile(each, kind, compression))
             elif alone:
-                raise UserError(f"data.source: {each}: not one of the kinds read ({READ}); or say which: data.format")
+                raise UserError(
+                    f"data.source: {each}: not one of the kinds read ({_read(config)}); or say which: data.format"
+                )
             else:
                 left_out.setdefault(about, each.name if kind else "".join(each.suffixes[-2:]).lower())
     counted = Counter(ending for about, ending in left_out.items() if about not in files)
     found = Found(_short_name(config.source), list(files.values()), counted)
     if not files:
-        raise UserError(f"data.source = {config.source}: {found.note()}; read are {READ}; or say which: data.format")
+        raise UserError(
+            f"data.source = {config.source}: {found.note()}; read are {_read(config)}; or say which: data.format"
+        )
     return found
 
 
@@ -102,7 +105,7 @@ def absolute(source: str) -> str:
     return ",".join(str(Path(name).expanduser().absolute()) for name in names(source))
 
 
-def _below(path: Path, config: DataConfig) -> Iterator[Path]:
+def _below(path: Path, config: SourceConfig) -> Iterator[Path]:
     """The files of a folder, or of a glob, sorted."""
     if path.is_dir():
         every: Iterable[Path] = _walk(path)
@@ -114,7 +117,8 @@ def _below(path: Path, config: DataConfig) -> Iterator[Path]:
             some = True
             yield each
     if not some:
-        remedy = "give stdlib, files, folders, globs (with commas between), or tfds:NAME"
+        own = "stdlib, " if isinstance(config, DataConfig) else ""
+        remedy = f"give {own}files, folders, globs (with commas between), or tfds:NAME"
         where = "an empty folder" if path.is_dir() else "no such file, nor a match as a glob"
         raise UserError(f"data.source = {config.source}: {path}: {where}; {remedy}")
 
@@ -132,7 +136,7 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, leaf) for leaf in sorted(leaves) if not leaf.startswith("."))
 
 
-def _about(path: Path, config: DataConfig) -> tuple[int, int]:
+def _about(path: Path, config: SourceConfig) -> tuple[int, int]:
     """What is the same for one file under two names."""
     try:
         stat = path.stat()
@@ -145,19 +149,29 @@ def _about(path: Path, config: DataConfig) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _kind(path: Path, chosen: str) -> tuple[str, str]:
+def _kinds(config: SourceConfig) -> dict[str, str]:
+    """KINDS without those in which there are no records, unless they are to be read as text."""
+    return {ending: kind for ending, kind in KINDS.items() if kind != "text" or isinstance(config, DataConfig)}
+
+
+def _read(config: SourceConfig) -> str:
+    """The endings that are read, in words."""
+    return f"{' '.join(_kinds(config))}, each also with {' '.join(COMPRESSIONS)}"
+
+
+def _kind(path: Path, config: SourceConfig) -> tuple[str, str]:
     """Kind and compression by the endings of a name, in capitals or not; an empty kind is not read."""
     endings = [ending.lower() for ending in path.suffixes]
     compression = COMPRESSIONS.get(endings.pop(), "") if endings and endings[-1] in COMPRESSIONS else ""
-    if chosen != "auto":
-        return chosen, compression
-    return (KINDS.get(endings[-1], "") if endings else ""), compression
+    if config.format != "auto":
+        return config.format, compression
+    return (_kinds(config).get(endings[-1], "") if endings else ""), compression
 
 
-def _cards(files: list[Path], config: DataConfig) -> set[Path]:
+def _cards(files: list[Path], config: SourceConfig) -> set[Path]:
     """Those of a folder that describe its records; none where nothing else than text is in it."""
     cards = {path for path in files if path.name.lower() in CARDS}
-    kinds = {_kind(path, config.format)[0] for path in files if path not in cards}
+    kinds = {_kind(path, config)[0] for path in files if path not in cards}
     return cards if kinds - {"text", ""} else set()
 
 

@@ -10,11 +10,11 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from gptjax.data.compressed import broken, open_plain
 from gptjax.data.files import TextFile
@@ -26,14 +26,43 @@ MARK = "\ufeff"
 Heard = Callable[[int], None]
 
 
-def documents(file: TextFile, text_field: str, heard: Heard = lambda size: None) -> Iterator[Iterable[str]]:
-    """Each document of a file as blocks of text; `heard` is told of the bytes that were read.
+class Extract(Protocol):
+    """What of a record is its document. A frozen dataclass, which goes to other processes as a pickle."""
 
-    Raises UserError that names file and place for what cannot be read, and the nearest field where there is no
-    `text_field` (a dotted one reaches into nested records).
+    def columns(self, names: Sequence[str], where: object) -> list[str]:
+        """Those columns of a table that `document` reads, each once. Raises UserError where one is missing."""
+        ...
+
+    def document(self, row: Any, where: object) -> str:
+        """The text of a record's document, one without half a character. Raises UserError that says where there is
+        none, and why."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextField:
+    """The text of one field, as it was written."""
+
+    name: str
+    """A dotted one reaches into nested records."""
+
+    def columns(self, names: Sequence[str], where: object) -> list[str]:
+        return [column(self.name, names, where, "data.text_field")]
+
+    def document(self, row: Any, where: object) -> str:
+        if not isinstance(row, dict):
+            raise UserError(f"data.source: {where}: not a JSON object; write {{{json.dumps(self.name)}: ...}}")
+        return text_of(row, self.name, where)
+
+
+def documents(file: TextFile, extract: Extract, heard: Heard = lambda size: None) -> Iterator[Iterable[str]]:
+    """Each document of a file as blocks of text: of plain text the whole file, else what `extract` finds in each
+    record; `heard` is told of the bytes that were read.
+
+    Raises UserError that names file and place for what cannot be read, and what `extract` raises.
     """
     with _own_errors(file):
-        yield from READERS[file.kind](file, text_field, heard)
+        yield from READERS[file.kind](file, extract, heard)
 
 
 def in_spans(file: TextFile, span_bytes: int) -> list[tuple[TextFile, int]]:
@@ -79,16 +108,15 @@ def _own_errors(file: TextFile) -> Iterator[None]:
         raise UserError(f"data.source: {file.path}: {reason(error)}; make it readable") from None
 
 
-def text_of(row: Any, field: str, where: object) -> str:
+def text_of(row: dict[str, Any], field: str, where: object) -> str:
     """The text in a record, one without half a character. Raises UserError that says what is there instead."""
-    value, names = row, field.split(".")
-    if isinstance(row, dict) and field in row:
-        names = [field]
+    value: Any = row
+    names = [field] if field in row else field.split(".")
     for depth, name in enumerate(names):
         if not isinstance(value, dict):
-            raise UserError(f"data.text_field = {field}: {'.'.join(names[:depth])} is {_kind(value)} in {where}")
+            raise UserError(f"data.text_field = {field}: {'.'.join(names[:depth])} is {kind(value)} in {where}")
         if name not in value:
-            raise no_field(field, where, value)
+            raise no_field(field, where, value, "data.text_field")
         value = value[name]
     if isinstance(value, bytes):
         try:
@@ -98,7 +126,7 @@ def text_of(row: Any, field: str, where: object) -> str:
                 f"data.source: {where}: {field} is not UTF-8 at byte {error.start}; mend or remove it"
             ) from None
     if not isinstance(value, str):
-        raise UserError(f"data.source: {where}: {field} is {_kind(value)}, not text; mend or remove it")
+        raise UserError(f"data.source: {where}: {field} is {kind(value)}, not text; mend or remove it")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -106,9 +134,17 @@ def text_of(row: Any, field: str, where: object) -> str:
     return value
 
 
-def no_field(field: str, where: object, names: Iterable[str]) -> UserError:
+def no_field(field: str, where: object, names: Iterable[str], setting: str) -> UserError:
     near = difflib.get_close_matches(field, list(map(str, names)), 3, 0.0)
-    return UserError(f"data.text_field = {field}: not in {where}; nearest {', '.join(near) or 'none'}")
+    return UserError(f"{setting} = {field}: not in {where}; nearest {', '.join(near) or 'none'}")
+
+
+def column(field: str, names: Sequence[str], where: object, setting: str) -> str:
+    """The column that a field, which may be dotted, lies in. Raises UserError where there is none."""
+    top = field if field in names else field.split(".")[0]
+    if top not in names:
+        raise no_field(field, where, names, setting)
+    return top
 
 
 def reason(error: BaseException) -> str:
@@ -118,7 +154,8 @@ def reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, in a word."""
     return "null" if value is None else type(value).__name__
 
 
@@ -139,7 +176,7 @@ def _plain(file: TextFile, heard: Heard) -> Iterator[IO[bytes]]:
         raise _damaged(file, error) from None
 
 
-def _text(file: TextFile, _: str, heard: Heard) -> Iterator[Iterable[str]]:
+def _text(file: TextFile, _: Extract, heard: Heard) -> Iterator[Iterable[str]]:
     yield _decoded(file, heard)
 
 
@@ -164,7 +201,7 @@ def _decoded(file: TextFile, heard: Heard) -> Iterator[str]:
                 return
 
 
-def _jsonl(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+def _jsonl(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
     """A line belongs to the span that its first byte lies in."""
     start, end = file.span or (0, sys.maxsize)
     with _plain(file, heard) as lines:
@@ -181,7 +218,7 @@ def _jsonl(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
                     row = json.loads(line)
                 except (RecursionError, ValueError) as error:
                     raise _no_json(where, error) from None
-                yield [text_of(_record(row, field, where), field, where)]
+                yield [extract.document(row, where)]
 
 
 @dataclass(frozen=True)
@@ -205,13 +242,7 @@ def _no_json(where: object, error: Exception) -> UserError:
     return UserError(f"data.source: {where}: not JSON ({error}); mend or remove it")
 
 
-def _record(row: Any, field: str, where: object) -> Any:
-    if not isinstance(row, dict):
-        raise UserError(f"data.source: {where}: not a JSON object; write {{{json.dumps(field)}: ...}}")
-    return row
-
-
-def _json(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+def _json(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
     """Objects one after another, on lines or over several, or in one array."""
     values = _Values(file, heard)
     in_array = values.passes("[")
@@ -220,7 +251,7 @@ def _json(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
             in_array = False
             continue
         where = f"{file.path}:{values.line}"
-        yield [text_of(_record(values.take(where), field, where), field, where)]
+        yield [extract.document(values.take(where), where)]
     if in_array:
         raise UserError(f"data.source: {file.path}:{values.line}: not JSON (an array without its end); write it again")
 
@@ -277,21 +308,20 @@ class _Values:
             return value
 
 
-def _csv(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+def _csv(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)  # of the process; documents are longer than the 131,072 that it allows
     dialect: dict[str, Any] = {"delimiter": "\t" if file.kind == "tsv" else ",", "strict": True}
     with _plain(file, heard) as stream:
         rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), **dialect)
         try:
-            if field not in (rows.fieldnames or ()):
-                raise no_field(field, str(file.path), rows.fieldnames or ())
+            extract.columns(rows.fieldnames or (), file.path)
             for row in rows:
                 where = f"{file.path}:{rows.line_num}"
                 if None in row or None in row.values():
                     raise UserError(
                         f"data.source: {where}: not the {len(rows.fieldnames or ())} columns of the first line; mend it"
                     )
-                yield [text_of({field: row[field]}, field, where)]
+                yield [extract.document(row, where)]
         except csv.Error as error:
             raise UserError(f"data.source: {file.path}:{rows.line_num}: not {file.kind} ({error}); mend it") from None
         except UnicodeDecodeError:
@@ -300,23 +330,23 @@ def _csv(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
             ) from None
 
 
-def _parquet(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+def _parquet(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
     import pyarrow
     from pyarrow import parquet
 
     with _seekable(file, heard) as stream:
         try:
             with parquet.ParquetFile(stream) as table:
-                top = _column(table.schema_arrow.names, file, field)
+                columns = extract.columns(table.schema_arrow.names, file.path)
                 first, end = file.span or (0, table.num_row_groups)
                 before = sum(table.metadata.row_group(i).num_rows for i in range(first))
-                batches = table.iter_batches(batch_size=ROWS, columns=[top], row_groups=[*range(first, end)])
-                yield from _rows(batches, file, field, top, before)
+                batches = table.iter_batches(batch_size=ROWS, columns=columns, row_groups=[*range(first, end)])
+                yield from _rows(batches, file, extract, columns, before)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
 
-def _arrow(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
+def _arrow(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
     """Arrow's two forms: the stream that Hugging Face's data sets write, and the file with an index at its end."""
     import pyarrow
 
@@ -329,8 +359,8 @@ def _arrow(file: TextFile, field: str, heard: Heard) -> Iterator[list[str]]:
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             else:
                 batches = table = pyarrow.ipc.open_stream(stream)
-            top = _column(table.schema.names, file, field)
-            yield from _rows((part for batch in batches for part in _slices(batch)), file, field, top)
+            columns = extract.columns(table.schema.names, file.path)
+            yield from _rows((part for batch in batches for part in _slices(batch)), file, extract, columns)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
@@ -339,19 +369,13 @@ def _slices(batch: Any) -> Iterator[Any]:
     return (batch.slice(start, ROWS) for start in range(0, batch.num_rows, ROWS))
 
 
-def _column(names: list[str], file: TextFile, field: str) -> str:
-    """The column that a field, which may be dotted, lies in. Raises UserError where there is none."""
-    top = field if field in names else field.split(".")[0]
-    if top not in names:
-        raise no_field(field, str(file.path), names)
-    return top
-
-
-def _rows(batches: Iterable[Any], file: TextFile, field: str, top: str, number: int = 0) -> Iterator[list[str]]:
-    """The texts of a column, `number` rows coming before."""
+def _rows(
+    batches: Iterable[Any], file: TextFile, extract: Extract, columns: list[str], number: int = 0
+) -> Iterator[list[str]]:
+    """The documents of a table, `number` rows coming before."""
     for batch in batches:
-        for value in batch.column(top).to_pylist():
-            yield [text_of({top: value}, field, f"{file.path} row {number}")]
+        for row in batch.select(columns).to_pylist():
+            yield [extract.document(row, f"{file.path} row {number}")]
             number += 1
 
 

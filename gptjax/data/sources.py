@@ -1,23 +1,26 @@
-"""Where text comes from: files, and the TFDS catalogue. Both are made once into a data set under `data.cache_dir`, and
-read by random access from there."""
+"""Where text and conversations come from: files, and the TFDS catalogue. Both are made once into a data set under
+`data.cache_dir`, and read by random access from there."""
 
 import hashlib
 import json
 import re
 import socket
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from gptjax.config import DataConfig
+from gptjax.config import DataConfig, DialogueConfig, SourceConfig
 from gptjax.data import build as builds
 from gptjax.data import cache, catalogue
 from gptjax.data.build import Plan, Report, part_bytes
+from gptjax.data.dialogues import Dialogue, why_dropped
 from gptjax.data.files import TextFile, find
-from gptjax.data.formats import Heard, documents, in_spans, reason
+from gptjax.data.formats import Extract, Heard, TextField, documents, in_spans, reason
 from gptjax.data.splits import bounds, chosen
 from gptjax.data.store import Record, Store, cut
 from gptjax.data.worker import Part
@@ -25,6 +28,9 @@ from gptjax.errors import UserError
 
 FORMAT_VERSION = "2.0.0"  # raise it when the records of the same files change
 ALL = "train"  # the one split that files have
+NEVER = sys.maxsize  # characters after which a conversation is cut
+
+AnySource: TypeAlias = DataConfig | DialogueConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Corpus:
 
     name: str
     store: Store
+    in_pieces: bool = True
+    """Whether a long document is several records, so that other settings give other splits."""
 
     @property
     def folder(self) -> Path:
@@ -79,10 +87,9 @@ class Corpus:
         rows = chosen(of_it, low, high, split_by) + int(about[:first, 1].sum())
         if not len(rows):
             count = f"{len(of_it):,} document(s) of {int(of_it[:, 1].sum()):,} record(s)"
-            other = "data.split_by = position and a lower" if split_by == "document" else "a lower"
-            raise UserError(
-                f"split {name}: empty, as {self.name} has {count}; take other splits, or {other} data.max_chars"
-            )
+            by_position = "data.split_by = position and " if split_by == "document" else ""
+            other = f", or {by_position}a lower data.max_chars" if self.in_pieces else ""
+            raise UserError(f"split {name}: empty, as {self.name} has {count}; take other splits{other}")
         return TextSource(self.name, self.store, rows)
 
 
@@ -109,21 +116,21 @@ class Files:
     """A part of a source of files: some that are small, or a span of one."""
 
     files: tuple[TextFile, ...]
-    text_field: str
+    extract: Extract
     size: int
     split: str = ALL
 
     def documents(self, heard: Heard) -> Iterator[Any]:
         for file in self.files:
-            yield from documents(file, self.text_field, heard)
+            yield from documents(file, self.extract, heard)
 
 
-def build(config: DataConfig, report: Report = lambda what, done, total: None, processes: int | None = None) -> Corpus:
+def build(config: AnySource, report: Report = lambda what, done, total: None, processes: int | None = None) -> Corpus:
     """The data set of `data.source`, made now unless it is there; `report` is told how far that is. A large one is made
     by `processes`, by default one for each core.
 
     Raises UserError for files, fields or data sets that are missing, broken or empty, and for a disk that is full; a
-    build that fails leaves nothing behind.
+    build that fails leaves nothing behind. Also for conversations that are all dropped.
     """
     plan, root = _plan(config, prepare=True), cache.datasets(config.cache_dir)
     folder = cache.find(root, plan.key)
@@ -131,16 +138,36 @@ def build(config: DataConfig, report: Report = lambda what, done, total: None, p
         cache.remove(folder)
         folder = None
     try:
-        folder = folder or builds.build(root, plan, config.max_chars, report, processes or builds.cores())
+        folder = folder or builds.build(root, plan, _max_chars(config), report, processes or builds.cores())
     except OSError as error:
         raise UserError(
             f"data.cache_dir = {config.cache_dir}: cannot write the data set ({reason(error)}); "
             "free space or choose another"
         ) from error
-    return reopen(config, folder)
+    corpus = reopen(config, folder)
+    if isinstance(config, DialogueConfig):
+        _require_conversation(corpus)
+    return corpus
 
 
-def reopen(config: DataConfig, folder: Path) -> Corpus:
+def _require_conversation(corpus: Corpus) -> None:
+    """Raises UserError where every record was dropped; reads no further than to the first that was not."""
+    every = TextSource(corpus.name, corpus.store, np.arange(len(corpus.store)))
+    if all(why_dropped(every[number].text) for number in range(len(every))):
+        raise UserError(
+            f"data.source = {corpus.name}: all of its {len(every):,} records are dropped, the first for: "
+            f"{why_dropped(every[0].text)}; mend them, or set data.fields"
+        )
+
+
+def dropped(source: TextSource) -> Counter[str]:
+    """How many records of a split of conversations were dropped, by reason. Equal reasons are on one side of a split,
+    as all equal documents are."""
+    reasons = (why_dropped(source[number].text) for number in range(len(source)))
+    return Counter(reason for reason in reasons if reason)
+
+
+def reopen(config: AnySource, folder: Path) -> Corpus:
     """What `build` made, perhaps on another host, in a folder that this one sees, or in its own cache.
 
     Raises UserError where it is not there.
@@ -157,7 +184,7 @@ def reopen(config: DataConfig, folder: Path) -> Corpus:
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise _damaged(config.source, found, reason(error)) from error
     cache.note_use(found)
-    return Corpus(config.source, store)
+    return Corpus(config.source, store, in_pieces=_max_chars(config) != NEVER)
 
 
 def open_source(config: DataConfig, split: str) -> TextSource:
@@ -165,7 +192,7 @@ def open_source(config: DataConfig, split: str) -> TextSource:
     return build(config).split(split, config.split_by)
 
 
-def left_out(config: DataConfig) -> str:
+def left_out(config: SourceConfig) -> str:
     """The files of a folder or a glob that are not read, in words; empty where all are."""
     try:
         return "" if config.source.startswith(catalogue.PREFIX) else find(config).note()
@@ -173,7 +200,7 @@ def left_out(config: DataConfig) -> str:
         return ""
 
 
-def look(config: DataConfig) -> tuple[str, Corpus | None]:
+def look(config: AnySource) -> tuple[str, Corpus | None]:
     """What a run would read, in words, and the data set if it is built; nothing is written.
 
     Raises UserError where the files or the data set are not there, or their beginning cannot be read.
@@ -189,7 +216,7 @@ def look(config: DataConfig) -> tuple[str, Corpus | None]:
     return f"{text}; to be built{again} in {root}", None
 
 
-def _plan(config: DataConfig, prepare: bool) -> Plan:
+def _plan(config: AnySource, prepare: bool) -> Plan:
     """Raises UserError where the source is not there; `prepare` says that it may be downloaded."""
     if config.source.startswith(catalogue.PREFIX):
         return _of_catalogue(config, prepare)
@@ -201,10 +228,10 @@ def _plan(config: DataConfig, prepare: bool) -> Plan:
     about = f"{len(found.files):,} file(s), {total / 1e6:,.1f} MB: {shown}"
     about += f"; {found.note()}" if found.left_out else ""
     each = part_bytes(total)
-    return Plan(found.name, _key(config, stats), about, lambda: _parts(config, found.files, each))
+    return Plan(found.name, _key(config, stats), about, lambda: _parts(_extract(config), found.files, each))
 
 
-def _parts(config: DataConfig, files: Sequence[TextFile], each: int) -> Sequence[Part]:
+def _parts(extract: Extract, files: Sequence[TextFile], each: int) -> Sequence[Part]:
     """Of about so many bytes, in the files' order."""
     made, held, size = [], [], 0
     for file in files:
@@ -212,13 +239,14 @@ def _parts(config: DataConfig, files: Sequence[TextFile], each: int) -> Sequence
             held.append(span)
             size += span_size
             if size >= each:
-                made.append(Files(tuple(held), config.text_field, size))
+                made.append(Files(tuple(held), extract, size))
                 held, size = [], 0
-    return [*made, Files(tuple(held), config.text_field, size)] if held else made
+    return [*made, Files(tuple(held), extract, size)] if held else made
 
 
-def _of_catalogue(config: DataConfig, prepare: bool) -> Plan:
-    builder = catalogue.open_builder(config)
+def _of_catalogue(config: AnySource, prepare: bool) -> Plan:
+    extract = _extract(config)
+    builder = catalogue.open_builder(config, extract)
     name, about = re.sub(r"\W", "_", config.source.removeprefix(catalogue.PREFIX)), f"data in {builder.data_dir}"
     if prepare:
         catalogue.prepare(config, builder)
@@ -232,10 +260,26 @@ def _of_catalogue(config: DataConfig, prepare: bool) -> Plan:
         name,
         _key(config, [catalogue.identity(builder), named]),
         about,
-        lambda: [part for split in named for part in catalogue.parts(config, builder, split, each)],
+        lambda: [part for split in named for part in catalogue.parts(config, extract, builder, split, each)],
     )
 
 
-def _key(config: DataConfig, what: Any) -> str:
-    text = json.dumps([FORMAT_VERSION, config.text_field, config.max_chars, what])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _extract(config: AnySource) -> Extract:
+    if isinstance(config, DialogueConfig):
+        return Dialogue(config.fields, config.invalid)
+    return TextField(config.text_field)
+
+
+def _max_chars(config: AnySource) -> int:
+    """Characters of the longest record."""
+    return NEVER if isinstance(config, DialogueConfig) else config.max_chars
+
+
+def _key(config: AnySource, what: Any) -> str:
+    """Of the files, and of the settings that make another data set of them."""
+    settings: list[Any]
+    if isinstance(config, DialogueConfig):
+        settings = [config.fields, config.invalid]
+    else:
+        settings = [config.text_field, config.max_chars]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, *settings, what]).encode()).hexdigest()[:16]

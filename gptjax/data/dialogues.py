@@ -1,0 +1,201 @@
+"""Conversations in records: which fields hold them, in the forms in which they are published, as messages.
+
+A data set keeps each as one document of one record, which is JSON without blanks between: a conversation is a list of
+its turns, [["user","Hi"],["assistant","Hello"]], and a row that was dropped is the reason, "empty message".
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptjax.data.chat import Message, flaw
+from gptjax.data.formats import column, kind
+from gptjax.errors import UserError
+
+INPUT = "input"  # of an instruction, which may have none
+FORMS = (
+    ("messages",),
+    ("conversations",),
+    ("instruction", INPUT, "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("chosen",),
+)
+TURN_FIELDS = (("role", "content"), ("from", "value"))
+ROLE_OF = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+LONGEST_REASON = 200  # characters
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What stands in the place of a conversation where there is none."""
+
+    reason: str
+
+
+class _Invalid(Exception):
+    """Why a record is no conversation, in a clause."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The conversation of a record, or why it was dropped; `formats.Extract` for `DialogueConfig`."""
+
+    fields: tuple[str, ...]
+    """As `DialogueConfig.fields`."""
+    invalid: str
+    """As `DialogueConfig.invalid`."""
+
+    def columns(self, names: Sequence[str], where: object) -> list[str]:
+        if self.fields:
+            return [*dict.fromkeys(column(field, names, where, "data.fields") for field in self.fields)]
+        if not (found := _form(names)):
+            raise UserError(f"data.source: {where}: {_no_form(names)}")
+        return [*found]
+
+    def document(self, row: Any, where: object) -> str:
+        try:
+            messages = _conversation(row, self.fields)
+        except _Invalid as error:
+            why = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+            if self.invalid == "drop":
+                return _compact(why.encode(errors="backslashreplace").decode())
+            raise UserError(
+                f"data.source: {where}: {why}; mend it, or leave such records out with data.invalid drop"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.source: {where}: a text is not UTF-8 at byte {error.start}; mend or remove it"
+            ) from None
+        return _compact([[message.role, message.content] for message in messages])
+
+
+def parse(text: str) -> list[Message] | Dropped:
+    """What a record holds that `Dialogue` wrote."""
+    found = json.loads(text)
+    return Dropped(found) if isinstance(found, str) else [Message(role, content) for role, content in found]
+
+
+def why_dropped(text: str) -> str:
+    """The reason in a record of a dropped row; empty for a conversation, which is not parsed for it."""
+    return str(json.loads(text)) if text.startswith('"') else ""
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _form(names: Collection[str]) -> tuple[str, ...]:
+    """The fields of the first form that is there; empty where none is."""
+    there = (form for form in FORMS if all(name in names or name == INPUT for name in form))
+    return tuple(name for name in next(there, ()) if name in names)
+
+
+def _no_form(names: Collection[str]) -> str:
+    return f"no known form (set data.fields) among its fields {', '.join(names) or 'none'}"
+
+
+def _conversation(row: Any, fields: tuple[str, ...]) -> list[Message]:
+    """Messages that can be learned from. Raises _Invalid, and UnicodeDecodeError."""
+    messages = _messages(row, fields)
+    if why := flaw(messages):
+        raise _Invalid(why)
+    return messages
+
+
+def _messages(row: Any, fields: tuple[str, ...]) -> list[Message]:
+    """Whatever messages there are. Raises as `_conversation`."""
+    if not isinstance(row, dict):
+        raise _Invalid(f"{kind(row)}, not an object with fields")
+    names = fields or _form(row)
+    if not names:
+        raise _Invalid(_no_form(row))
+    values = [_reach(row, name) for name in names]
+    if len(values) == 3:
+        return _instructed(names, values)
+    if len(values) == 2:
+        return [*_side(values[0], names[0], "user"), *_side(values[1], names[1], "assistant")]
+    return _transcript(_text(*values, *names)) if isinstance(values[0], str | bytes) else _listed(*values, *names)
+
+
+def _instructed(names: Sequence[str], values: Sequence[Any]) -> list[Message]:
+    instruction, reply = _text(values[0], names[0]), _text(values[2], names[2])
+    more = "" if values[1] is None else _text(values[1], names[1])
+    return [Message("user", f"{instruction}\n\n{more}" if more else instruction), Message("assistant", reply)]
+
+
+def _side(value: Any, name: str, role: str) -> list[Message]:
+    """A prompt or a reply: the text of one message, or messages."""
+    if isinstance(value, list | dict | np.ndarray):
+        return _listed(value, name)
+    return [Message(role, _text(value, name))]
+
+
+def _transcript(text: str) -> list[Message]:
+    """Turns that begin with a name, such as `\\n\\nHuman: Hi\\n\\nAssistant: Hello`, each without the blanks around."""
+    before, *turns = TURN.split(text)
+    if before or not turns:
+        raise _Invalid("a text that does not begin with Human: or Assistant:, so no transcript")
+    return [Message(SPEAKERS[name], said.strip()) for name, said in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def _listed(value: Any, name: str) -> list[Message]:
+    return [_message(each) for each in _items(value, name)]
+
+
+def _message(value: Any) -> Message:
+    for role, content in TURN_FIELDS:
+        if isinstance(value, dict) and role in value and content in value:
+            said = _text(value[role], role)
+            return Message(ROLE_OF.get(said, said), _text(value[content], content))
+    raise _Invalid("a message without role and content, or from and value")
+
+
+def _items(value: Any, name: str) -> list[Any]:
+    """Raises _Invalid where a field holds no list."""
+    items = _list_of(value)
+    if items is None:
+        raise _Invalid(f"{name} is {kind(value)}, neither messages nor text")
+    return items
+
+
+def _list_of(value: Any) -> list[Any] | None:
+    """A list as JSON, Arrow and TFDS give it, of which the latter gives one of records as a record of lists; None for
+    what is none."""
+    if isinstance(value, list | np.ndarray):
+        return list(value)
+    lists = [*value.values()] if isinstance(value, dict) else []
+    if not lists or not all(isinstance(each, list | np.ndarray) for each in lists) or len({*map(len, lists)}) > 1:
+        return None
+    return [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
+
+
+def _text(value: Any, name: str) -> str:
+    """Raises _Invalid, and UnicodeDecodeError."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if not isinstance(value, str):
+        raise _Invalid(f"{name} is {kind(value)}, not text")
+    return value
+
+
+def _reach(row: dict[str, Any], name: str) -> Any:
+    """What a field holds, whose name may be dotted."""
+    value: Any = row
+    for step in [name] if name in row else name.split("."):
+        items = _list_of(value) if step.isdecimal() else None
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif items is not None and int(step) < len(items):
+            value = items[int(step)]
+        else:
+            raise _Invalid(f"no field {name} (data.fields) among {', '.join(row) or 'none'}")
+    return value
