@@ -9,6 +9,7 @@ from gptjax import malloc
 from gptjax.commands.arguments import HELP, read, usage
 from gptjax.config import Config
 from gptjax.config.fields import explained
+from gptjax.config.load import stage_of
 from gptjax.errors import UserError
 from gptjax.terminal import show_anything
 
@@ -54,7 +55,8 @@ def run(words: list[str]) -> int:
     rest = words[len(verb.split()) :]
     command = _command(verb)
     if any(word in HELP for word in rest):
-        print(usage(verb, command))
+        file = next((word for word in rest if word.endswith(".py")), "")
+        print(usage(verb, command, stage_of(file)))
         return 0
     done = read(verb, command, rest)
     with explained(Config):  # also a config that a verb makes of its arguments

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Protocol
 
 from gptjax.config.fields import described, explained, infos, parse, walk
 from gptjax.config.fields import flag as as_flag
-from gptjax.config.schema import Config
+from gptjax.config.schema import STAGES, Config
 from gptjax.errors import UserError
 
 
@@ -60,7 +60,8 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
         elif takes_fields and _is_field(flag):
             fields += [word] if equals else [flag, _value(flag, left, [*flags, *HELP])]
         else:
-            known = [*flags, *(f"--{leaf.name}" for leaf in walk(Config) if takes_fields)]
+            leaves = [leaf for stage in STAGES.values() for leaf in walk(stage)] if takes_fields else []
+            known = [*flags, *(f"--{leaf.name}" for leaf in leaves)]
             raise UserError(f"{flag}: gptjax {verb} has no such argument{_near(flag, known)}; see its --help")
     values |= _by_place(verb, cls, places)
     if takes_fields:
@@ -78,7 +79,7 @@ def _marked(cls: Any, name: str) -> bool:
 def _is_field(flag: str) -> bool:
     """A dotted name, or one of a config's own; whether there is such a field is for the config to say."""
     name = flag.removeprefix("--")
-    return flag.startswith("--") and ("." in name or name in infos(Config))
+    return flag.startswith("--") and ("." in name or any(name in infos(stage) for stage in STAGES.values()))
 
 
 def _value(flag: str, left: list[str], flags: list[str]) -> str:
@@ -112,8 +113,8 @@ def _by_place(verb: str, cls: Any, places: list[str]) -> dict[str, Any]:
     return values
 
 
-def usage(verb: str, cls: Any) -> str:
-    """The help of a verb: its arguments, and every field of a config where it takes them."""
+def usage(verb: str, cls: Any, root: type[Config]) -> str:
+    """The help of a verb: its arguments, and every field of a config of a stage where it takes them."""
     arguments, options, takes_fields = [], [], False
     for leaf in walk(cls):
         mark = next((mark for mark in leaf.metadata if isinstance(mark, Positional)), None)
@@ -133,8 +134,9 @@ def usage(verb: str, cls: Any) -> str:
         if rows:
             parts.append("\n".join([f"{title}:", *(f"  {name}\n{_indented(doc)}" for name, doc in rows)]))
     if takes_fields:
-        rows = [(f"--{leaf.name}  {described(Config, leaf)}", leaf.doc) for leaf in walk(Config)]
-        parts.append("\n".join(["fields:", *(f"  {name}\n      {doc}" for name, doc in rows)]))
+        rows = [(f"--{leaf.name}  {described(root, leaf)}", leaf.doc) for leaf in walk(root)]
+        title = f"fields of stage {root.stage} (those of another: gptjax {verb} CONFIG --help):"
+        parts.append("\n".join([title, *(f"  {name}\n      {doc}" for name, doc in rows)]))
     return "\n\n".join(parts)
 
 

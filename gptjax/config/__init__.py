@@ -7,6 +7,7 @@ from gptjax.config.check import nearest_divisor, validate
 from gptjax.config.saved import from_json, to_json
 from gptjax.config.schema import (
     LAYOUT_PRESETS,
+    STAGES,
     Config,
     DataConfig,
     DialogueConfig,
@@ -14,12 +15,14 @@ from gptjax.config.schema import (
     LoRAConfig,
     ModelConfig,
     OptimizerConfig,
+    SFTConfig,
     SourceConfig,
     TrainConfig,
 )
 
 __all__ = [
     "LAYOUT_PRESETS",
+    "STAGES",
     "Config",
     "DataConfig",
     "DialogueConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "LoRAConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "SFTConfig",
     "SourceConfig",
     "TrainConfig",
     "from_json",

@@ -2,6 +2,7 @@
 
 import re
 
+from gptjax.config.fields import every_leaf
 from gptjax.config.schema import Config
 from gptjax.errors import UserError
 
@@ -13,16 +14,25 @@ def nearest_divisor(total: int, wanted: int) -> int:
 
 def validate(config: Config) -> Config:
     """Return the config, or raise UserError that names field, value and the nearest right one."""
+    _unused(config)
     _model(config)
     _batch(config)
     _vocabulary(config)
     optimizer = config.optimizer
-    if optimizer.warmup_tokens > optimizer.decay_tokens:
+    if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:
         raise UserError(
             f"optimizer.warmup_tokens = {optimizer.warmup_tokens}: longer than optimizer.decay_tokens = "
             f"{optimizer.decay_tokens}, at which the decay ends; nearest {optimizer.decay_tokens}"
         )
     return config
+
+
+def _unused(config: Config) -> None:
+    for leaf in every_leaf(type(config)):
+        section, _, name = leaf.name.partition(".")
+        value = getattr(getattr(config, section), name) if leaf.name in config.unused else leaf.default
+        if value != leaf.default:
+            raise UserError(f"{leaf.name} = {value}: stage {config.stage} has no use for it; leave it out")
 
 
 def _model(config: Config) -> None:

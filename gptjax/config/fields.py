@@ -32,6 +32,7 @@ __all__ = [
     "Positive",
     "Seed",
     "described",
+    "every_leaf",
     "explain",
     "explained",
     "flag",
@@ -94,11 +95,17 @@ def infos(cls: Any) -> dict[str, FieldInfo]:
     return known
 
 
-def walk(cls: type, prefix: str = "", inherited: tuple[Any, ...] = ()) -> Iterator[Leaf]:
-    """Every leaf field below a class made by `frozen`; a section's marks are its fields' too."""
+def walk(cls: Any) -> Iterator[Leaf]:
+    """Every leaf field below a class made by `frozen` that it has a use for; a section's marks are its fields' too."""
+    unused = getattr(cls, "unused", ())
+    return (leaf for leaf in every_leaf(cls) if leaf.name not in unused)
+
+
+def every_leaf(cls: Any, prefix: str = "", inherited: tuple[Any, ...] = ()) -> Iterator[Leaf]:
+    """Also those that it has no use for."""
     for name, info in infos(cls).items():
         if dataclasses.is_dataclass(info.annotation):
-            yield from walk(typing.cast(type, info.annotation), f"{prefix}{name}.", tuple(info.metadata))
+            yield from every_leaf(info.annotation, f"{prefix}{name}.", tuple(info.metadata))
         else:
             default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
             doc = " ".join((info.description or "").split())

@@ -5,11 +5,12 @@ A config file defines `config() -> Config`.
 
 import dataclasses
 import difflib
+import inspect
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from pydantic import ValidationError
 
 from gptjax.config.check import validate
 from gptjax.config.fields import explain, explained, infos, nearest_name, parse
-from gptjax.config.schema import LAYOUT_PRESETS, Config, LayoutConfig
+from gptjax.config.schema import LAYOUT_PRESETS, STAGES, Config, LayoutConfig
 from gptjax.errors import UserError
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
     """Read a config file, apply `--dotted.name value` overrides, validate.
 
-    Raises UserError for a missing or broken file, an unknown key, a wrong type or value.
+    Raises UserError for a missing or broken file, an unknown key, a wrong type or value. Arguments of the file's
+    `config` are fields that others of its fields follow from, such as `init_from`: they get the override's value.
     """
     file = Path(path)
     if not file.is_file():
@@ -33,15 +35,57 @@ def load_config(path: str, overrides: list[str]) -> Config:
     with _neighbours(file.parent.resolve()):
         try:
             make = runpy.run_path(str(file)).get("config")
-            config = make() if callable(make) else None
+            config = make(**_arguments(make, overrides)) if callable(make) else None
+        except UserError:
+            raise
         except ValidationError as error:
-            raise UserError(f"config {path}{_line(error, file)}: {explain(error, Config)}") from error
+            raise UserError(f"config {path}{_line(error, file)}: {explain(error, _root(error))}") from error
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"config {path}{_line(error, file)}: {type(error).__name__}: {first}") from error
     if not isinstance(config, Config):
         raise UserError(f"config {path}: must define config() that returns a gptjax.config.Config")
     return validate(override(config, overrides))
+
+
+def stage_of(path: str) -> type[Config]:
+    """The class of the config that a file makes, by the type that its `config` says it returns: nothing is made."""
+    file = Path(path)
+    if not file.is_file():
+        return Config
+    with _neighbours(file.parent.resolve()), suppress(Exception):
+        made = runpy.run_path(str(file))["config"].__annotations__["return"]
+        if isinstance(made, type) and issubclass(made, Config):
+            return made
+    return type(load_config(path, []))
+
+
+def _arguments(make: Any, overrides: list[str]) -> dict[str, str]:
+    """Those arguments of `make` that are set on the command line."""
+    given = dict(_pairs(overrides))
+    return {name: given[f"--{name}"] for name in inspect.signature(make).parameters if f"--{name}" in given}
+
+
+def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Flag and value of `--a.b value` and `--a.b=value`."""
+    left = list(words)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: expected --section.field value")
+        if not equals:
+            if not left:
+                raise UserError(f"{flag}: a value is missing")
+            value = left.pop(0)
+        yield flag, value
+
+
+def _root(error: ValidationError) -> type[Config]:
+    """The stage whose config has a section of the class that was made wrongly."""
+    for root in STAGES.values():
+        if error.title in (root.__name__, *(getattr(info.annotation, "__name__", "") for info in infos(root).values())):
+            return root
+    return Config
 
 
 @contextmanager
@@ -68,29 +112,22 @@ def _line(error: Exception, file: Path) -> str:
 
 def override(config: Config, args: list[str]) -> Config:
     """Apply `--a.b value` and `--a.b=value` pairs to nested frozen dataclasses."""
-    args = list(args)
-    while args:
-        flag, equals, value = args.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise UserError(f"{flag}: expected --section.field value")
-        if not equals:
-            if not args:
-                raise UserError(f"{flag}: a value is missing")
-            value = args.pop(0)
-        with explained(Config):
-            config = _replace(config, flag[2:].replace("-", "_").split("."), value, flag)
+    for flag, value in _pairs(args):
+        with explained(type(config)):
+            config = _replace(config, flag[2:].replace("-", "_").split("."), value, flag, type(config))
     return config
 
 
-def _replace(node: Any, path: list[str], value: str, flag: str) -> Any:
+def _replace(node: Any, path: list[str], value: str, flag: str, root: type[Config]) -> Any:
     known = infos(type(node))
-    if path[0] not in known:
-        raise UserError(f"{flag}: no such field; did you mean --{nearest_name(Config, flag[2:])}?")
+    if path[0] not in known or flag[2:] in root.unused:
+        in_stage = "" if root is Config else f" in stage {root.stage}"
+        raise UserError(f"{flag}: no such field{in_stage}; did you mean --{nearest_name(root, flag[2:])}?")
     child = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(child):
             raise UserError(f"{flag}: {path[0]} has no fields of its own; use --{path[0]} {value}")
-        new = _replace(child, path[1:], value, flag)
+        new = _replace(child, path[1:], value, flag, root)
     elif isinstance(child, LayoutConfig):
         if value not in LAYOUT_PRESETS:
             raise UserError(f"{flag} {value}: choose from {', '.join(LAYOUT_PRESETS)}, or set --layout.fsdp and so on")

@@ -3,26 +3,37 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from gptjax.config.check import validate
 from gptjax.config.fields import OnResume, explain, walk
-from gptjax.config.schema import Config
+from gptjax.config.schema import STAGES, Config
 from gptjax.errors import UserError
 
 
 def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2)
+    return json.dumps({"stage": config.stage} | dataclasses.asdict(config), indent=2)
 
 
 def from_json(text: str | bytes) -> Config:
     """The inverse of `to_json`; raises UserError where that is not JSON, or not this version's fields and values."""
+    root: type[Config] = Config
+    with suppress(ValueError):  # which is said below
+        if isinstance(values := json.loads(text), dict) and "stage" in values:
+            root, text = _stage(values.pop("stage")), json.dumps(values)
     try:
-        return validate(TypeAdapter(Config).validate_json(text))
+        return validate(TypeAdapter(root).validate_json(text))
     except ValidationError as error:
-        raise UserError(f"saved config: {explain(error, Config)}; it may be cut short, or of another version") from None
+        raise UserError(f"saved config: {explain(error, root)}; it may be cut short, or of another version") from None
+
+
+def _stage(name: Any) -> type[Config]:
+    if not isinstance(name, str) or name not in STAGES:
+        raise UserError(f"saved config: stage = {name}: choose from {', '.join(STAGES)}")
+    return STAGES[name]
 
 
 def get(config: Config, dotted: str) -> Any:
@@ -52,7 +63,7 @@ def changes(saved: Config, given: Config) -> Iterator[Change]:
     A micro-batch changes rounding alone while the batches stay what they were and no dropout counts its rows.
     """
     dropout = given.model.dropout > 0
-    for leaf in walk(Config):
+    for leaf in walk(type(given)):
         a, b = get(saved, leaf.name), get(given, leaf.name)
         pinned = leaf.name == "train.micro_batch_size" and dropout
         if a != b:

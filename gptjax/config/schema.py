@@ -3,7 +3,7 @@ whether a run that goes on may change it.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -114,6 +114,12 @@ class SourceConfig:
     threads: Annotated[Positive, FREE] = 1
     """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
 
+    @property
+    def made_pieces(self) -> int:
+        """N of a tokenizer sentencepiece:N; 0 for one that is there already."""
+        kind, _, size = self.tokenizer.partition(":")
+        return int(size) if kind == "sentencepiece" else 0
+
 
 @frozen
 class DataConfig(SourceConfig):
@@ -133,16 +139,13 @@ class DataConfig(SourceConfig):
     """Independent packed streams that fill a batch side by side; divides the micro-batch. A
     process reads only the lanes of its rows."""
 
-    @property
-    def made_pieces(self) -> int:
-        """N of a tokenizer sentencepiece:N; 0 for one that is there already."""
-        kind, _, size = self.tokenizer.partition(":")
-        return int(size) if kind == "sentencepiece" else 0
-
 
 @frozen
 class DialogueConfig(SourceConfig):
-    """Where conversations come from and which fields of a record hold them."""
+    """Where conversations come from, which fields of a record hold them, and how they become rows of tokens."""
+
+    split_by: ClassVar[str] = "document"
+    lanes: ClassVar[int] = 1
 
     format: Annotated[Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
     """How files are read; auto goes by their endings."""
@@ -153,6 +156,10 @@ class DialogueConfig(SourceConfig):
     """Fields that hold the conversation: one of messages or of a transcript; prompt,reply; or instruction,input,reply.
     A dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found:
     messages; conversations; instruction,input,output; prompt,completion; prompt,response; question,answer; chosen."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a conversation that is longer than the context: its beginning is cut off, or it is left out."""
+    packing: bool = True
+    """Several conversations to a row, of which none sees another; else one a row, and the rest of it empty."""
     invalid: Literal["refuse", "drop"] = "refuse"
     """What becomes of a record that is no conversation to learn from: the build ends with its place and the reason, or
     the record is left out and counted by reason."""
@@ -172,7 +179,7 @@ class OptimizerConfig:
     warmup_tokens: Count = 375_000_000
     """Linear warm-up from 0 over these tokens."""
     decay_tokens: Count = 260_000_000_000
-    """The cosine ends at this token; constant afterwards."""
+    """The cosine ends at this token; constant afterwards. 0 is the end of training, as it is known at the start."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Adam's first-moment decay."""
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -201,7 +208,11 @@ class TrainConfig:
     micro_batch_size: Annotated[Count, ROUNDING] = 0
     """Sequences per gradient-accumulation step, over all devices; 0 means batch_size."""
     total_tokens: Annotated[Positive, FREE] = 300_000_000_000
-    """Training ends at this many tokens."""
+    """Training ends at this many tokens, if not before."""
+    total_steps: Annotated[Count, FREE] = 0
+    """It ends after this many steps, if not before; 0 is no limit."""
+    epochs: Annotated[float, Field(ge=0), FREE] = 0.0
+    """It ends after so many passes over the training split, if not before; 0 is no limit."""
     ramp_start: Count = 0
     """Sequences per step at the start of the linear batch ramp; 0 means batch_size (no ramp)."""
     ramp_tokens: Count = 0
@@ -224,6 +235,9 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep_last: Annotated[Positive, FREE] = 2
     """Newest checkpoints kept."""
+    keep_best: Annotated[bool, FREE] = False
+    """Save at every evaluation, too, and keep the checkpoint with the lowest loss there: what others take from the
+    run."""
     keep_every: Annotated[Count, FREE] = 0
     """Checkpoints at multiples of this many steps are kept for good; 0 is off."""
     profile_steps: Annotated[tuple[Count, ...], AfterValidator(_window), FREE] = ()
@@ -294,7 +308,12 @@ LAYOUT_PRESETS = {
 
 @frozen
 class Config:
-    """Everything that defines one run."""
+    """Everything that defines one run: here of pretraining. Other stages have a class of their own, whose sections are
+    those that they use."""
+
+    stage: ClassVar[str] = "pretrain"
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Fields of shared sections that the stage has no use for."""
 
     name: Annotated[str, Field(min_length=1), FREE]
     """Names the run folder, runs/NAME unless `run` is given."""
@@ -330,3 +349,26 @@ class Config:
     def max_accumulation(self) -> int:
         """Micro-batches per step after the ramp."""
         return self.train.batch_size // self.micro_batch_size
+
+
+@frozen
+class SFTConfig(Config):
+    """Supervised fine-tuning on conversations (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+    stage: ClassVar[str] = "sft"
+    unused: ClassVar[tuple[str, ...]] = ("model.separate_documents",)
+
+    data: DialogueConfig  # type: ignore[assignment]
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    @property
+    def separates(self) -> bool:
+        return True
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        return self.lora if self.lora.rank else None
+
+
+STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig)}
+"""The class of each stage's config."""
