@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax.config import Config
@@ -21,24 +23,29 @@ from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
 from gptjax.data.sources import Corpus, build, left_out, reopen
-from gptjax.data.stream import require_one_row
+from gptjax.data.chat import is_chat
 from gptjax.data.tokenizers import Tokenizer, load_model, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import compute_dtype
+from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages.pretrain import Pretrain, fit_vocabulary
-from gptjax.stages.weights import Weights, on_device, open_weights
+from gptjax.stages import SFT, NextToken, Pretrain, stage_class
+from gptjax.stages.weights import Weights, load_base, on_device, open_weights
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
 from gptjax.train.processes import compare, first, is_first, together, warn
+from gptjax.train.parts import join, split
+from gptjax.train.schedule import with_length
 from gptjax.train.step import abstract_state
+
+AnyStage: TypeAlias = Pretrain | SFT
 
 PATIENCE = 10.0  # seconds until a folder counts as not shared
 
@@ -63,23 +70,40 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> in
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
     layout = together(lambda: _layout(config))
-    tokenizer, corpus = _text(config, resumed)
-    stage = together(lambda: _stage(config, layout, tokenizer, corpus))
-    compare({"attention backend": stage.network.attention[0]})
     weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
-    with _folder(stage, resumed, named) as run:
+    tokenizer, corpus = _text(config, resumed, weights)
+    stage = _stage(config, layout, tokenizer, corpus)
+    compare({"attention backend": stage.network.attention[0]})
+    with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named) as run:
         known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
-
-        def load(places: Any) -> Any:
-            """Also for a run that was stopped before its first checkpoint."""
-            return (weights or _first_weights(config)).load(config.model, places)
-
-        number = fit(config, stage, layout, run, resumed is not None, known, load if config.init_from else None)
+        load = partial(_first_params, stage, weights, run) if config.init_from else None
+        number = fit(stage.config, stage, layout, run, resumed is not None, known, load)
         if is_first():
             print(
-                f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, number != 0)}", flush=True
+                f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, stage, number != 0)}",
+                flush=True,
             )
     return 128 + number if number else 0
+
+
+def _pinned_decay(config: Config, known: Config) -> Config:
+    """A decay that ends with the training as it is known now does so whatever becomes of that."""
+    return replace(config, optimizer=replace(config.optimizer, decay_tokens=known.optimizer.decay_tokens))
+
+
+def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: Any) -> Any:
+    """What `fit` asks for: all parameters, or those that are frozen. Also for a run that was stopped before its first
+    checkpoint. Adapters are born here."""
+    config = stage.config
+    if config.adapter is None:
+        return (weights or _first_weights(config)).start(config.model, places)
+    base, born = split(places, is_adapter)
+    params = load_base(run, config, base)
+    if born:
+        shardings = jax.tree.map(lambda place: place.sharding, born)
+        make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), is_adapter)[1], out_shardings=shardings)
+        params = join(params, make(jax.random.key(config.train.seed)))
+    return params
 
 
 def _same_everywhere(config: Config) -> None:
@@ -94,23 +118,33 @@ def _layout(config: Config) -> Layout:
     return Layout(make_mesh(config), rule_table(config.layout))
 
 
-def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> Pretrain:
-    """The stage, checked against its layout, vocabulary and text."""
-    tokenizer = fit_vocabulary(config, tokenizer)
-    stage = Pretrain(config, jax.default_backend(), layout, tokenizer, corpus)
-    for source in (stage.training_text, stage.evaluation_text):
-        require_one_row(source, tokenizer, config.model.seq_len)
+def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> AnyStage:
+    """The stage, checked against its layout, vocabulary and text, with the length of its training."""
+    kind = stage_class(config)
+    tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
+    with Progress() as progress:
+        made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
+        first(lambda: made.check() or "")  # what it measures of a text it keeps, for those that share the cache
+        made = together(lambda: _checked(made))
+    return replace(made, report=NextToken.report)
+
+
+def _checked(stage: AnyStage) -> AnyStage:
+    config, layout = stage.config, stage.layout
+    assert layout
+    stage.check()
     rows_by_process(layout, config.micro_batch_size)
     layout.shardings(abstract_state(config, stage))
     assert stage.network.attention  # chosen here: a backend that cannot serve is refused before there is a run folder
-    return stage
+    return replace(stage, config=with_length(config, lambda: stage.epoch_tokens))
 
 
-def _text(config: Config, resumed: Resumed | None) -> tuple[Tokenizer, Corpus]:
+def _text(config: Config, resumed: Resumed | None, weights: Weights | None) -> tuple[Tokenizer, Corpus]:
     """Tokenizer and text: that first, unless it is made of the text, for a text may take hours to build."""
     spec = config.data.tokenizer
     if not config.data.made_pieces:
-        return together(lambda: _tokenizer(config, resumed, lambda: load_tokenizer(spec))), _corpus(config)
+        load = weights.tokenizer if weights and not spec else lambda: load_tokenizer(spec)
+        return together(lambda: _tokenizer(config, resumed, load)), _corpus(config)
     corpus, model = _corpus(config), ""
     if resumed is None or spec != resumed.saved.data.tokenizer:  # made by one, and sent: hosts may share no cache
         model = first(lambda: vocabulary.make(config.data, corpus).read_bytes().hex())
@@ -142,7 +176,7 @@ def _corpus(config: Config) -> Corpus:
 
 
 @contextmanager
-def _folder(stage: Pretrain, resumed: Resumed | None, named: bool) -> Iterator[Path]:
+def _folder(stage: AnyStage, resumed: Resumed | None, named: bool) -> Iterator[Path]:
     """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
     config, held, folder = stage.config, [], resumed.folder if resumed else None
 
@@ -184,7 +218,7 @@ def _shared(folder: Path, mark: str) -> None:
         time.sleep(0.2)
 
 
-def _take_over(stage: Pretrain, resumed: Resumed) -> None:
+def _take_over(stage: AnyStage, resumed: Resumed) -> None:
     """Put what this start changes in force, unless it changes what makes the run."""
     config, corpus = stage.config, stage.corpus
     assert corpus
@@ -201,13 +235,13 @@ def _take_over(stage: Pretrain, resumed: Resumed) -> None:
     folders.go_on(resumed.folder, resumed.saved, config, started)
 
 
-def next_commands(run: Path, stopped: bool) -> str:
+def next_commands(run: Path, stage: AnyStage, stopped: bool) -> str:
     """What a user would type next, ready to paste."""
     folder = shlex.quote(str(run))
-    more = "" if stopped else " --train.total_tokens N"
+    more = "" if stopped else " --train.epochs N" if stage.config.train.epochs else " --train.total_tokens N"
     return (
         f"  resume  gptjax train --resume {folder}{more}\n"
-        f"  sample  gptjax sample {folder} --prompt 'def '\n"
+        f"  sample  gptjax sample {folder} --prompt {shlex.quote(stage.example_prompt)}\n"
         f"  plot    gptjax report {folder}"
     )
 
@@ -235,7 +269,7 @@ def _without_late_errors(unraisable: Any) -> None:
 
 def _first_weights(config: Config) -> Weights:
     weights = open_weights(config.init_from)
-    weights.require(config.model)
+    weights.require(config.model, grows=stage_class(config).grows)
     return weights
 
 
@@ -243,13 +277,14 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     """Continuations of a prompt by the newest checkpoint of a run, or by a Hugging Face directory."""
     weights = open_weights(folder)
     prepare(weights.config)
-    tokenizer = fit_vocabulary(weights.config, weights.tokenizer())
-    stage = Pretrain(weights.config, jax.default_backend(), tokenizer=tokenizer)
-    params = weights.load(weights.config.model, on_device(weights.config, jax.local_devices()[0]))
-    return stage.continuations(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
+    config, tokenizer = weights.config, weights.tokenizer()
+    kind = SFT if is_chat(tokenizer) else Pretrain
+    stage = kind(config, jax.default_backend(), tokenizer=kind.fit_tokenizer(config, tokenizer))
+    params = weights.load(config.model, on_device(config, jax.local_devices()[0]))
+    return stage.texts(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
 
 
-def facts(stage: Pretrain) -> dict[str, Any]:
+def facts(stage: AnyStage) -> dict[str, Any]:
     """What a run is, beside what the loop says of every stage."""
     config, platform, tokenizer = stage.config, stage.platform, stage.tokenizer
     assert stage.layout and tokenizer and stage.corpus
@@ -261,7 +296,7 @@ def facts(stage: Pretrain) -> dict[str, Any]:
         "layers": ("scanned" if config.model.scan_layers else "unrolled") + f", remat {config.model.remat}",
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
-        "data": f"{stage.corpus.name}, {rest + ', ' if rest else ''}{len(stage.training_text):,} training records, "
+        "data": f"{stage.corpus.name}, {rest + ', ' if rest else ''}{stage.facts()}, "
         f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
         f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
         + "".join(f"; {note}" for note in tokenizer.notes),

@@ -1,26 +1,32 @@
 """Where weights come from: a run folder or a Hugging Face directory, behind one face."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, LoRAConfig, ModelConfig, SFTConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
+from gptjax.model.lora import is_adapter, merge
 from gptjax.parallel.network import Network
 from gptjax.train.checkpoint import restore_params
-from gptjax.train.run import open_run, saved_tokenizer
+from gptjax.train.fingerprint import fingerprint
+from gptjax.train.parts import join, split
+from gptjax.train.run import open_run, same_base, saved_tokenizer
 from gptjax.train.step import placed
 
 SHAPE = ("num_layers", "num_heads", "embed_dim", "seq_len", "vocab_size")
 SAME = (*SHAPE, "attention_pattern", "scale_scores", "qkv_bias")
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,49 @@ class Weights:
 
     path: str
     config: Config
+    """Of the model as it is loaded: adapters are merged into it."""
     same: tuple[str, ...]
     """Fields of the model that whoever loads it must share."""
     tokenizer: Callable[[], Tokenizer]
     load: Callable[[ModelConfig, Any], Any]
     """(model, shapes with shardings) -> parameters that lie there."""
 
-    def require(self, model: ModelConfig) -> None:
-        """Raises UserError that names the first field in which a model differs."""
+    def require(self, model: ModelConfig, *, grows: bool = False) -> None:
+        """Raises UserError that names the first field in which a model differs; one that `grows` may have more ids."""
         for name in self.same:
             theirs, ours = getattr(self.config.model, name), getattr(model, name)
-            if theirs != ours:
+            if theirs != ours and not (grows and name == "vocab_size" and ours > theirs):
                 shown = ",".join(theirs) if isinstance(theirs, tuple) else str(theirs).lower()
                 raise UserError(
                     f"init_from = {self.path}: its model.{name} is {theirs}, not {ours}; set --model.{name} {shown}"
                 )
+
+    def start(self, model: ModelConfig, places: Any, see: Callable[[Any], None] = lambda params: None) -> Any:
+        """Parameters of a model that may have more ids: each of those gets the mean row of the embedding, so that none
+        is likelier than an id that says nothing. Laid out, and in the dtypes, as `places` says. `see` is shown what was
+        loaded before anything is made of it."""
+        size, theirs = self.config.model.vocab_size, replace(model, vocab_size=self.config.model.vocab_size)
+        wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), places)
+        if model.vocab_size > size:
+            rows = theirs.padded_vocab_size, model.embed_dim
+            narrow = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=wide[EMBEDDING].sharding)
+            wide = wide | {EMBEDDING: narrow}
+
+        def finish(params: Any) -> Any:
+            if model.vocab_size > size:
+                params = params | {EMBEDDING: _grown(params[EMBEDDING], size, model)}
+            return jax.tree.map(lambda p, place: p.astype(place.dtype), params, places)
+
+        loaded = self.load(theirs, wide)
+        see(loaded)
+        return jax.jit(finish, out_shardings=jax.tree.map(lambda p: p.sharding, places), donate_argnums=0)(loaded)
+
+
+def _grown(embedding: Array, size: int, model: ModelConfig) -> Array:
+    """Rows [0, size) as they are, up to vocab_size their mean, zeros beyond."""
+    known = embedding[:size]
+    new = jnp.broadcast_to(known.mean(0), (model.vocab_size - size, known.shape[1]))
+    return jnp.pad(jnp.concatenate([known, new]), ((0, model.padded_vocab_size - model.vocab_size), (0, 0)))
 
 
 def open_weights(path: str) -> Weights:
@@ -58,9 +92,53 @@ def open_weights(path: str) -> Weights:
         return Weights(path, config, _same(config.model), tokenizer, directory.load)
     run, config = open_run(path)
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
-    return Weights(
-        path, config, same, partial(saved_tokenizer, run), lambda model, abstract: restore_params(run, abstract)
+    load = partial(_load_adapted if config.adapter else _load_run, run, config)
+    return Weights(path, plain(config), same, partial(saved_tokenizer, run), load)
+
+
+def plain(config: Config) -> Config:
+    """The config of a run's model once its adapters, if it has any, are merged into it."""
+    return replace(config, lora=LoRAConfig()) if isinstance(config, SFTConfig) else config
+
+
+def _load_run(run: Path, config: Config, model: ModelConfig, places: Any) -> Any:
+    return restore_params(run, places, best=config.train.keep_best)
+
+
+def _load_adapted(run: Path, config: Config, model: ModelConfig, places: Any) -> Any:
+    """The base of a run, and what it has learned merged into it."""
+    assert config.adapter
+    one = jax.tree.leaves(places)[0].sharding
+    platform = next(iter(one.device_set)).platform
+    every = nn.unbox(jax.eval_shape(Network(config, platform).init, jax.random.key(0)))
+    learned = split(every, is_adapter)[1]
+    whole = one.update(spec=PartitionSpec()) if isinstance(one, NamedSharding) else one
+    adapters = restore_params(
+        run, placed(learned, jax.tree.map(lambda _: whole, learned)), best=config.train.keep_best
     )
+    base = load_base(run, config, places)
+    merged = jax.jit(partial(merge, config=config.adapter), out_shardings=jax.tree.map(lambda p: p.sharding, places))
+    return merged(join(base, adapters))
+
+
+def load_base(run: Path, config: Config, places: Any) -> Any:
+    """The parameters beside which the adapters of a run are trained, pinned by the first who asks. Raises UserError
+    where they are not those that it was started from."""
+    weights = open_weights(config.init_from)
+    weights.require(config.model, grows=True)
+    return weights.start(
+        config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params))
+    )
+
+
+def chat_model(path: str) -> ModelConfig:
+    """The model of a run folder or a Hugging Face directory, with room for the chat tokens. For config files.
+
+    Raises UserError for what is neither, or is broken.
+    """
+    weights = open_weights(path)
+    model = weights.config.model
+    return replace(model, vocab_size=max(model.vocab_size, weights.tokenizer().chat_vocab_size))
 
 
 def _same(model: ModelConfig) -> tuple[str, ...]:

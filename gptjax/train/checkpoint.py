@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.fingerprint import fingerprint
+from gptjax.train.metrics import LOG, read_log
 from gptjax.train.processes import every, first, is_first, together
 
 X = TypeVar("X")
@@ -48,17 +49,32 @@ class Position:
     """One integer per data lane (see data.stream); None is the start."""
 
 
+@dataclass(frozen=True)
+class _Best:
+    """Orbax's PreservationPolicy for the checkpoint with the lowest loss."""
+
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = lowest(self.losses, [each.step for each in checkpoints])
+        return [each.step == best for each in checkpoints]
+
+
 class Checkpoints:
     """Saves and restores (state, position) of one run folder."""
 
     def __init__(self, run: Path, config: Config):
         self._folder = (run / FOLDER).absolute()
         self._config = config
+        told = json.loads(first(lambda: json.dumps([*evaluated(run).items()])))
+        self._losses: dict[int, float] = dict(told)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         policy = ocp.checkpoint_managers
-        keep = [policy.LatestN(self._config.train.keep_last)]
+        keep: list[Any] = [policy.LatestN(self._config.train.keep_last)]
+        if self._config.train.keep_best:
+            keep.append(_Best(self._losses))
         if self._config.train.keep_every:
             keep.append(policy.EveryNSteps(self._config.train.keep_every))
         options = ocp.CheckpointManagerOptions(
@@ -66,6 +82,10 @@ class Checkpoints:
         )
         together(lambda: saved_steps(self._folder, make=True))  # before Orbax, whose processes wait for each other
         return ocp.CheckpointManager(self._folder, options=options)
+
+    def note(self, step: int, loss: float) -> None:
+        """The loss of an evaluation at a step, by which the best checkpoint is found."""
+        self._losses[step] = loss
 
     def save(self, state: Any, position: Position) -> bool:
         """Start writing in the background; False if this step is already saved.
@@ -149,8 +169,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(run: Path, abstract: Any) -> Any:
-    """The parameters alone of the newest checkpoint of a run, laid out as the shardings of `abstract` say.
+def evaluated(run: Path) -> dict[int, float]:
+    """The loss of each evaluation that the log of a run has, by step."""
+    records = read_log(run / LOG) if (run / LOG).is_file() else []
+    found = {r["step"]: r.get("loss") for r in records if r.get("kind") == "eval"}
+    return {step: loss for step, loss in found.items() if isinstance(loss, float)}
+
+
+def lowest(losses: dict[int, float], steps: Iterable[int]) -> int | None:
+    """The one of these steps with the lowest loss, the first of equals; None where none was evaluated."""
+    return min(sorted(set(steps) & losses.keys()), key=losses.__getitem__, default=None)
+
+
+def restore_params(run: Path, abstract: Any, *, best: bool = False) -> Any:
+    """The trained parameters alone of the newest checkpoint of a run, or of the `best` if any was evaluated, laid out
+    as the shardings of `abstract` say.
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
@@ -158,7 +191,7 @@ def restore_params(run: Path, abstract: Any) -> Any:
     saved = json.loads(first(lambda: json.dumps(saved_steps(folder))))
     if not saved:
         raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
-    step = folder / str(saved[0])
+    step = folder / first(lambda: str((lowest(evaluated(run), saved) if best else None) or saved[0]))
     try:
         restored, _ = intact(step, {"params": abstract}, part="params/")
     except Damaged as error:

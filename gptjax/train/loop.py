@@ -26,11 +26,10 @@ from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.feed import Feed
 from gptjax.train.meter import Clock, Meter, require_finite
-from gptjax.train.metrics import Reporter
+from gptjax.train.metrics import LOG, Reporter
 from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.processes import is_first, warn
-from gptjax.train.run import LOG
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import (
@@ -147,7 +146,9 @@ def _loop(
         return {} if checkpoints.save(now.state.replace(frozen={}), _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
-        return stage.evaluate(now.state.every_param, place_rows, mine)
+        figures = stage.evaluate(now.state.every_param, place_rows, mine)
+        checkpoints.note(now.position.step, figures["loss"])
+        return figures
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
@@ -202,19 +203,21 @@ def _todo(
     more: Sequence[Action],
 ) -> list[Action]:
     """What happens between steps, in this order."""
-    logs, saves = every(train.log_interval), every(train.save_interval)
+    logs, saves, evaluates = (every(n) for n in (train.log_interval, train.save_interval, train.eval_interval))
+
+    def is_saved(step: int, ended: bool) -> bool:
+        """With every evaluation, too, where the best is kept."""
+        return saves(step, ended) or bool(train.keep_best and train.eval_batches and evaluates(step, ended))
 
     def ends_window(step: int, ended: bool) -> bool:
         """With every save, too, so that after a resume each step is in one record."""
-        return logs(step, ended) or saves(step, ended)
+        return logs(step, ended) or is_saved(step, ended)
 
-    todo = [
-        Action("train", ends_window, meter.end_window, at_stop=True, waits=False),
-        trace.end,
-        Action("save", saves, save, at_stop=True),
-    ]
-    if train.eval_batches:
-        todo.append(Action("eval", every(train.eval_interval), evaluate))
+    begin = [Action("train", ends_window, meter.end_window, at_stop=True, waits=False), trace.end]
+    saving = [Action("save", is_saved, save, at_stop=True)]
+    evaluating = [Action("eval", evaluates, evaluate)] if train.eval_batches else []
+    # The best is known before the others go; else what was computed is safe before anything that can fail.
+    todo = [*begin, *(evaluating + saving if train.keep_best else saving + evaluating)]
     if train.sample_interval:
         todo.append(
             Action("sample", every(train.sample_interval), lambda now: {"text": stage.sample(now.state.params)})
@@ -252,8 +255,10 @@ def batches(
             made = feed.batch(num_micro, params() if stage.on_policy else None)
             rows = jax.tree.map(lambda leaf: _padded(leaf, most), made)
             placed = _on_devices(rows, sharding, (most, micro))
-            data = tuple(feed.positions)
-            after = Position(step + 1, tokens + size * config.model.seq_len, data)
+            data, end = tuple(feed.positions), tokens + size * config.model.seq_len
+            if config.train.epochs:  # what fills up the last batch is no part of the epochs
+                end = min(end, config.train.total_tokens)
+            after = Position(step + 1, end, data)
             yield Batch(placed, num_micro, Position(step, tokens), after)
     finally:
         feed.close()

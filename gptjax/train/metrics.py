@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from gptjax.files import json_text, write_whole
 from gptjax.terminal import show_anything
 
+LOG = "log.jsonl"
 Record = dict[str, Any]
 """kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
 over all starts."""

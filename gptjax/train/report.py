@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.errors import UserError
 from gptjax.train.metrics import Record, read_log
-from gptjax.train.run import CONFIG, LOG, META
+from gptjax.train.run import CONFIG, META
 
 SHOWN_SAMPLES = 3
 PLACE = ("kind", "step", "time", "tokens", "seconds")  # what every record of a step has

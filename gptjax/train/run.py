@@ -28,10 +28,11 @@ from gptjax.files import read_json, write_whole
 from gptjax.train import lock
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
 from gptjax.train.checkpoint import saved_steps
-from gptjax.train.metrics import read_log
+from gptjax.train.metrics import LOG, read_log
+from gptjax.train.processes import is_first
 
-CONFIG, META, LOG, TOKENIZER = "config.json", "meta.json", "log.jsonl", "tokenizer"
-HISTORY, DATA = "history.jsonl", "data.json"
+CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
+HISTORY, DATA, BASE = "history.jsonl", "data.json", "base.json"
 RESTORE = "put it back from a copy, or start a new run"
 UNFINISHED = {lock.NAME, META, TOKENIZER, DATA, HISTORY}
 """What a start that was killed may leave before it has written CONFIG, and the next one may take over."""
@@ -164,6 +165,22 @@ def going_on(saved: Config, given: Config, folder: Path) -> tuple[Config, list[C
 
 def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
     write_whole(folder / DATA, json.dumps(_data_facts(config, corpus), indent=2).encode())
+
+
+def same_base(folder: Path, source: str, prints: dict[str, str]) -> None:
+    """Pin the weights beside which a run trains adapters, by their fingerprints, or see that they are those.
+
+    Raises UserError where they are not.
+    """
+    digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    if (folder / BASE).is_file():
+        if read_json(folder / BASE, RESTORE).get("digest") != digest:
+            raise UserError(
+                f"init_from = {source}: not the weights that {folder} was started from; put them back, or start a new "
+                "run"
+            )
+    elif is_first():
+        write_whole(folder / BASE, json.dumps({"digest": digest, "source": source}, indent=2).encode())
 
 
 def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:

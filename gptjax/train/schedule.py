@@ -1,9 +1,11 @@
 """Learning rate and batch size as pure functions of tokens seen (GPT-3, appendix B): no hidden state to resume."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from gptjax.config import Config, OptimizerConfig
+from gptjax.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, tokens: int) -> float:
@@ -35,6 +37,39 @@ def steps(config: Config, step: int, tokens: int) -> Iterator[tuple[int, int, in
         size = batch_size(config, tokens)
         yield step, tokens, size
         step, tokens = step + 1, tokens + size * config.model.seq_len
+
+
+def with_length(config: Config, epoch_tokens: Callable[[], int]) -> Config:
+    """The config with the length of training in tokens alone: the least of `total_tokens`, `total_steps` and `epochs`;
+    and a decay that ends with it, where it says so. `epoch_tokens` is asked where there are epochs.
+
+    Raises UserError where the warm-up would be longer than that.
+    """
+    train, optimizer = config.train, config.optimizer
+    total = train.total_tokens
+    if train.total_steps:
+        total = min(total, _tokens_after(config, train.total_steps))
+    if train.epochs:
+        total = min(total, max(1, round(train.epochs * epoch_tokens())))
+    decay = optimizer.decay_tokens or total
+    if optimizer.warmup_tokens > decay:
+        raise UserError(
+            f"optimizer.warmup_tokens = {optimizer.warmup_tokens}: longer than the training of {total:,} tokens; "
+            f"nearest {total}"
+        )
+    return replace(
+        config,
+        train=replace(train, total_tokens=total, total_steps=0),
+        optimizer=replace(optimizer, decay_tokens=decay),
+    )
+
+
+def _tokens_after(config: Config, count: int) -> int:
+    """Tokens of the first `count` steps."""
+    train, step, tokens = config.train, 0, 0
+    while train.ramp_start and step < count and tokens < train.ramp_tokens:
+        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.model.seq_len
+    return tokens + (count - step) * train.batch_size * config.model.seq_len
 
 
 def total_steps(config: Config) -> int:

@@ -1,0 +1,200 @@
+"""Conversations as rows to learn from: which there are and how long, how they share rows, and the rows themselves.
+
+An example of n ids takes n - 1 places of a row, at each of which the next id is asked for. Ids that are asked of no one
+are CUT - id in the targets, so that an evaluation can tell what was said from what is missing.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.config import DialogueConfig
+from gptjax.data.chat import ChatFormat, Rendered
+from gptjax.data.dialogues import Dropped, parse
+from gptjax.data.packing import Epoch, Packing, apart, pack
+from gptjax.data.rows import CUT, PADDING, Rows
+from gptjax.data.sources import TextSource
+from gptjax.errors import UserError
+from gptjax.files import write_whole
+
+MEASURED = 1  # raise it when the same conversations get other lengths
+TOO_LONG = "longer than the context"
+REPLY_ALONE = "of the part in the context all is reply"
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The conversations of a split that are trained on, or evaluated."""
+
+    source: TextSource
+    chat: ChatFormat
+    seq_len: int
+    numbers: np.ndarray
+    """int [examples]: their records."""
+    packing: Packing
+    left_out: Counter[str]
+    """Records that are none, by reason."""
+    num_cut: int
+    """Examples that have lost their beginning."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self.packing.num_rows
+
+    def __getitem__(self, index: int) -> Rendered:
+        """An example, at most T + 1 ids of it: the last ones."""
+        messages = parse(self.source[int(self.numbers[index])].text)
+        assert not isinstance(messages, Dropped)
+        whole = self.chat.render(messages)
+        return Rendered(whole.ids[-self.seq_len - 1 :], whole.trained[-self.seq_len - 1 :])
+
+    def epoch(self, seed: int | None, number: int) -> Epoch:
+        return self._epochs(seed, number)
+
+    @cached_property
+    def _epochs(self) -> Callable[[int | None, int], Epoch]:
+        return lru_cache(maxsize=2)(self.packing.epoch)
+
+    def row(self, indices: Sequence[int]) -> Rows:
+        """One row [T] of these examples; none of them gives an empty one."""
+        tokens, segments, positions = (np.zeros(self.seq_len, np.int32) for _ in range(3))
+        targets = np.full(self.seq_len, PADDING, np.int32)
+        start = 0
+        for number, index in enumerate(indices):
+            example = self[index]
+            end = start + len(example.ids) - 1
+            tokens[start:end] = example.ids[:-1]
+            targets[start:end] = np.where(example.trained[1:], example.ids[1:], CUT - example.ids[1:])
+            segments[start:end] = number
+            positions[start:end] = np.arange(end - start)
+            start = end
+        segments[start:] = len(indices)
+        return Rows(tokens, targets, segments, positions)
+
+
+def open_examples(
+    config: DialogueConfig, source: TextSource, chat: ChatFormat, seq_len: int, report: Report = lambda *_: None
+) -> Examples:
+    """The examples of a split. Raises UserError where there are none."""
+    sizes = measure(config, source, chat, report)
+    size, tail = sizes[:, 0] - 1, sizes[:, 1]
+    there, long = sizes[:, 0] > 0, size > seq_len
+    left_out = Counter(_reason(source, int(number)) for number in np.flatnonzero(~there))
+    lost = long & there if config.too_long == "drop" else tail >= np.minimum(size, seq_len)
+    lost &= there
+    if lost.any():
+        left_out[TOO_LONG if config.too_long == "drop" else REPLY_ALONE] = int(lost.sum())
+    numbers = np.flatnonzero(there & ~lost)
+    if not len(numbers):
+        why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise UserError(f"data.source = {config.source}: no conversation to learn from in a split ({why}); give more")
+    lengths = np.minimum(size[numbers], seq_len)
+    packing = pack(lengths, seq_len) if config.packing else apart(lengths)
+    return Examples(source, chat, seq_len, numbers, packing, left_out, int((long & there & ~lost).sum()))
+
+
+def _reason(source: TextSource, number: int) -> str:
+    found = parse(source[number].text)
+    assert isinstance(found, Dropped)
+    return found.reason
+
+
+def measure(config: DialogueConfig, source: TextSource, chat: ChatFormat, report: Report) -> np.ndarray:
+    """int32 [records, 2]: the ids of each conversation, 0 for none, and how many at its end are trained, all in a row.
+
+    Known from before where the same was asked, for it takes as long as to tokenise all of it.
+    """
+    key = hashlib.sha256(json.dumps([MEASURED, source.store.digest, chat.template]).encode())
+    for part in (source.chosen.tobytes(), *chat.tokenizer.pieces, *chat.tokenizer.files.values()):
+        key.update(hashlib.sha256(part).digest())
+    path = Path(config.cache_dir).expanduser() / "lengths" / f"{key.hexdigest()[:24]}.npy"
+    try:
+        known: np.ndarray = np.load(path)
+        if known.shape == (len(source), 2):
+            return known
+    except (OSError, ValueError, EOFError):  # not there, or not whole
+        pass
+    sizes = np.array([*_measured(source, chat, report)], np.int32).reshape(-1, 2)
+    data = io.BytesIO()
+    np.save(data, sizes)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data.getvalue())
+    except OSError as error:
+        raise UserError(f"data.cache_dir = {config.cache_dir}: cannot write {path} ({error.strerror})") from None
+    return sizes
+
+
+def _measured(source: TextSource, chat: ChatFormat, report: Report) -> Iterator[tuple[int, int]]:
+    for number in range(len(source)):
+        if number % 256 == 0:
+            report("measuring", number, len(source))
+        messages = parse(source[number].text)
+        if isinstance(messages, Dropped):
+            yield 0, 0
+        else:
+            example = chat.render(messages)
+            yield len(example.ids), int(np.argmin(example.trained[::-1]))
+
+
+class ExampleFeed:
+    """The training rows of one process, from a row of an endless sequence of epochs on.
+
+    Of every `micro_batch` rows this process holds `rows`. From row `end` on, if there is one, they are empty.
+    """
+
+    def __init__(
+        self, examples: Examples, seed: int, micro_batch: int, rows: Sequence[int], start: int, end: int | None
+    ):
+        self._examples, self._seed, self._end, self._row = examples, seed, end, start
+        self._micro_batch, self._rows = micro_batch, list(rows)
+
+    def batch(self, num_micro: int, _: object = None) -> Rows:
+        """The next micro-batches [num_micro, rows of this process, T]."""
+        every = [
+            self._made(self._row + micro * self._micro_batch + row) for micro in range(num_micro) for row in self._rows
+        ]
+        self._row += num_micro * self._micro_batch
+        return Rows(*(np.stack(leaves).reshape(num_micro, len(self._rows), -1) for leaves in zip(*every, strict=True)))
+
+    def _made(self, number: int) -> Rows:
+        if self._end is not None and number >= self._end:
+            return self._examples.row(())
+        epoch, place = divmod(number, self._examples.num_rows)
+        return trained_alone(self._examples.row(self._examples.epoch(self._seed, epoch).row(place)))
+
+    @property
+    def positions(self) -> list[int]:
+        """The next row."""
+        return [self._row if self._end is None else min(self._row, self._end)]
+
+    def close(self) -> None:
+        pass
+
+
+def trained_alone(rows: Rows) -> Rows:
+    """Rows whose other targets are PADDING."""
+    return rows._replace(targets=np.maximum(rows.targets, PADDING))
+
+
+def eval_batches(examples: Examples, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Rows]:
+    """One pass in order: [rows of this process, T] for each batch of `batch_size` rows, the last filled up with empty
+    ones; `limit` is the number of batches, -1 for all."""
+    epoch = examples.epoch(None, 0)
+    count = -(-examples.num_rows // batch_size)
+    for batch in range(count if limit < 0 else min(limit, count)):
+        places = [batch * batch_size + row for row in rows]
+        every = [examples.row(epoch.row(place) if place < examples.num_rows else ()) for place in places]
+        yield Rows(*(np.stack(leaves) for leaves in zip(*every, strict=True)))

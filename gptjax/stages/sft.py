@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: the assistant's words in conversations, by all parameters of a model or by adapters."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gptjax.config import Config, SFTConfig
+from gptjax.data.chat import ChatFormat, Message, chat_format, with_chat
+from gptjax.data.examples import ExampleFeed, Examples, eval_batches, open_examples
+from gptjax.data.rows import CUT, PADDING, Rows
+from gptjax.data.sources import TextSource
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.infer.sampling import Sampling
+from gptjax.model.lora import is_adapter
+from gptjax.model.loss import log_probs
+from gptjax.stages.next_token import SAMPLE_TOKENS, SAMPLING, NextToken
+
+
+class SFT(NextToken):
+    """Batches and evaluation of a decoder on conversations."""
+
+    config: SFTConfig
+    grows = True
+    example_prompt = "Hello!"
+
+    @staticmethod
+    def fit_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+        """Also with our chat template. Raises UserError where the model has no room for the chat tokens."""
+        fitted = NextToken.fit_tokenizer(config, tokenizer)
+        chat_format(fitted)
+        return with_chat(fitted)
+
+    def is_frozen(self, name: str) -> bool:
+        return self.config.adapter is not None and not is_adapter(name)
+
+    @property
+    def row(self) -> Rows:
+        """The shapes of one row."""
+        ids = jax.ShapeDtypeStruct((self.config.model.seq_len,), np.int32)
+        return Rows(ids, ids, ids, ids)
+
+    def check(self) -> None:
+        """Raises UserError where a split has no conversation to learn from."""
+        assert self.training and self.evaluation
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Places for tokens in the rows of an epoch."""
+        return self.training.num_rows * self.config.model.seq_len
+
+    def facts(self) -> str:
+        """What it learns, in words."""
+        found = self.training
+        share = found.packing.efficiency(self.config.model.seq_len)
+        left_out = sum(found.left_out.values())
+        return (
+            f"{len(found):,} training conversations in {found.num_rows:,} rows, {share:.1%} full"
+            + f", {found.num_cut:,} cut" * bool(found.num_cut)
+            + f", {left_out:,} left out" * bool(left_out)
+        )
+
+    @cached_property
+    def training(self) -> Examples:
+        return self._examples(self.training_text)
+
+    @cached_property
+    def evaluation(self) -> Examples:
+        return self._examples(self.evaluation_text)
+
+    def _examples(self, source: TextSource) -> Examples:
+        return open_examples(self.config.data, source, self.chat, self.config.model.seq_len, self.report)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return chat_format(self.known_tokenizer)
+
+    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> ExampleFeed:
+        c, found = self.config, self.training
+        end = round(c.train.epochs * found.num_rows) if c.train.epochs else None
+        (start,) = positions or (0,)
+        return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end)
+
+    def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
+        """Loss in nats per token of the assistant, and of what it answers, which is not trained."""
+        c = self.config
+        batches = eval_batches(self.evaluation, c.micro_batch_size, rows, c.train.eval_batches)
+        sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
+        nats, count, prompt_nats, prompt_count = (math.fsum(c) for c in zip(*jax.device_get(sums), strict=True))
+        return {"loss": nats / count, "prompt_loss": prompt_nats / prompt_count}
+
+    @cached_property
+    def _evaluate_batch(self) -> Callable[[Any, Rows], tuple[Array, ...]]:
+        """jit of (params, rows [b, T]) -> nats and targets that are trained, and those that are not."""
+        c = self.config.model
+
+        def sums(params: Any, rows: Rows) -> tuple[Array, ...]:
+            hidden, embedding, targets = self.network.before_head(params, rows, None)
+            asked = jnp.where(targets <= CUT, CUT - targets, targets)
+            nats = -log_probs(hidden, embedding, asked, c.vocab_size, c.loss_chunk)
+            parts = targets > PADDING, targets < PADDING
+            return tuple(jnp.sum(x) for part in parts for x in (jnp.where(part, nats, 0), part))
+
+        return jax.jit(sums)
+
+    def sample(self, params: Any) -> str:
+        """The reply to train.sample_prompt, the same seed each time so that samples compare."""
+        prompt = self.config.train.sample_prompt
+        reply = self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
+        return f"{prompt}\n{reply}"
+
+    def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
+        """Replies of the assistant to a prompt of the user; `size` as for `generate`."""
+        made = self.continuations(params, self.chat.prompt([Message("user", prompt)]), how, **size)
+        return [self._until_end(row) for row in made]
+
+    def _until_end(self, ids: np.ndarray) -> str:
+        ends = np.flatnonzero(ids == self.chat.end)
+        return self.known_tokenizer.decode(ids[: ends[0]] if len(ends) else ids, inside=True)
