@@ -80,6 +80,25 @@ def begun(folder: Path) -> Path:
     return folder_of(folder, library, eos_token="</s>", bos_token=begin[0])
 
 
+def trimmed(folder: Path) -> Path:
+    """As GPT-2's and Llama 3's: where a token is in a text is said without the blank before it."""
+    from tokenizers import processors
+
+    library = byte_level(["</s>"])
+    library.post_processor = processors.ByteLevel(trim_offsets=True)
+    return folder_of(folder, library, eos_token="</s>")
+
+
+def unnamed(folder: Path) -> Path:
+    """The chat tokens are in the vocabulary, and no file says that they are tokens."""
+    folder.mkdir(parents=True)
+    byte_level([]).model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    names = (*CHAT[2:], *CHAT[:2], "<|endoftext|>")
+    (folder / "vocab.json").write_text(json.dumps(vocab | {name: len(vocab) + i for i, name in enumerate(names)}))
+    return folder
+
+
 def taking(folder: Path) -> Path:
     """As Phi-3: the chat tokens are the publisher's own, take the blanks after them, and one is not called special."""
     from tokenizers import AddedToken
@@ -115,7 +134,18 @@ def sentencepiece(folder: Path) -> Path:
     return folder
 
 
-MAKES: list[Callable[[Path], Path] | str] = ["bytes", "gpt2", sentencepiece, plain, begun, taking, prefixed, first]
+MAKES: list[Callable[[Path], Path] | str] = [
+    "bytes",
+    "gpt2",
+    sentencepiece,
+    plain,
+    begun,
+    trimmed,
+    unnamed,
+    taking,
+    prefixed,
+    first,
+]
 
 
 @pytest.fixture(scope="module", params=MAKES, ids=lambda make: make if isinstance(make, str) else make.__name__)

@@ -3,8 +3,10 @@
 A turn is <|role|>, the text and <|end|>, with nothing between and nothing after; what the publisher's tokenizer puts
 before every text comes first. Trained are the texts of the assistant and their <|end|>.
 
-`transformers` gives the same ids by the template that goes with the tokenizer, but for a text that spells a reserved
-name: there it is that token, here it is letters; and but for U+2581 in a SentencePiece model, as in the export of any.
+`transformers` gives the same ids and mask by the template that goes with the tokenizer, but for three things. A text
+that spells a reserved name is that token there (unless told `sanitize_control_tokens`), and letters here. U+2581 in a
+text for a SentencePiece model has other ids. Its mask leaves out a reply whose first character yields no token, as the
+blank of a tokenizer that drops blanks, and all that follow.
 """
 
 import difflib
@@ -25,6 +27,7 @@ ROLES = ("system", "user", "assistant")
 FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 TURNS = "an optional system turn, then user and assistant in turn, each with text"
 END = SPECIALS[-1]
+HALF = re.compile("[\ud800-\udfff]")
 NAMES = re.compile(r"<[^<>\s'\"{}]+>|\[/?[A-Z_]+\]")  # how templates write reserved tokens
 
 JINJA = """\
@@ -90,7 +93,7 @@ def _flaw(message: Message, before: str) -> str | None:
         return f"roles out of order: {role} " + (f"after {before}" if before else "first")
     if not message.content.strip():
         return "empty message"
-    if any("\ud800" <= letter <= "\udfff" for letter in message.content):
+    if HALF.search(message.content):
         return "half a character (a lone surrogate)"
     return None
 
@@ -179,10 +182,13 @@ def _require(messages: Sequence[Message], reply: bool) -> None:
 def with_chat(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer with our template in the place of a publisher's, for a run that learns to chat.
 
-    A publisher's token with the name of one of ours may take the blanks beside it; here it is the token alone.
+    A publisher's token with the name of one of ours may take the blanks beside it; here it is the token alone. And
+    `transformers` is to count the blank before a word as its token's, or it would lose the mask of what begins so.
     """
 
     def plain(node: dict[str, Any]) -> dict[str, Any]:
+        if node.get("trim_offsets") is True:
+            return node | {"trim_offsets": False}
         if node.get("content") not in SPECIALS[1:]:
             return node
         return node | dict.fromkeys(FLAGS, False) | {"special": True}
