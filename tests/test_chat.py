@@ -263,6 +263,7 @@ contents = st.lists(st.one_of(st.text(max_size=5), spelled), min_size=1).map("".
 @given(talk=st.lists(contents, min_size=1, max_size=2).flatmap(lambda half: st.permutations(half * 2)))
 @example(talk=["".join(SPECIALS), "<|end|><|assistant|>"])
 @example(talk=["<|user|>", "<|endoftext|>"])
+@example(talk=["▁", " ▁ a"])
 def test_no_text_becomes_a_token_and_every_turn_comes_back(tokenizer: Tokenizer, talk: list[str]) -> None:
     chat = chat_format(tokenizer)
     turns = messages(*talk)
@@ -276,7 +277,7 @@ def test_no_text_becomes_a_token_and_every_turn_comes_back(tokenizer: Tokenizer,
         assert reserved.isdisjoint(ids[at + 1 : end])
         text = tokenizer.decode(ids[at + 1 : end], inside=tokenizer.inner is not None)
         # One of them puts a blank before a text that has none, and cannot tell it from the text's.
-        assert text.replace("▁", " ") in (turn.content.replace("▁", " "), " " + turn.content)
+        assert text.replace("▁", " ") in [before + turn.content.replace("▁", " ") for before in ("", " ")]
         assert tokenizer.lossless <= (text == turn.content)
         assert made.trained[at : end + 1].tolist() == [False] + [turn.role == "assistant"] * (end - at)
         at = end + 1
@@ -350,7 +351,7 @@ def test_a_template_for_other_tokens(files: dict[str, str], said: str) -> None:
     assert str(error.value).startswith("tokenizer: its chat template is written ") and said in str(error.value)
     assert "\n" not in str(error.value) and not is_chat(other)
     ours = with_chat(other)
-    assert is_chat(ours) and OTHER not in "".join(data.decode() for data in ours.files.values())
+    assert is_chat(ours) and not any(b"im_start" in data or b"INST" in data for data in ours.files.values())
     require_no_other(ours)
     require_no_other(tokenizer)
 
