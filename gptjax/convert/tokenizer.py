@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptjax.data.chat import is_chat
 from gptjax.data.tokenizers import SPECIALS, Tokenizer
 from gptjax.data.tokenizers.byte_level import PAIRS, byte_names, byte_pairs
-from gptjax.data.tokenizers.huggingface import CONFIG, RULES
+from gptjax.data.tokenizers.huggingface import CONFIG, RULES, rules_of
 from gptjax.data.tokenizers.sentencepiece import FILE as SENTENCEPIECE
+from gptjax.data.tokenizers.tokenizer import TEMPLATE
 
 
 def tokenizer_spec(folder: Path) -> str:
@@ -17,7 +19,8 @@ def tokenizer_spec(folder: Path) -> str:
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len: int) -> str:
     """Write what `transformers.AutoTokenizer` reads: the same ids for any text that spells no reserved name. What was a
-    Hugging Face directory is one again, file by file; our chat tokens, where the model has room, are named to it.
+    Hugging Face directory is one again, file by file; our chat tokens, where the model has room, are named to it. Of a
+    tokenizer that carries our chat template `apply_chat_template` gives the ids and the mask of `ChatFormat`.
 
     Reserved ids beyond `vocab_size` are left out, for the exported model has no rows for them. Returns what a user
     has to know, "" if nothing.
@@ -42,17 +45,22 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
         settings |= {"tokenizer_class": "TokenizersBackend", "unk_token": "<unk>"}
         note = f"transformers reads {SENTENCEPIECE} from version 5 on; text with U+2581 gets other ids there"
     else:
-        vocab, merges = byte_pairs(tokenizer.files) if tokenizer.files else (bytes_vocab(), [])
+        vocab, merges = byte_pairs(tokenizer.files) if rules_of(set(tokenizer.files)) else (bytes_vocab(), [])
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         (folder / "vocab.json").write_text(json.dumps(vocab | special, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if TEMPLATE in tokenizer.files:
+            (folder / TEMPLATE).write_bytes(tokenizer.files[TEMPLATE])
     (folder / CONFIG).write_text(json.dumps(settings, indent=2))
     return note
 
 
 def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path) -> None:
-    """Add to a directory's config the tokens that we reserved after its last id: there they get the same ids."""
-    ours = [name for name in SPECIALS if special.get(name, -1) >= tokenizer.own_size]
+    """Add to a directory's config the tokens that we reserved after its last id: there they get the same ids. Where
+    they are to be used, those that it has itself are named too: its vocabulary may have one that no file calls special.
+    """
+    first = 0 if is_chat(tokenizer) else tokenizer.own_size
+    ours = [name for name in SPECIALS if special.get(name, -1) >= first]
     if not ours:
         return
     made_by = "PreTrainedTokenizerFast" if RULES in tokenizer.files else "GPT2Tokenizer"
@@ -63,7 +71,8 @@ def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path)
     if isinstance(settings.get(key), dict):
         settings[key] |= {f"{name.strip('<|>')}_token": name for name in ours}
     else:
-        settings[key] = [*(settings.get(key) or []), *ours]
+        named = settings.get(key) or []
+        settings[key] = [*named, *(name for name in ours if name not in named)]
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

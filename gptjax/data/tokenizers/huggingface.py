@@ -5,6 +5,7 @@ the files before it may name tokens that the rules do not know. What `transforme
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from gptjax.data.tokenizers.byte_level import PAIRS, byte_pairs, fast_encoder
 from gptjax.data.tokenizers.changes import changes
 from gptjax.data.tokenizers.spelling import guarded, letters
 from gptjax.data.tokenizers.table import table
-from gptjax.data.tokenizers.tokenizer import SPECIALS, Tokenizer, reserve
+from gptjax.data.tokenizers.tokenizer import SPECIALS, TEMPLATE, Tokenizer, reserve
 from gptjax.errors import UserError
 
 RULES, CONFIG, MAP, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MODEL_CONFIG = "config.json"
-FILES = (RULES, *PAIRS[0], *PAIRS[1], CONFIG, MAP, ADDED, "chat_template.jinja")
+FILES = (RULES, *PAIRS[0], *PAIRS[1], CONFIG, MAP, ADDED, TEMPLATE)
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -54,32 +55,57 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
     ours = SPECIALS if eot is None else SPECIALS[1:]
     pieces, special = reserve(pieces, _reserved(library, unknown, eot), ours)
 
-    def encode(text: str) -> np.ndarray:
-        text.encode()  # the library would call a lone surrogate an error of type
-        # As `encode`, without the places of tokens in the text: less than half the time.
-        return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+    def clean(encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+        return guarded(encode, special, len(pieces), lambda name: letters(name, library, rules, unknown))
 
-    fast = fast_encoder(rules, library.model.tokenize)
+    fast, inner = fast_encoder(rules, library.model.tokenize), _inner(rules)
     tokenizer = Tokenizer(
         pieces,
         special,
         special[eot or EOT],
-        guarded(fast or encode, special, len(pieces), lambda name: letters(name, library, rules, unknown)),
+        clean(fast or _encoder(library)),
         "{}",
         files,
         own_size,
         begin=_begin(library, config, files),
         blank_first=blank_first,
         join=join,
+        inner=inner and clean(_encoder(inner)),
     )
     return replace(tokenizer, changes="; ".join(changes(tokenizer, rules)))
 
 
+def _encoder(library: Any) -> Callable[[str], np.ndarray]:
+    def encode(text: str) -> np.ndarray:
+        text.encode()  # the library would call a lone surrogate an error of type
+        # As `encode`, without the places of tokens in the text: less than half the time.
+        return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+
+    return encode
+
+
+def _inner(rules: dict[str, Any]) -> Any:
+    """The library for what stands after a reserved token, None where it is the same: the blank of the scheme "first"
+    comes before a whole text alone."""
+    from tokenizers import Tokenizer as Library
+
+    def never(node: dict[str, Any]) -> dict[str, Any]:
+        return node | {"prepend_scheme": "never"} if node.get("prepend_scheme") == "first" else node
+
+    split = json.loads(json.dumps(rules["pre_tokenizer"]), object_hook=never)
+    if split == rules["pre_tokenizer"]:
+        return None
+    library = Library.from_str(json.dumps(rules | {"pre_tokenizer": split}))
+    library.encode_special_tokens = True
+    return library
+
+
 def _reserved(library: Any, unknown: int | None, eot: str | None) -> dict[str, int]:
-    """Its own reserved tokens: the special ones, and entries of the vocabulary with one of our names that no text
-    yields."""
+    """Its own reserved tokens: the special ones, those with the name of a chat token, and entries of the vocabulary
+    with one of our names that no text yields."""
     added = library.get_added_tokens_decoder().items()
-    found = {one.content: i for i, one in added if (one.special and i != unknown) or one.content == eot}
+    ends = {eot, *SPECIALS[1:]}
+    found = {one.content: i for i, one in added if (one.special and i != unknown) or one.content in ends}
     for name in SPECIALS:
         i = library.token_to_id(name)
         if name not in found and i is not None and i not in library.encode(name, add_special_tokens=False).ids:

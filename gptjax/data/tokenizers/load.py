@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gptjax.data.tokenizers.huggingface import FILES, load_directory, rules_of
 from gptjax.data.tokenizers.sentencepiece import FILE, load_model
-from gptjax.data.tokenizers.tokenizer import Tokenizer, bytes_tokenizer
+from gptjax.data.tokenizers.tokenizer import TEMPLATE, Tokenizer, bytes_tokenizer
 from gptjax.errors import UserError
 
 FORMS = "use bytes, a folder with a Hugging Face tokenizer (tokenizer.json, or vocab.json and merges.txt), or a .model"
@@ -12,12 +12,15 @@ FORMS = "use bytes, a folder with a Hugging Face tokenizer (tokenizer.json, or v
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `data.tokenizer`: bytes, DIR or gpt2:DIR (a Hugging Face directory, GPT-2's own files, or
-    a folder with tokenizer.model alone), or a SentencePiece .model file.
+    a folder with tokenizer.model alone), or a SentencePiece .model file; and bytes:DIR, bytes with the chat template of
+    a folder.
 
     Raises UserError where files are missing or are not what they should be, and for a .model that loses characters.
     """
     if spec == "bytes":
         return bytes_tokenizer()
+    if spec.startswith("bytes:"):
+        return _with_template(spec, bytes_tokenizer(), Path(spec.removeprefix("bytes:")).expanduser())
     if spec.startswith("sentencepiece:"):
         raise UserError(f"data.tokenizer = {spec}: is made of a text; name a config that has one, or a run folder")
     path = Path(spec.removeprefix("gpt2:")).expanduser()
@@ -34,8 +37,16 @@ def _load_folder(spec: str, folder: Path) -> Tokenizer:
     if rules_of(present):
         return load_directory(spec, {name: _read(spec, folder / name) for name in FILES if name in present}, folder)
     if (folder / FILE).is_file():
-        return load_model(spec, _read(spec, folder / FILE))
+        tokenizer = load_model(spec, _read(spec, folder / FILE))
+        return _with_template(spec, tokenizer, folder) if TEMPLATE in present else tokenizer
     raise UserError(f"data.tokenizer = {spec}: a directory without a tokenizer; {FORMS}")
+
+
+def _with_template(spec: str, tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    try:
+        return tokenizer.with_template(_read(spec, folder / TEMPLATE).decode())
+    except UnicodeDecodeError:
+        raise UserError(f"data.tokenizer = {spec}: {folder / TEMPLATE}: not UTF-8; put it back from a copy") from None
 
 
 def _read(spec: str, path: Path) -> bytes:

@@ -46,7 +46,7 @@ def load_model(spec: str, data: bytes) -> Tokenizer:
             ids += model.encode(part)
         return np.array(ids, np.int32)
 
-    tokenizer = Tokenizer(pieces, special, special[SPECIALS[0]], encode, "{}/" + FILE, {FILE: data})
+    tokenizer = Tokenizer(pieces, special, special[SPECIALS[0]], encode, "{}", {FILE: data})
     losses, ids = [*_losses(data)], encode(PROBE).tolist()
     if tokenizer.decode(ids) != PROBE:
         losses = losses or ["it has no byte fallback"]

@@ -1,7 +1,7 @@
 """What every tokenizer is, whatever library is behind it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from gptjax.files import write_whole
 
 SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Our reserved tokens: end of text where the tokenizer has no own, the three chat roles, end of turn."""
+TEMPLATE = "chat_template.jinja"  # among the files of a tokenizer, by the name that `transformers` reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +41,20 @@ class Tokenizer:
     """Whether `encode` puts a blank before a text, which `decode` takes off again."""
     join: Callable[[list[int]], str] | None = None
     """Ids to text, where joining the pieces is not the way."""
-    absent: tuple[str, ...] = ()
-    """Those of SPECIALS that the model has no row for."""
+    inner: Callable[[str], np.ndarray] | None = None
+    """`encode` of a text after a reserved token, where that is another."""
+    beyond: dict[str, int] = field(default_factory=dict)
+    """Those of SPECIALS that the model has no row for, with the ids that they would have."""
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, the reserved ones and those without a token included."""
         return len(self.pieces)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Those of SPECIALS that the model has no row for."""
+        return tuple(self.beyond)
 
     @property
     def lossless(self) -> bool:
@@ -65,6 +73,12 @@ class Tokenizer:
         return 1 + max(i for i in range(self.vocab_size) if i not in unmet)
 
     @property
+    def chat_vocab_size(self) -> int:
+        """What a model must have, for the chat tokens as well."""
+        ids = self.special | self.beyond
+        return max(self.least_vocab_size, *(1 + ids[name] for name in SPECIALS[1:]))
+
+    @property
     def notes(self) -> list[str]:
         """What its user should know, a clause each."""
         changes = [f"it changes text: {self.changes}"] * (not self.lossless)
@@ -73,6 +87,11 @@ class Tokenizer:
     def prompt(self, text: str) -> np.ndarray:
         """Ids of a text that a model is to continue, int32 [N]."""
         return np.concatenate([np.array(self.begin, np.int32), self.encode(text)])
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        """`encode` of a text that stands after a reserved token: without the blank that some put before a whole text
+        alone."""
+        return (self.inner or self.encode)(text)
 
     def decode(self, ids: Iterable[int], *, inside: bool = False) -> str:
         """Ids to text; reserved ids show their names, ids without a token nothing, bytes that are not UTF-8 U+FFFD.
@@ -103,9 +122,14 @@ class Tokenizer:
         if vocab_size < self.least_vocab_size:
             raise ValueError(f"{vocab_size} ids are too few for a tokenizer that yields {self.least_vocab_size}")
         special = {name: i for name, i in self.special.items() if i < vocab_size}
-        absent = tuple(name for name in SPECIALS[1:] if name not in special)
+        beyond = {name: i for name in SPECIALS[1:] if (i := self.special.get(name, 0)) >= vocab_size}
         pieces = [*self.pieces[:vocab_size], *[b""] * (vocab_size - self.vocab_size)]
-        return replace(self, pieces=pieces, special=special, absent=absent)
+        return replace(self, pieces=pieces, special=special, beyond=self.beyond | beyond)
+
+    def with_template(self, text: str) -> "Tokenizer":
+        """The same with a chat template among its files."""
+        spec = "bytes:{}" if self.spec == "bytes" else self.spec
+        return replace(self, spec=spec, files=self.files | {TEMPLATE: text.encode()})
 
     def save(self, folder: Path) -> str:
         """Write the tokenizer's files into `folder`; return the spec that loads it from there."""
