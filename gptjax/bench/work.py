@@ -25,7 +25,7 @@ from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages.pretrain import Pretrain
+from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import PREFETCH, batches
 from gptjax.train.schedule import learning_rate
@@ -41,13 +41,13 @@ class Work:
 
     config: Config
     layout: Layout
-    stage: Pretrain
+    stage: Pretrain | SFT
     shardings: Any
 
     @classmethod
     def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
         layout = Layout(make_mesh(config, devices), rule_table(config.layout))
-        stage = Pretrain(config, jax.default_backend(), layout)
+        stage = stage_class(config)(config, jax.default_backend(), layout)
         return cls(config, layout, stage, layout.shardings(abstract_state(config, stage)))
 
     @property

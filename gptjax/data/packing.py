@@ -89,4 +89,3 @@ def apart(lengths: np.ndarray) -> Packing:
 def _draw(seed: int, number: int, count: int) -> np.ndarray:
     """A permutation, the same with any version of NumPy: of a bit generator, not of what is made of its bits."""
     return np.argsort(np.random.Philox(key=[seed, number]).random_raw(count), kind="stable")
-

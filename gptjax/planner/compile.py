@@ -152,6 +152,7 @@ def _sources() -> str:
         "model/**/*.py",
         "parallel/*.py",
         "sharding/*.py",
+        "data/rows.py",
         "stages/*.py",
         "train/parts.py",
         "train/step.py",
@@ -187,11 +188,11 @@ def lower(config: Config, topology: chips.Topology, rules: Any = None) -> tuple[
 
     from gptjax.sharding.mesh import make_mesh
     from gptjax.sharding.rules import Layout, rule_table
-    from gptjax.stages.pretrain import Pretrain
+    from gptjax.stages import stage_class
     from gptjax.train.step import abstract_rows, abstract_state, make_step, placed
 
     layout = Layout(make_mesh(config, devices_of(topology)), rules or rule_table(config.layout))
-    stage = Pretrain(config, topology.chip.platform, layout)
+    stage = stage_class(config)(config, topology.chip.platform, layout)
     boxed = abstract_state(config, stage)
     shardings = layout.shardings(boxed)
     rows = abstract_rows(config, stage.row, layout)

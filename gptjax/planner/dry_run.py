@@ -15,7 +15,6 @@ import jax
 from gptjax.config import Config
 from gptjax.data import vocabulary
 from gptjax.data.sources import Corpus, look
-from gptjax.data.stream import require_one_row
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
@@ -27,8 +26,8 @@ from gptjax.planner.plan import EXTRAS, for_compiler
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.stages.launch import Resumed
-from gptjax.stages.pretrain import Pretrain, fit_vocabulary
 from gptjax.stages.weights import open_weights
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
@@ -105,8 +104,10 @@ class Rehearsal:
         return Layout(make_mesh(self.config, self.devices), rule_table(self.config.layout))
 
     @cached_property
-    def stage(self) -> Pretrain:
-        return Pretrain(for_compiler(self.config, self.hardware), self.hardware.chip.platform, self.layout)
+    def stage(self) -> Pretrain | SFT:
+        """Without tokenizer and text, which are checked apart."""
+        config = for_compiler(self.config, self.hardware)
+        return stage_class(config)(config, self.hardware.chip.platform, self.layout)
 
     @cached_property
     def text(self) -> tuple[str, Corpus | None]:
@@ -119,6 +120,8 @@ class Rehearsal:
         data = self.config.data
         if self.resumed:
             return folders.saved_tokenizer(self.resumed.folder)
+        if not data.tokenizer:
+            return open_weights(self.config.init_from).tokenizer()
         if not data.made_pieces:
             return load_tokenizer(data.tokenizer)
         _, corpus = self.text
@@ -204,8 +207,8 @@ class Rehearsal:
         if self.tokenizer is None:
             yield f"{spec}: to be made of the text, a vocabulary of {size:,}"
             return
-        fitted = fit_vocabulary(self.config, self.tokenizer)
-        yield f"{spec}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {size:,}"
+        fitted = stage_class(self.config).fit_tokenizer(self.config, self.tokenizer)
+        yield f"{spec or self.config.init_from}: {self.tokenizer.vocab_size:,} ids, a vocabulary of {size:,}"
         yield from fitted.notes
 
     def data(self) -> Iterator[str]:
@@ -213,16 +216,17 @@ class Rehearsal:
         yield text
         if corpus is None:
             return
-        for name in (self.config.data.train_split, self.config.data.eval_split):
-            split = corpus.split(name, self.config.data.split_by)
-            if self.tokenizer:
-                require_one_row(split, self.tokenizer, self.config.model.seq_len)
-            yield f"{name}: {len(split):,} records"
+        if self.tokenizer:
+            kind = stage_class(self.config)
+            tokenizer = kind.fit_tokenizer(self.config, self.tokenizer)
+            stage = kind(self.config, "cpu", tokenizer=tokenizer, corpus=corpus)
+            stage.check()
+            yield stage.facts()
         changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None
         if self.resumed and changed and not self.resumed.new_data:
             raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")
 
     def weights(self) -> Iterator[str]:
         weights = open_weights(self.config.init_from)
-        weights.require(self.config.model)
+        weights.require(self.config.model, grows=stage_class(self.config).grows)
         yield self.config.init_from

@@ -16,7 +16,7 @@ from gptjax.planner.place import parameters
 from gptjax.planner.search import Candidate, named, priced
 from gptjax.sharding.mesh import abstract_mesh
 from gptjax.sharding.rules import Axes, Layout, partition_spec, rule_table
-from gptjax.stages.pretrain import Pretrain
+from gptjax.stages import stage_class
 from gptjax.train.step import abstract_state
 
 # What the model pins, by the axes it names there.
@@ -69,8 +69,8 @@ def explain(config: Config, topology: Topology, wanted: str) -> str:
 def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[int, ...], Axes, Any]]:
     """What the loss of one micro-batch pins; plain attention stands in for kernels, which pin nothing."""
     plain = replace(config, model=replace(config.model, attention="blockwise"))
-    stage = Pretrain(plain, "tpu", recorder)
-    params = nn.unbox(abstract_state(plain, stage).params)
+    stage = stage_class(plain)(plain, "tpu", recorder)
+    params = nn.unbox(abstract_state(plain, stage).every_param)
     size = config.micro_batch_size
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), stage.row)
     jax.eval_shape(lambda p, r: stage.loss(p, r, stage.counts(r), None), params, rows)

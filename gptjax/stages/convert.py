@@ -16,11 +16,11 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
+from gptjax.stages import Pretrain, stage_class
 from gptjax.stages.launch import prepare
-from gptjax.stages.pretrain import Pretrain, fit_vocabulary
-from gptjax.stages.weights import on_device
-from gptjax.train.checkpoint import Checkpoints, Position, restore_params
-from gptjax.train.run import fill_run, open_run, saved_tokenizer
+from gptjax.stages.weights import on_device, open_weights
+from gptjax.train.checkpoint import Checkpoints, Position
+from gptjax.train.run import fill_run
 from gptjax.train.step import abstract_state, placed, start_state
 
 
@@ -34,11 +34,13 @@ def convert(source: str, target: str, dtype: str) -> str:
 
 
 def _to_huggingface(source: str, target: Path, dtype: str) -> str:
-    run, config = open_run(source)
+    weights = open_weights(source)
+    config = weights.config
     prepare(config)
-    architecture, tokenizer = counterpart(config.model), fit_vocabulary(config, saved_tokenizer(run))
+    architecture = counterpart(config.model)
+    tokenizer = stage_class(config).fit_tokenizer(config, weights.tokenizer())
     with appearing(target) as folder:
-        params = restore_params(run, on_device(config, _cpu()))
+        params = weights.load(config.model, on_device(config, _cpu()))
         size = write_directory(folder, config.model, params, tokenizer.eot, dtype)
         note = write_tokenizer(tokenizer, folder, config.model.vocab_size, config.model.seq_len)
     where = shlex.quote(str(target))
@@ -62,7 +64,7 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     directory = open_directory(Path(source))
     config = replace(finetune_config(Path(source)), run=str(target))
     prepare(config)
-    tokenizer = fit_vocabulary(config, load_tokenizer(config.data.tokenizer))
+    tokenizer = Pretrain.fit_tokenizer(config, load_tokenizer(config.data.tokenizer))
     stage = Pretrain(config, "cpu", tokenizer=tokenizer)
     one = LayoutConfig(fsdp=1)
     abstract = abstract_state(config, stage)

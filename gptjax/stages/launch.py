@@ -22,8 +22,8 @@ from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
-from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.chat import is_chat
+from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.tokenizers import Tokenizer, load_model, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
@@ -40,8 +40,8 @@ from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
-from gptjax.train.processes import compare, first, is_first, together, warn
 from gptjax.train.parts import join, split
+from gptjax.train.processes import compare, first, is_first, together, warn
 from gptjax.train.schedule import with_length
 from gptjax.train.step import abstract_state
 

@@ -113,9 +113,7 @@ def _load_adapted(run: Path, config: Config, model: ModelConfig, places: Any) ->
     every = nn.unbox(jax.eval_shape(Network(config, platform).init, jax.random.key(0)))
     learned = split(every, is_adapter)[1]
     whole = one.update(spec=PartitionSpec()) if isinstance(one, NamedSharding) else one
-    adapters = restore_params(
-        run, placed(learned, jax.tree.map(lambda _: whole, learned)), best=config.train.keep_best
-    )
+    adapters = restore_params(run, placed(learned, jax.tree.map(lambda _: whole, learned)), best=config.train.keep_best)
     base = load_base(run, config, places)
     merged = jax.jit(partial(merge, config=config.adapter), out_shardings=jax.tree.map(lambda p: p.sharding, places))
     return merged(join(base, adapters))
@@ -126,9 +124,7 @@ def load_base(run: Path, config: Config, places: Any) -> Any:
     where they are not those that it was started from."""
     weights = open_weights(config.init_from)
     weights.require(config.model, grows=True)
-    return weights.start(
-        config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params))
-    )
+    return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
 
 
 def chat_model(path: str) -> ModelConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.train.metrics import Record, read_log
+from gptjax.train.metrics import LOG, Record, read_log
 from gptjax.train.run import CONFIG, META
 
 SHOWN_SAMPLES = 3
