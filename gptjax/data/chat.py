@@ -4,9 +4,9 @@ A turn is <|role|>, the text and <|end|>, with nothing between and nothing after
 before every text comes first. Trained are the texts of the assistant and their <|end|>.
 
 `transformers` gives the same ids and mask by the template that goes with the tokenizer, but for three things. A text
-that spells a reserved name is that token there (unless told `sanitize_control_tokens`), and letters here. U+2581 in a
-text for a SentencePiece model has other ids. Its mask leaves out a reply whose first character yields no token, as the
-blank of a tokenizer that drops blanks, and all that follow.
+that spells a reserved name is that token there, and letters here (by `sanitize_control_tokens` there too, which may
+group them otherwise). U+2581 in a text for a SentencePiece model has other ids. Its mask leaves out a reply whose first
+character yields no token, as the blank of a tokenizer that drops blanks, and all that follow.
 """
 
 import difflib
@@ -27,7 +27,7 @@ ROLES = ("system", "user", "assistant")
 FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 TURNS = "an optional system turn, then user and assistant in turn, each with text"
 END = SPECIALS[-1]
-HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile(r"[\ud800-\udfff]")
 NAMES = re.compile(r"<[^<>\s'\"{}]+>|\[/?[A-Z_]+\]")  # how templates write reserved tokens
 
 JINJA = """\
