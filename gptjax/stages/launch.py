@@ -108,7 +108,7 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
 
 def _same_everywhere(config: Config) -> None:
     """Raises UserError that names the process whose code, versions or config differ."""
-    fields = {leaf.name: str(get(config, leaf.name)) for leaf in walk(Config)}
+    fields = {leaf.name: str(get(config, leaf.name)) for leaf in walk(type(config))}
     compare({"code": folders.code_digest()} | folders.versions() | fields)
 
 
@@ -157,7 +157,7 @@ def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Token
         return load()
     saved = folders.saved_tokenizer(resumed.folder)
     if config.data.tokenizer != resumed.saved.data.tokenizer:
-        given = load()
+        given, saved = (stage_class(config).fit_tokenizer(config, each) for each in (load(), saved))
         if given.pieces != saved.pieces or given.files != saved.files:
             raise UserError(
                 f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "
