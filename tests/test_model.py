@@ -125,7 +125,7 @@ def test_evaluation_sums_log_probs(ways: int, dtype: str, tiny: Config) -> None:
     params = jax.tree.map(lambda p: 5 * p, nn.unbox(jax.jit(task.init)(jax.random.key(0))))
     got = task.evaluate(params, partial(jax.tree.map, jnp.asarray), range(config.micro_batch_size))
     plain = Network(config, "cpu").plain_model
-    ((inputs, targets, _),) = eval_batches(text, bytes_, config.model.seq_len, config.micro_batch_size)
+    ((inputs, targets, *_),) = eval_batches(text, bytes_, config.model.seq_len, config.micro_batch_size)
     hidden, embedding, _ = jax.jit(partial(forward, plain))(params, inputs)
     each = np.asarray(jax.nn.log_softmax(logits(hidden, embedding, config.model.vocab_size)), np.float64)
     picked = np.take_along_axis(each, np.maximum(targets, 0)[..., None], -1)[..., 0][targets != IGNORED]

@@ -138,15 +138,17 @@ def measure(config: DialogueConfig, source: TextSource, chat: ChatFormat, report
 
 
 def _measured(source: TextSource, chat: ChatFormat, report: Report) -> Iterator[tuple[int, int]]:
+    done, total = 0, source.num_bytes
     for number in range(len(source)):
-        if number % 256 == 0:
-            report("measuring", number, len(source))
-        messages = parse(source[number].text)
+        text = source[number].text
+        messages = parse(text)
         if isinstance(messages, Dropped):
             yield 0, 0
         else:
             example = chat.render(messages)
             yield len(example.ids), int(np.argmin(example.trained[::-1]))
+        done += len(text.encode())
+        report("measuring conversations", done, total)
 
 
 class ExampleFeed:

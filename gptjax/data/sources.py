@@ -45,6 +45,11 @@ class TextSource:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all records."""
+        return int(self.store.sizes[self.chosen].sum())
+
     def __getitem__(self, index: int) -> Record:
         """Record `index`; raises IndexError outside 0..len-1, and UserError where the data set is damaged."""
         if not 0 <= index < len(self):

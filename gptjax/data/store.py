@@ -145,6 +145,11 @@ class Store:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [records]: the bytes of each."""
+        return np.diff((self._records[:, 0] >> np.uint64(1)).astype(np.int64), prepend=0)
+
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises ValueError where its bytes are not those that were written, and OSError."""
         mark, checksum = self._records.item(number, 0), self._records.item(number, 1)

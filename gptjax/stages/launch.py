@@ -157,7 +157,7 @@ def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Token
         return load()
     saved = folders.saved_tokenizer(resumed.folder)
     if config.data.tokenizer != resumed.saved.data.tokenizer:
-        given, saved = (stage_class(config).fit_tokenizer(config, each) for each in (load(), saved))
+        given = stage_class(config).own_tokenizer(load())
         if given.pieces != saved.pieces or given.files != saved.files:
             raise UserError(
                 f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "

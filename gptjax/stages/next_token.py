@@ -58,17 +58,22 @@ class NextToken:
         return False
 
     @staticmethod
-    def fit_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer with the model's vocabulary: ids beyond the tokenizer's stand for nothing, and chat tokens
-        beyond the model's are absent.
+    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+        """A tokenizer as a run of the stage keeps it."""
+        return tokenizer
+
+    @classmethod
+    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
+        """The stage's own tokenizer with the model's vocabulary: ids beyond the tokenizer's stand for nothing, and chat
+        tokens beyond the model's are absent.
 
         Raises UserError if text can yield an id that the model does not have.
         """
         size, needed = config.model.vocab_size, tokenizer.least_vocab_size
         if size < needed:
-            name = f"the tokenizer {config.data.tokenizer}".rstrip()
+            name = f"the tokenizer {config.data.tokenizer or 'of ' + config.init_from}"
             raise UserError(f"model.vocab_size = {size}: {name} needs {needed}; nearest {needed}")
-        return tokenizer.fit(size)
+        return cls.own_tokenizer(tokenizer.fit(size))
 
     def counts(self, rows: Rows) -> Array:
         """The number of targets."""

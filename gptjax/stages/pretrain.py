@@ -37,12 +37,13 @@ class Pretrain(NextToken):
     @property
     def epoch_tokens(self) -> int:
         """Tokens of the training split, which is read whole for it."""
-        source, encode, total = self.training_text, self.known_tokenizer.encode, 0
+        source, encode = self.training_text, self.known_tokenizer.encode
+        total, done, size = 0, 0, source.num_bytes
         for number in range(len(source)):
-            if number % 256 == 0:
-                self.report("counting tokens", number, len(source))
             record = source[number]
             total += len(encode(record.text)) + record.last
+            done += len(record.text.encode())
+            self.report("counting tokens", done, size)
         return total
 
     def facts(self) -> str:

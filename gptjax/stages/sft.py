@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.config import Config, SFTConfig
+from gptjax.config import SFTConfig
 from gptjax.data.chat import ChatFormat, Message, chat_format, with_chat
 from gptjax.data.examples import ExampleFeed, Examples, eval_batches, open_examples
 from gptjax.data.rows import CUT, PADDING, Rows
@@ -30,11 +30,9 @@ class SFT(NextToken):
     example_prompt = "Hello!"
 
     @staticmethod
-    def fit_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
-        """Also with our chat template. Raises UserError where the model has no room for the chat tokens."""
-        fitted = NextToken.fit_tokenizer(config, tokenizer)
-        chat_format(fitted)
-        return with_chat(fitted)
+    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+        """With our chat template. Raises UserError where the model has no room for the chat tokens."""
+        return with_chat(chat_format(tokenizer).tokenizer)
 
     def is_frozen(self, name: str) -> bool:
         return self.config.adapter is not None and not is_adapter(name)
