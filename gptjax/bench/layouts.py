@@ -23,7 +23,7 @@ from gptjax.hardware import peak_flops
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.cost import estimate
 from gptjax.planner.place import place
-from gptjax.planner.search import layout_name
+from gptjax.planner.search import layout_name, with_lanes
 from gptjax.sharding.mesh import check, degrees
 
 
@@ -86,7 +86,7 @@ def settings(config: Config, facts: dict[str, Any]) -> Iterator[Setting]:
     """Every setting for the attached devices, the config's own first; each checked without compiling."""
     # What only data and the length of a run need is left out: it would refuse batches for no reason.
     train = replace(config.train, ramp_start=0, ramp_tokens=0)
-    config = replace(config, train=train, data=replace(config.data, lanes=1))
+    config = with_lanes(replace(config, train=train), 1)
     made = layouts(config, facts["count"]) if facts["count"] > 1 else sweep(config, facts)
     seen = set()
     for setting in made:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from gptjax.config import Config
-from gptjax.model.accounting import mean_keys
+from gptjax.model.accounting import adapter_params, mean_keys, products_per_weight
 from gptjax.planner.bill import CALLED, source, split
 
 PARTS = {
@@ -127,11 +127,12 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     tokens = config.train.batch_size * model.seq_len
     layers, dim = model.num_layers, model.embed_dim
     keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
+    each, adapters = products_per_weight(config.adapter), Counter(adapter_params(model, config.adapter))
     flops = {
         "attention": 12 * dim * keys * tokens,
-        "projections": 24 * layers * dim**2 * tokens,
-        "MLP": 48 * layers * dim**2 * tokens,
-        "head and loss": 6 * model.vocab_size * dim * tokens,
+        "projections": (each * 4 * layers * dim**2 + 6 * (adapters["qkv"] + adapters["projection"])) * tokens,
+        "MLP": (each * 8 * layers * dim**2 + 6 * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
+        "head and loss": each * model.vocab_size * dim * tokens,
     }
     moved = {
         "attention": 12 * dim * layers * tokens * width,

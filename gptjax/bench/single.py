@@ -4,7 +4,6 @@ Every measurement is a process of its own (see trial), one after another, so tha
 and running out of memory is an answer like any other. This process leaves the device alone.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from gptjax.bench.parts import floors
 from gptjax.bench.single_report import markdown
 from gptjax.config import Config, LayoutConfig, validate
 from gptjax.errors import UserError
+from gptjax.planner.search import with_lanes
 
 Row = dict[str, Any]
 REMATS = ("none", "dots", "full")  # the less memory, the more work
@@ -86,14 +86,13 @@ def run(configs: list[Config], options: Options, out: Path) -> str:
 
 def alone(config: Config) -> Config:
     """The config on one device, without what only the length of a run needs."""
-    train = replace(config.train, ramp_start=0, ramp_tokens=0, total_tokens=sys.maxsize)
+    train = replace(config.train, ramp_start=0, ramp_tokens=0, total_tokens=sys.maxsize, total_steps=0, epochs=0)
     return _micro(validate(replace(config, layout=LayoutConfig(fsdp=1), train=train)), config.micro_batch_size)
 
 
 def _micro(config: Config, size: int) -> Config:
     """With another micro-batch, and lanes that divide it."""
-    train, lanes = replace(config.train, micro_batch_size=size), math.gcd(config.data.lanes, size)
-    return validate(replace(config, train=train, data=replace(config.data, lanes=lanes)))
+    return validate(with_lanes(replace(config, train=replace(config.train, micro_batch_size=size)), size))
 
 
 def _model(config: Config, **fields: Any) -> Config:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from jax.sharding import NamedSharding
 
 from gptjax.bench.parts import seconds_by_part
 from gptjax.config import Config
-from gptjax.data.rows import Rows, next_token
-from gptjax.data.sources import build
+from gptjax.data.rows import Rows
 from gptjax.data.stream import Prefetcher
-from gptjax.data.vocabulary import open_tokenizer
 from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain, stage_class
+from gptjax.stages.launch import with_text
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import PREFETCH, batches
 from gptjax.train.schedule import learning_rate
@@ -56,12 +55,9 @@ class Work:
 
     @cached_property
     def random_rows(self) -> Rows:
-        """[M, b, T]"""
+        """[M, b, T] of the stage's own kind."""
         c = self.config
-        shape = (c.max_accumulation, c.micro_batch_size, c.model.seq_len + 1)
-        tokens = np.random.default_rng(c.train.seed).integers(0, c.model.vocab_size, shape, np.int32)
-        # Any end of text will do for random tokens.
-        rows = next_token(tokens, 0 if c.model.separate_documents else None)
+        rows = self.stage.random_rows(c.train.seed, (c.max_accumulation, c.micro_batch_size))
 
         def put(leaf: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(leaf.shape, self._sharding, lambda part: leaf[part])
@@ -93,9 +89,7 @@ class Work:
     @contextmanager
     def stream(self, count: int) -> Iterator[Iterator[Rows]]:
         """The first batches of the config's own text, prefetched as in training."""
-        data = self.config.data
-        corpus = build(data)
-        stage = replace(self.stage, tokenizer=open_tokenizer(data, corpus), corpus=corpus)
+        stage = with_text(self.stage)
         rows = rows_by_process(self.layout, self.config.micro_batch_size)[jax.process_index()]
         made = batches(self.config, stage, self._sharding, rows, Position(), dict)
         with Prefetcher(lambda: next(made), PREFETCH) as ahead:

@@ -95,6 +95,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
         "compiler": plan.compiler,
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
+        "days": plan.endless or "to the end of training, at the full batch",
         "searched": {
             "fitting": len(plan.found.fitting),
             "crowded": len(plan.found.crowded),

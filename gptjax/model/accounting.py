@@ -1,6 +1,9 @@
 """Exact parameter and FLOP counts, without the padding that the hardware likes."""
 
-from gptjax.config import ModelConfig
+from gptjax.config import LoRAConfig, ModelConfig
+
+SIDES = {"qkv": 4, "projection": 2, "mlp_up": 5, "mlp_down": 5}
+"""Width in and out of each of a layer's matrices, together, in D."""
 
 
 def num_params(config: ModelConfig) -> int:
@@ -12,6 +15,12 @@ def num_params(config: ModelConfig) -> int:
     return layers * (12 * dim**2 + vectors * dim) + (config.vocab_size + config.seq_len) * dim + 2 * dim
 
 
+def adapter_params(config: ModelConfig, lora: LoRAConfig | None) -> dict[str, int]:
+    """Matrix -> numbers in its adapters, r (in + out) in each layer; none without adapters."""
+    one = lora.rank * config.num_layers * config.embed_dim if lora else 0
+    return {name: one * sides for name, sides in SIDES.items() if lora and name in lora.matrices}
+
+
 def mean_keys(kind: str, seq_len: int, window: int) -> float:
     """Keys that a query sees, averaged over positions: (T+1)/2 dense, W - W(W-1)/(2T) banded."""
     if kind == "dense" or window >= seq_len:
@@ -19,14 +28,23 @@ def mean_keys(kind: str, seq_len: int, window: int) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def train_flops_per_token(config: ModelConfig) -> float:
+def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None) -> float:
     """Model FLOPs of forward and backward per token, counting causality and the band exactly.
 
-    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count.
+    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where adapters of
+    P numbers in all are trained, 4 (12 L D² + V D) + 6 P in place of the first term: frozen matrices are multiplied
+    going forward and for the gradient of what went in, not for one of their own. Attention has no weights, and costs
+    what it did.
     """
     matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
     keys = sum(mean_keys(kind, config.seq_len, config.window) for kind in config.layer_kinds)
-    return 6 * matrices + 12 * config.embed_dim * keys
+    adapters = sum(adapter_params(config, lora).values())
+    return products_per_weight(lora) * matrices + 6 * adapters + 12 * config.embed_dim * keys
+
+
+def products_per_weight(lora: LoRAConfig | None) -> int:
+    """FLOPs per token and number of a matrix beside which adapters are trained, or None are."""
+    return 4 if lora else 6
 
 
 def train_flops_per_token_palm(config: ModelConfig) -> float:

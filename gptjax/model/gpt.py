@@ -361,6 +361,8 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         # The head splits the vocabulary over tensor; a lookup in a split vocabulary would gather the whole of it.
         lookup = constrain(embedding, (None, "lookup"))
+        if restarted is not None:  # cut as the embedding is: the sum is gathered then, and not each part of it
+            places = constrain(places, (None, "lookup"))
         here = _positions(places, tokens.shape, positions, restarted, start)
         x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
         noise = None

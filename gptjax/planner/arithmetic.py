@@ -1,6 +1,6 @@
 """Seconds of a step in which a device computes, or moves its own memory."""
 
-from gptjax.model.accounting import mean_keys
+from gptjax.model.accounting import mean_keys, products_per_weight
 from gptjax.planner.place import FLOAT, Place
 
 ATTENTION_RATE = 0.5  # of the matrix rate: its products are small, and exponentials wait in between
@@ -23,11 +23,13 @@ def computation(place: Place) -> dict[str, float]:
     # Reads and writes of a layer's forward pass between its products: 12 of [T, D], 27 split over tensor.
     between = UNFUSED * place.width * model.embed_dim * (12 / residual_ways + 27 / tensor) * work / chip.hbm_rate
     passes = 3 + (0.5 if model.remat == "dots" else again)
-    head = 6 * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens * micro / rate
-    state = FLOAT * place.local_parameters / chip.hbm_rate
+    each = products_per_weight(place.config.adapter)
+    adapters = 2 * sum(place.adapters) / place.width * work / rate
+    head = each * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens * micro / rate
+    state = FLOAT * place.local_trained / chip.hbm_rate
     return {
-        "matrix products": 3 * product + head,
-        "recomputation": again * (product * (12 * unit - 4) / (12 * unit) + attention),
+        "matrix products": each / 2 * product + 3 * adapters + head,
+        "recomputation": again * (product * (12 * unit - 4) / (12 * unit) + adapters + attention),
         "attention": 3.5 * attention,
         "memory traffic": passes * between,
         "optimizer": state * (8 + (3 * micro if micro > 1 else 0)),

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 
 from gptjax.planner.bill import Collective
-from gptjax.planner.place import FLOAT, Place
+from gptjax.planner.place import Place
 from gptjax.planner.traffic import traffic
 from gptjax.sharding.rules import TOLERANCE
 
@@ -21,7 +21,9 @@ def replicated(place: Place) -> list[str]:
         here = place.local(array)
         if here - math.prod(array.shape) / ways > TOLERANCE * total and ways > 1:
             rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
-            lines.append(f"{array.name}: {FLOAT * here / 1e6:,.1f} MB on every device; its rules are {rules}")
+            lines.append(
+                f"{array.name}: {array.dtype.itemsize * here / 1e6:,.1f} MB on every device; its rules are {rules}"
+            )
     return lines
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from gptjax.stages.weights import open_weights
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.loop import plain_facts
+from gptjax.train.schedule import known_tokens, total_steps, with_length
 from gptjax.train.step import abstract_state
 
 ATTACHED = "attached"
@@ -149,8 +150,11 @@ class Rehearsal:
         return f"{base}, new" + (" (or the next free number)" if inside else "")
 
     def facts(self) -> Iterator[str]:
-        processes = len({device.process_index for device in self.devices})
-        facts = plain_facts(self.config, self.layout, len(self.devices), self.devices[0].device_kind, processes)
+        processes, train = len({device.process_index for device in self.devices}), self.config.train
+        known = replace(self.config, train=replace(train, total_tokens=known_tokens(self.config)))
+        facts = plain_facts(known, self.layout, len(self.devices), self.devices[0].device_kind, processes)
+        if train.epochs:
+            facts["length"] = f"{train.epochs:g} epochs of the training split, which data below counts if it is built"
         yield from (f"{name}: {text}" for name, text in facts.items())
 
     def attention(self) -> Iterator[str]:
@@ -176,16 +180,17 @@ class Rehearsal:
         state = abstract_state(self.config, self.stage)
         self.layout.shardings(state)
         rows = Counter(  # unrolled units are alike
-            (re.sub(r"^unit_\d+", "unit_*", name), "x".join(map(str, shape)), spec, size)
-            for name, shape, spec, size in self.layout.table(state.params)
+            (re.sub(r"^unit_\d+", "unit_*", name), "x".join(map(str, shape)), spec, size, note)
+            for part, note in ((state.params, ""), (state.frozen, "  frozen"))
+            for name, shape, spec, size in self.layout.table(part)
         )
         width = max(len(name) for name, *_ in rows)
-        for (name, shape, spec, size), count in rows.items():
+        for (name, shape, spec, size, note), count in rows.items():
             times = f"{count} x " if count > 1 else ""
-            yield f"{name:{width}}  {times + shape:>20}  {count * size / 1e6:>12,.2f} MB a device  {spec}"
-        total = sum(count * size for (_, _, _, size), count in rows.items())
+            yield f"{name:{width}}  {times + shape:>20}  {count * size / 1e6:>12,.2f} MB a device  {spec}{note}"
+        total = sum(count * size for (*_, size, _), count in rows.items())
         yield f"{'together':{width}}  {'':20}  {total / 1e6:>12,.2f} MB a device"
-        yield from (f"whole on every device: {name}" for name in self.layout.replicated(state.params))
+        yield from (f"whole on every device: {name}" for name in self.layout.replicated(state.every_param))
 
     def memory(self) -> Iterator[str]:
         hbm = self.hardware.chip.hbm
@@ -222,6 +227,9 @@ class Rehearsal:
             stage = kind(self.config, "cpu", tokenizer=tokenizer, corpus=corpus)
             stage.check()
             yield stage.facts()
+            length = with_length(self.config, lambda: stage.epoch_tokens)
+            if self.config.train.epochs:
+                yield f"{length.train.total_tokens:,} tokens, {total_steps(length):,} steps"
         changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None
         if self.resumed and changed and not self.resumed.new_data:
             raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -29,7 +28,7 @@ ACTIVATIONS: dict[Axes, str] = {
     ("rows", "residual_length", None): "residual outside the layers",
     ("rows", "length", None): "hidden",
     ("vocab", None): "embedding as the head reads it",
-    (None, "lookup"): "embedding as tokens look it up",
+    (None, "lookup"): "embedding and restarted positions as tokens look them up",
     ("stages", "batch", "residual_length", None): "batch in chunks on its way through the stages",
     ("stages", None, "batch", "residual_length", None): "chunks that wait for their next round",
 }
@@ -53,10 +52,7 @@ def explain(config: Config, topology: Topology, wanted: str) -> str:
     """
     mesh = abstract_mesh(config, topology.num_devices)
     rules = rule_table(config.layout)
-    found = [
-        (name, shape, axes, np.dtype(np.float32))
-        for name, shape, axes in [(a.name, a.shape, a.axes) for a in parameters(config)]
-    ]
+    found = [(array.name, array.shape, array.axes, array.dtype) for array in parameters(config, topology.chip.platform)]
     found += [(f"activation {name}", *rest) for name, *rest in _activations(config, Recorder(mesh, rules))]
     matches = [entry for entry in found if wanted in entry[0]]
     if not matches:

@@ -18,10 +18,11 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
     """(part, what, bytes) of everything that is there at the highest moment of the step: in the backward pass of a
     unit, or in the loss."""
     model, mesh, accumulates = place.config.model, place.mesh, place.config.max_accumulation > 1
-    state, unit = FLOAT * place.local_parameters, len(model.attention_pattern)
-    narrow = place.width * place.local_parameters if accumulates and place.width < FLOAT else 0.0
+    state, unit = FLOAT * place.local_trained, len(model.attention_pattern)
+    narrow = place.width * place.local_trained if accumulates and place.width < FLOAT else 0.0
     found = [
         ("parameters", "float32 weights", state),
+        ("parameters", "frozen weights", place.local_frozen),
         ("parameters", "in the compute dtype, for all micro-batches", narrow),
         ("optimizer", "the optimizer's moments", FLOAT * place.local_moments),
         ("gradients", "float32 gradients", state),

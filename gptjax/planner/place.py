@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jax
+import numpy as np
 
 from gptjax.config import Config
 from gptjax.model.gpt import compute_dtype
+from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
-from gptjax.parallel.network import Network
 from gptjax.planner.chips import Topology
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
+from gptjax.stages import stage_class
 from gptjax.train.step import muon_axes
 
 FLOAT = 4  # bytes of a master weight, a moment, a gradient
@@ -25,13 +27,17 @@ class Array:
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    dtype: np.dtype
+    frozen: bool
+    """No step changes it: it has neither a gradient nor moments."""
 
 
-def parameters(config: Config) -> tuple[Array, ...]:
-    """Shapes and logical axes of all parameters; the same on every layout."""
-    boxed = jax.eval_shape(Network(config, "tpu").init, jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed)
-    return tuple(Array(leaf_name(path), leaf.value.shape, leaf.names) for path, leaf in leaves)
+def parameters(config: Config, platform: str) -> tuple[Array, ...]:
+    """All parameters as a state has them on devices of a platform; the same on every layout."""
+    stage = stage_class(config)(config, platform)
+    boxed = jax.eval_shape(stage.init, jax.random.key(0))
+    leaves = [(leaf_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed)]
+    return tuple(Array(name, x.value.shape, x.names, x.value.dtype, stage.is_frozen(name)) for name, x in leaves)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,26 @@ class Place:
     @property
     def vectors(self) -> float:
         """Bytes of the gradients of a stage's biases and LayerNorms, whole."""
-        arrays = [array for array in self.arrays if array.name.endswith(("bias", "scale"))]
+        arrays = [array for array in self.trained if array.name.endswith(("bias", "scale"))]
         return FLOAT * sum(math.prod(array.shape) for array in arrays) / self.mesh["pipeline"]
+
+    @property
+    def adapters(self) -> tuple[float, float]:
+        """Bytes of a layer's adapters in the compute dtype: those cut over fsdp, whole, and the others."""
+        split, rest = 0.0, 0.0
+        for array in self.arrays:
+            if is_adapter(array.name):
+                numbers = math.prod(array.shape) / self.config.model.num_layers
+                if "embed" in array.axes:
+                    split += numbers
+                else:
+                    rest += numbers / self.mesh["tensor"]
+        return split * self.width, rest * self.width
+
+    @cached_property
+    def restarts(self) -> bool:
+        """Whether tokens look their positions up: those of a row begin anew with each conversation."""
+        return stage_class(self.config)(self.config, self.topology.chip.platform).row.positions is not None
 
     @property
     def residual(self) -> float:
@@ -133,15 +157,26 @@ class Place:
             total *= part
         return total
 
+    @property
+    def trained(self) -> list[Array]:
+        """The parameters that steps change."""
+        return [array for array in self.arrays if not array.frozen]
+
     @cached_property
-    def local_parameters(self) -> float:
-        return sum(self.local(array) for array in self.arrays)
+    def local_trained(self) -> float:
+        """Numbers of the trained parameters on this device."""
+        return sum(self.local(array) for array in self.trained)
+
+    @cached_property
+    def local_frozen(self) -> float:
+        """Bytes of the frozen parameters on this device."""
+        return sum(self.local(array) * array.dtype.itemsize for array in self.arrays if array.frozen)
 
     @cached_property
     def local_moments(self) -> float:
         """Numbers that the optimizer keeps: Adam two a parameter, Muon one."""
         muon = self.config.optimizer.kind == "muon"
-        return sum(self.local(array) * (1 if muon and muon_axes(array.name) else 2) for array in self.arrays)
+        return sum(self.local(array) * (1 if muon and muon_axes(array.name) else 2) for array in self.trained)
 
 
 def place(
@@ -152,4 +187,5 @@ def place(
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    return Place(config, topology, mesh, arrays or parameters(config), rules or rule_table(config.layout))
+    arrays = arrays or parameters(config, topology.chip.platform)
+    return Place(config, topology, mesh, arrays, rules or rule_table(config.layout))

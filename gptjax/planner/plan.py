@@ -16,6 +16,7 @@ from gptjax.planner.cost import times
 from gptjax.planner.memory import arrays_at_peak
 from gptjax.planner.search import Candidate, Search, finalists, fits, priced, search, smaller
 from gptjax.planner.traffic import Transfer, billed
+from gptjax.train.schedule import known_tokens
 
 EXTRAS = {"tpu": "tpu", "gpu": "cuda-aot"}
 """What to install for a platform's compiler."""
@@ -76,12 +77,23 @@ class Row:
     @property
     def mfu(self) -> float:
         """Model FLOPs over the bfloat16 peak; recomputation does not count."""
-        return self.tokens_per_device * train_flops_per_token(self.candidate.config.model) / self.chip.flops
+        return self.tokens_per_device * self._flops / self.chip.flops
 
     @property
-    def days(self) -> float:
-        """To the end of the config's token budget, at the full batch."""
-        return self.candidate.config.train.total_tokens / self.tokens * self.step_seconds / 86400
+    def _flops(self) -> float:
+        config = self.candidate.config
+        return train_flops_per_token(config.model, config.adapter)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the whole training; None where it ends after epochs, of which a plan does not know the size."""
+        config = self.candidate.config
+        return None if config.train.epochs else known_tokens(config)
+
+    @property
+    def days(self) -> float | None:
+        """To the end of training, at the full batch; None as for `length`."""
+        return None if self.length is None else self.length / self.tokens * self.step_seconds / 86400
 
     @property
     def peak(self) -> float:
@@ -124,6 +136,12 @@ class Plan:
     """Ranked: those that fit by step time, then the rest."""
     compiler: str
     """Which compiler was asked, or why none."""
+
+    @property
+    def endless(self) -> str:
+        """Why no row says for how many days it trains; empty where they do."""
+        epochs = self.config.train.epochs
+        return f"unknown: training ends after {epochs:g} epochs of a text that a plan does not read" if epochs else ""
 
 
 def blame(candidate: Candidate) -> str:

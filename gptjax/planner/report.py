@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from gptjax.config import Config
+from gptjax.config.fields import walk
 from gptjax.planner.plan import Plan, Row
 from gptjax.planner.traffic import Transfer
 
@@ -46,7 +47,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _seconds(row.step_seconds),
         f"{row.mfu:.0%}",
         f"{row.tokens_per_device:,.0f}",
-        f"{row.days:,.1f}",
+        "-" if row.days is None else f"{row.days:,.1f}",
         f"{network / row.step_seconds:.0%}",
         row.status,
     )
@@ -69,6 +70,7 @@ def headline(plan: Plan) -> str:
         f"{plan.config.name} on {plan.topology}\n"
         f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
         f"{found.refused.total():,} do not divide; compiler: {plan.compiler}"
+        + (f"\ndays: {plan.endless}" if plan.endless else "")
     )
 
 
@@ -95,7 +97,8 @@ def flags(config: Config) -> str:
     plain = {f"layout.{f.name}": f.default for f in dataclasses.fields(layout)}
     words = {name: value for name, value in given.items() if value != plain[name]}
     words |= {"model.remat": config.model.remat, "train.micro_batch_size": config.micro_batch_size}
-    words |= {"train.ramp_start": train.ramp_start, "data.lanes": config.data.lanes}
+    words |= {"train.ramp_start": train.ramp_start}
+    words |= {leaf.name: config.data.lanes for leaf in walk(type(config)) if leaf.name == "data.lanes"}
     return " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
 
 
@@ -140,7 +143,7 @@ def page(plan: Plan, out: Path) -> None:
 <h1>{html.escape(plan.config.name)} on {html.escape(plan.topology.name)}</h1>
 <p>{html.escape(headline(plan)).replace(chr(10), "<br>")}</p>
 <p>Best: <code>{html.escape(best.candidate.name)}</code>, {_seconds(best.step_seconds)} for {best.tokens:,} tokens,
-{best.mfu:.0%} MFU, {best.days:,.1f} days for {best.candidate.config.train.total_tokens:,} tokens.</p>
+{best.mfu:.0%} MFU{f", {best.days:,.1f} days for {best.length:,} tokens" if best.days else ""}.</p>
 <p>To train with it: <code>{flags(best.candidate.config)}</code></p>
 <table><tr>{head}</tr>{body}</table>
 <p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which

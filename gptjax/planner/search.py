@@ -47,7 +47,7 @@ class Search:
 
 def search(config: Config, topology: Topology) -> Search:
     """Price every layout x remat x micro-batch of a config on a topology."""
-    arrays, refused = parameters(config), Counter[str]()
+    arrays, refused = parameters(config, topology.chip.platform), Counter[str]()
     fitting: list[Candidate] = []
     crowded: list[Candidate] = []
     for layout in layouts(config, topology):
@@ -127,9 +127,14 @@ def with_micro(config: Config, micro: int) -> Config:
     """The config with another micro-batch. A ramp starts at a multiple of it, and lanes divide it."""
     train = config.train
     start = min(math.ceil(train.ramp_start / micro) * micro, train.batch_size)
-    lanes = math.gcd(config.data.lanes, micro)
     train = replace(train, micro_batch_size=micro, ramp_start=start)
-    return replace(config, train=train, data=replace(config.data, lanes=lanes))
+    return with_lanes(replace(config, train=train), micro)
+
+
+def with_lanes(config: Config, rows: int) -> Config:
+    """The config with as many of its lanes as divide so many rows; a stage that has none stays as it is."""
+    lanes = math.gcd(config.data.lanes, rows)
+    return config if lanes == config.data.lanes else replace(config, data=replace(config.data, lanes=lanes))
 
 
 def finalists(found: Search, count: int) -> list[Candidate]:

@@ -52,47 +52,60 @@ def traffic(place: Place) -> list[Transfer]:
             made.append((kind, used, what, size, hidden))
 
     weights = place.matrices * place.layers * micro
+    split, rest = (size * place.layers * micro for size in place.adapters)
     if stages > 1:
-        add("all-gather", ("fsdp",), "weights", weights, 0.0)
+        add("all-gather", ("fsdp",), "weights", weights + split, 0.0)
     else:
         # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
         # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
         again = (12 * unit - 9) / (12 * unit) if model.remat == "full" else 0.0
-        add("all-gather", ("fsdp",), "weights", weights * (2 + again), 1.0)
+        add("all-gather", ("fsdp",), "weights", (weights + split) * (2 + again), 1.0)
     fsdp = mesh["fsdp"]
     copies = ("replica", "data", "context")
     behind = 1.0 if stages == 1 else 0.0
-    add("reduce-scatter", ("fsdp",), "gradients", weights, behind)
-    add("all-reduce", copies, "gradients", weights / fsdp, behind)
+    whole = 0 if place.config.adapter else 1  # beside adapters nothing else has a gradient
+    add("reduce-scatter", ("fsdp",), "gradients", whole * weights, behind)
+    add("all-reduce", copies, "gradients", whole * weights / fsdp, behind)
+    add("all-reduce", (*copies, "fsdp"), "adapters' gradients", split + rest, behind)
     # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup. The
-    # positions' gradient is a product, and goes as those of matrices.
+    # positions' gradient is a product, and goes as those of matrices; where positions are looked up, it is as the
+    # embedding's.
     positions = model.seq_len * model.embed_dim * place.width
     others = ("replica", "pipeline", "data", "context")
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
-    add("all-reduce", (*others, "fsdp"), "embedding's gradient", (place.embedding + looked_up) * micro)
+    add("all-reduce", (*others, "fsdp"), "embedding's gradient", whole * (place.embedding + looked_up) * micro)
     add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", place.vectors * micro)
-    add("reduce-scatter", ("fsdp",), "positions' gradient", positions * micro)
-    add("all-reduce", others, "positions' gradient", positions / fsdp * micro)
+    if place.restarts:
+        wide = positions * FLOAT / place.width / mesh["tensor"]
+        add("all-reduce", (*others, "fsdp"), "positions' gradient", whole * wide * micro)
+    else:
+        add("reduce-scatter", ("fsdp",), "positions' gradient", positions * micro)
+        add("all-reduce", others, "positions' gradient", positions / fsdp * micro)
 
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro
+    lora = place.config.adapter
+    adapted = set(lora.matrices) if lora else set[str]()
+    # What goes into the second half of an adapter is summed with what its matrix sums.
+    sums = residual * (1 + len(adapted) * (lora.rank if lora else 0) / (4 * model.embed_dim))
     recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
-    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + micro))
+    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + whole * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
     add("all-reduce", ("tensor",), "the loss's gradient", ends)
     if layout.sequence_sharding:
-        gathers = 6 if model.remat == "full" else 4
+        # Of an adapter's gradient, once more what its matrix needs of the residual's.
+        gathers = (6 if model.remat == "full" else 4) + len({"projection", "mlp_down"} & adapted)
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
-        add("reduce-scatter", ("tensor",), "residual", residual * (4 + recomputed), HIDDEN_RESIDUAL)
+        add("reduce-scatter", ("tensor",), "residual", sums * (4 + recomputed), HIDDEN_RESIDUAL)
     else:
-        add("all-reduce", ("tensor",), "residual", residual * (4 + recomputed), HIDDEN_RESIDUAL)
+        add("all-reduce", ("tensor",), "residual", sums * (4 + recomputed), HIDDEN_RESIDUAL)
 
     add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
 
     if stages > 1:
         add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * place.resting / place.chunks * micro, 0.0)
-        add("all-gather", ("pipeline",), "batch in and out", 4 * place.resting * micro, 0.0)
+        add("all-gather", ("pipeline",), "batch in and out", (3 + whole) * place.resting * micro, 0.0)
     return [
         Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
         for kind, axes, what, size, hidden in made

@@ -151,6 +151,14 @@ def _text(config: Config, resumed: Resumed | None, weights: Weights | None) -> t
     return together(lambda: _tokenizer(config, resumed, lambda: load_model(spec, bytes.fromhex(model)))), corpus
 
 
+def with_text(stage: AnyStage) -> AnyStage:
+    """A stage that was built without tokenizer and text, with those that its config names."""
+    config = stage.config
+    weights = open_weights(config.init_from) if config.init_from and not config.data.tokenizer else None
+    tokenizer, corpus = _text(config, None, weights)
+    return replace(stage, tokenizer=type(stage).fit_tokenizer(config, tokenizer), corpus=corpus)
+
+
 def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Tokenizer]) -> Tokenizer:
     """The run's own copy for a run that goes on; another name for it must name the same."""
     if resumed is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.data.rows import Rows
+from gptjax.data.rows import Rows, next_token
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
 from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import IGNORED, log_probs
@@ -28,6 +28,12 @@ class Pretrain(NextToken):
         """The shapes of one row."""
         ids = jax.ShapeDtypeStruct((self.config.model.seq_len,), np.int32)
         return Rows(ids, ids, ids if self.config.separates else None)
+
+    def random_rows(self, seed: int, lead: tuple[int, ...]) -> Rows:
+        """Rows [*lead, T] of random ids, any of which will do for an end of text."""
+        shape = (*lead, self.config.model.seq_len + 1)
+        tokens = np.random.default_rng(seed).integers(0, self.config.model.vocab_size, shape, np.int32)
+        return next_token(tokens, 0 if self.config.separates else None)
 
     def check(self) -> None:
         """Raises UserError where a split has not enough text for a row."""

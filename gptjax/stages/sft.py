@@ -20,6 +20,10 @@ from gptjax.infer.sampling import Sampling
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
 from gptjax.stages.next_token import SAMPLE_TOKENS, SAMPLING, NextToken
+from gptjax.train.parts import join, split
+from gptjax.train.step import narrow
+
+CONVERSATIONS = 4  # in a row of random ones, on average
 
 
 class SFT(NextToken):
@@ -34,6 +38,11 @@ class SFT(NextToken):
         """With our chat template. Raises UserError where the model has no room for the chat tokens."""
         return with_chat(chat_format(tokenizer).tokenizer)
 
+    def init(self, key: Array) -> Any:
+        """Frozen matrices are in the dtype in which every product takes them: that of float32 is the optimizer's."""
+        trained, frozen = split(super().init(key), self.is_frozen)
+        return join(trained, narrow(frozen, self.network.plain_model.dtype))
+
     def is_frozen(self, name: str) -> bool:
         return self.config.adapter is not None and not is_adapter(name)
 
@@ -42,6 +51,17 @@ class SFT(NextToken):
         """The shapes of one row."""
         ids = jax.ShapeDtypeStruct((self.config.model.seq_len,), np.int32)
         return Rows(ids, ids, ids, ids)
+
+    def random_rows(self, seed: int, lead: tuple[int, ...]) -> Rows:
+        """Rows [*lead, T] of random ids: conversations of random lengths, of which half the ids are trained."""
+        rng, length = np.random.default_rng(seed), self.config.model.seq_len
+        tokens, targets = rng.integers(0, self.config.model.vocab_size, (2, *lead, length), np.int32)
+        begins = rng.random(tokens.shape) < (CONVERSATIONS / length if self.config.data.packing else 0)
+        begins[..., 0] = True
+        here = np.arange(length, dtype=np.int32)
+        positions = here - np.maximum.accumulate(np.where(begins, here, 0), axis=-1)
+        segments = np.cumsum(begins, axis=-1, dtype=np.int32) - 1
+        return Rows(tokens, np.where(rng.random(tokens.shape) < 0.5, targets, PADDING), segments, positions)
 
     def check(self) -> None:
         """Raises UserError where a split has no conversation to learn from."""

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from gptjax.config import Config, TrainConfig
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import num_params, train_flops_per_token
+from gptjax.model.accounting import adapter_params, num_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
@@ -293,12 +293,14 @@ def _whole(position: Position) -> Position:
 
 def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, num_processes: int) -> dict[str, str]:
     """What a run is, in words, on so many devices of a kind."""
-    params, step_tokens = num_params(config.model), config.train.batch_size * config.model.seq_len
+    adapters = sum(adapter_params(config.model, config.adapter).values())
+    params, step_tokens = num_params(config.model) + adapters, config.train.batch_size * config.model.seq_len
+    trained = f", of which {adapters:,} are trained" if adapters else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
     pattern = ",".join(config.model.attention_pattern)
     lines = {
-        "model": f"{params:,} parameters, {config.model.num_layers} layers of {pattern}, "
-        f"{train_flops_per_token(config.model):.3e} FLOPs per token (causality and band counted exactly)",
+        "model": f"{params:,} parameters{trained}, {config.model.num_layers} layers of {pattern}, "
+        f"{train_flops_per_token(config.model, config.adapter):.3e} FLOPs per token (causality and band counted exactly)",
         "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
         + (f", {num_processes} processes" if num_processes > 1 else ""),
         "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "

@@ -115,7 +115,9 @@ class Meter:
             lr=lr,
             tokens_per_s=rate,
             data_wait=data_wait,
-            mfu=train_flops_per_token(self._config.model) * rate / self._peak if self._peak else None,
+            mfu=train_flops_per_token(self._config.model, self._config.adapter) * rate / self._peak
+            if self._peak
+            else None,
             skipped=int(last["skipped"]),
         )
 

@@ -46,9 +46,7 @@ def with_length(config: Config, epoch_tokens: Callable[[], int]) -> Config:
     Raises UserError where the warm-up would be longer than that.
     """
     train, optimizer = config.train, config.optimizer
-    total = train.total_tokens
-    if train.total_steps:
-        total = min(total, _tokens_after(config, train.total_steps))
+    total = known_tokens(config)
     if train.epochs:
         total = min(total, max(1, round(train.epochs * epoch_tokens())))
     decay = optimizer.decay_tokens or total
@@ -61,6 +59,14 @@ def with_length(config: Config, epoch_tokens: Callable[[], int]) -> Config:
         config,
         train=replace(train, total_tokens=total, total_steps=0),
         optimizer=replace(optimizer, decay_tokens=decay),
+    )
+
+
+def known_tokens(config: Config) -> int:
+    """Tokens at which training ends by `total_tokens` and `total_steps`, which no text is needed for."""
+    train = config.train
+    return min(
+        train.total_tokens, _tokens_after(config, train.total_steps) if train.total_steps else train.total_tokens
     )
 
 

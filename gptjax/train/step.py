@@ -181,7 +181,7 @@ def make_step(
 
     def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), index)
-        params = state.params if _num_micro(rows) == 1 else _narrow(state.params, dtype)
+        params = state.params if _num_micro(rows) == 1 else narrow(state.params, dtype)
         loss, grads = _mean_gradient(objective, params, state.frozen, rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -201,7 +201,7 @@ def make_step(
     )
 
 
-def _narrow(params: Params, dtype: jnp.dtype) -> Params:
+def narrow(params: Params, dtype: jnp.dtype) -> Params:
     """The matrices as the products take them: made once a step and not in every micro-batch, where that is 2% of the
     bytes of GPT-2 1558M in 64 micro-batches."""
     return jax.tree.map(lambda p, matrix: p.astype(dtype) if matrix else p, params, is_decayed(params))
