@@ -21,9 +21,8 @@ def replicated(place: Place) -> list[str]:
         here = place.local(array)
         if here - math.prod(array.shape) / ways > TOLERANCE * total and ways > 1:
             rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
-            lines.append(
-                f"{array.name}: {array.dtype.itemsize * here / 1e6:,.1f} MB on every device; its rules are {rules}"
-            )
+            size = array.dtype.itemsize * here / 1e6
+            lines.append(f"{array.name}: {size:,.1f} MB on every device; its rules are {rules}")
     return lines
 
 

@@ -88,7 +88,7 @@ def traffic(place: Place) -> list[Transfer]:
     lora = place.config.adapter
     adapted = set(lora.matrices) if lora else set[str]()
     # What goes into the second half of an adapter is summed with what its matrix sums.
-    sums = residual * (1 + len(adapted) * (lora.rank if lora else 0) / (4 * model.embed_dim))
+    sums = residual * (1 + (len(adapted) * lora.rank / (4 * model.embed_dim) if lora else 0))
     recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
     add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + whole * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
@@ -126,7 +126,7 @@ def _context_bytes(place: Place) -> float:
     if ways == 1:
         return 0.0
     pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
-    ring = pair * place.length * ((ways - 1) * place.width + ways * (FLOAT + place.width))
+    ring = pair * place.length * (2 * (ways - 1) * place.width + ways * FLOAT)  # gradients go one step further: home
     halo = 2 * 2 * pair * (model.window - 1) * place.width
     each = {"dense": ring, "banded": halo if model.window < model.seq_len else ring}
     return sum(each[kind] for kind in model.layer_kinds) / place.mesh["pipeline"]

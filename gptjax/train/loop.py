@@ -295,12 +295,13 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, nu
     """What a run is, in words, on so many devices of a kind."""
     adapters = sum(adapter_params(config.model, config.adapter).values())
     params, step_tokens = num_params(config.model) + adapters, config.train.batch_size * config.model.seq_len
+    flops = train_flops_per_token(config.model, config.adapter)
     trained = f", of which {adapters:,} are trained" if adapters else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
     pattern = ",".join(config.model.attention_pattern)
     lines = {
         "model": f"{params:,} parameters{trained}, {config.model.num_layers} layers of {pattern}, "
-        f"{train_flops_per_token(config.model, config.adapter):.3e} FLOPs per token (causality and band counted exactly)",
+        f"{flops:.3e} FLOPs per token (causality and band counted exactly)",
         "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
         + (f", {num_processes} processes" if num_processes > 1 else ""),
         "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "

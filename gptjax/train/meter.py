@@ -59,6 +59,7 @@ class Meter:
         self._tokens, self._seconds, self._waited = position.tokens, clock.seconds(), 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
+        self._flops = train_flops_per_token(config.model, config.adapter)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -115,9 +116,7 @@ class Meter:
             lr=lr,
             tokens_per_s=rate,
             data_wait=data_wait,
-            mfu=train_flops_per_token(self._config.model, self._config.adapter) * rate / self._peak
-            if self._peak
-            else None,
+            mfu=self._flops * rate / self._peak if self._peak else None,
             skipped=int(last["skipped"]),
         )
 

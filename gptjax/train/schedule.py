@@ -64,10 +64,8 @@ def with_length(config: Config, epoch_tokens: Callable[[], int]) -> Config:
 
 def known_tokens(config: Config) -> int:
     """Tokens at which training ends by `total_tokens` and `total_steps`, which no text is needed for."""
-    train = config.train
-    return min(
-        train.total_tokens, _tokens_after(config, train.total_steps) if train.total_steps else train.total_tokens
-    )
+    total, count = config.train.total_tokens, config.train.total_steps
+    return min(total, _tokens_after(config, count)) if count else total
 
 
 def _tokens_after(config: Config, count: int) -> int:
