@@ -15,15 +15,27 @@ os.environ["GPTJAX_TESTS_XLA"] = os.environ.get("GPTJAX_TESTS_XLA") or tempfile.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GPTJAX_TESTS_XLA"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+from gptjax.config import (
+    Config,
+    DataConfig,
+    DialogueConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SFTConfig,
+    TrainConfig,
+    to_json,
+)
 
 settings.register_profile("compiling", deadline=None)  # a first example may compile for seconds
 settings.load_profile("compiling")
@@ -89,11 +101,38 @@ def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
+@pytest.fixture(scope="session")
+def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
+    """The smallest fine-tuning, of all parameters, that ends after two epochs of 40 conversations."""
+    path = tmp_path_factory.mktemp("dialogues") / "sums.jsonl"
+    sums = [(a, b) for a in range(5) for b in range(8)]
+    path.write_text("".join(json.dumps({"prompt": f"{a}+{b}", "response": str(a + b)}) + "\n" for a, b in sums))
+    data = DialogueConfig(source=str(path), tokenizer="bytes", cache_dir=tiny.data.cache_dir)
+    model = replace(tiny.model, vocab_size=265)  # with the chat tokens
+    train = replace(tiny.train, ramp_start=0, ramp_tokens=0, total_tokens=10**9, epochs=2.0)
+    return SFTConfig(name="tuned", model=model, data=data, optimizer=tiny.optimizer, train=train)
+
+
+@pytest.fixture(scope="session")
+def adapted(tuned: SFTConfig) -> SFTConfig:
+    """The same by adapters."""
+    return replace(tuned, lora=LoRAConfig(rank=2))
+
+
 @pytest.fixture
 def file(tiny: Config, tmp_path: Path) -> str:
     """The tiny config as a user's file."""
-    path = tmp_path / "tiny.py"
-    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(tiny)!r})\n"
+    return as_file(tiny, tmp_path)
+
+
+@pytest.fixture
+def tuned_file(tuned: SFTConfig, tmp_path: Path) -> str:
+    return as_file(tuned, tmp_path)
+
+
+def as_file(config: Config, folder: Path) -> str:
+    path = folder / f"{config.name}.py"
+    text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(config)!r})\n"
     path.write_text(text)
     return str(path)
 

@@ -18,7 +18,7 @@ from gptjax.bench.compare import changes
 from gptjax.bench.layouts import Options, attached, calibrate, select, settings
 from gptjax.bench.layouts_report import summary
 from gptjax.bench.measure import figures
-from gptjax.config import Config, LayoutConfig, to_json
+from gptjax.config import Config, LayoutConfig, LoRAConfig, SFTConfig, to_json
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.cost import Estimate, Place
@@ -76,6 +76,20 @@ def test_layouts_of_eight_devices(tiny: Config) -> None:
     assert [name for name, s in made.items() if s.refused] == ["pp4_fsdp2", "pp8", "fsdp2_cp4", "cp8"]
     assert "does not divide the 2 repeats of the pattern; nearest 2" in made["pp8"].refused
     assert made["fsdp2_tp4_seq"].config.layout == LayoutConfig(fsdp=2, tensor=4, sequence_sharding=True)
+
+
+def test_layouts_of_fine_tuning_are_as_many_and_predicted(tiny: Config, adapted: SFTConfig) -> None:
+    """Its data have no lanes. Adapters leave out what no frozen matrix needs."""
+    topology = attached(FACTS)
+    names = {setting.name for setting in settings(tiny, FACTS)}
+    tuned = replace(adapted, lora=LoRAConfig())
+    for config in (adapted, tuned):
+        made = list(settings(config, FACTS))
+        assert {setting.name for setting in made} == names
+        assert all(setting.refused or "predicted_bytes" in layouts._predict(setting, topology) for setting in made)
+    small, whole = (layouts._predict(layouts.Setting("own", config), topology) for config in (adapted, tuned))
+    assert small["predicted_bytes"] < whole["predicted_bytes"]
+    assert small["uncalibrated_s"] < whole["uncalibrated_s"]
 
 
 def test_own_layout_that_does_not_fit_is_a_row(tiny: Config) -> None:

@@ -21,13 +21,15 @@ from gptjax.bench import trial
 from gptjax.bench.parts import PARTS, UNKNOWN, Span, divided, floors, instructions, part_of, seconds_by_part
 from gptjax.bench.single import OPTIONS, Options, alone, climb, search
 from gptjax.bench.single_report import doubts, markdown
-from gptjax.config import Config, ModelConfig
-from gptjax.data.rows import next_token
+from gptjax.bench.work import Work
+from gptjax.config import Config, LoRAConfig, ModelConfig, SFTConfig
+from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import topology
 from gptjax.planner.compile import devices_of
+from gptjax.stages import SFT
 from gptjax.stages.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,7 @@ def test_operations_belong_to_parts() -> None:
 def test_every_part_of_a_real_step_has_instructions(tiny: Config) -> None:
     """The scopes that PARTS names are those that the model and the step open."""
     work = trial.Work.prepare(alone(tiny), jax.devices()[:1])
-    state = trial.init_state(work.config, work.task, work.layout)
+    state = trial.init_state(work.config, work.stage, work.layout)
     found = instructions(work.compile(state, {}).as_text())
     assert set(found.values()) == set(PARTS)
 
@@ -173,6 +175,39 @@ def test_floors_are_the_products_and_the_bytes() -> None:
     assert moved["attention"] == 2 * tokens * 64 * (4 + 8) * 2
     assert moved["rest"] == tokens * 64 * 5 * 6 * 2
     assert max(moved["MLP"], moved["projections"], moved["head and loss"]) < 1e-20
+
+
+def test_floors_of_adapters_have_no_gradients_of_matrices(adapted: SFTConfig) -> None:
+    least = floors(adapted, {"flops": 1.0, "bytes": 1e30}, 2, {"params": 10, "opt_state": 20})
+    whole = train_flops_per_token(adapted.model, adapted.lora) * 16 * 16
+    assert sum(least.values()) == pytest.approx(whole)
+    assert whole < train_flops_per_token(adapted.model) * 16 * 16
+
+
+def test_random_conversations_are_as_those_of_a_text(tuned: SFTConfig) -> None:
+    """Positions begin anew with each conversation, and there are several; some ids are asked for, some are not."""
+    rows = SFT(tuned, "cpu").random_rows(0, (2, 8))
+    assert jax.tree.map(np.shape, rows) == Rows(*[(2, 8, 16)] * 4)
+    assert {leaf.dtype for leaf in rows} == {np.dtype(np.int32)}
+    begins = np.diff(rows.segments, axis=-1) > 0
+    assert (rows.positions[..., 1:] == np.where(begins, 0, rows.positions[..., :-1] + 1)).all()
+    assert (rows.positions[..., 0] == rows.segments[..., 0]).all()
+    assert 1 < 1 + rows.segments.max(axis=-1).mean() < 8
+    assert 0.3 < (rows.targets == PADDING).mean() < 0.7
+    apart = replace(tuned, data=replace(tuned.data, packing=False))
+    assert SFT(apart, "cpu").random_rows(0, (1, 8)).segments.max() == 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_work_of_fine_tuning_is_fed_its_own_text(rank: int, tuned: SFTConfig) -> None:
+    """A step on random conversations and on those of the text, by one compiled program; alone, it ends nowhere."""
+    work = Work.prepare(alone(replace(tuned, lora=LoRAConfig(rank=rank))), jax.devices()[:1])
+    state = trial.init_state(work.config, work.stage, work.layout)
+    step = work.compile(state, {})
+    state, _, loss = work.timed(step, state, [work.random_rows])
+    with work.stream(8) as batches:  # more than two epochs
+        state, _, other = work.timed(step, state, batches)
+    assert np.isfinite([loss, other]).all()
 
 
 @pytest.mark.parametrize(

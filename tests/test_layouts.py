@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from gptjax.config import Config, LayoutConfig, to_json
+from gptjax.config import Config, LayoutConfig, SFTConfig, to_json
 from gptjax.config.load import load_config
 from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
@@ -26,8 +26,11 @@ from gptjax.planner.compile import lower
 from gptjax.planner.place import place
 from gptjax.sharding.mesh import MESH_AXES, abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
+from gptjax.stages import SFT
 from gptjax.stages.pretrain import Pretrain
-from gptjax.train.step import abstract_state, init_state, make_step
+from gptjax.stages.weights import Weights
+from gptjax.train.parts import join
+from gptjax.train.step import abstract_state, init_state, make_step, placed
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 STEPS = 20
@@ -149,6 +152,73 @@ def test_muon_on_a_layout_equals_single_device(steady: Config) -> None:
     assert losses[-1] < losses[0] - 0.5
     np.testing.assert_allclose(spread, losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), spread_params, params)
+
+
+TUNED_LAYOUTS = {
+    "fsdp8": LAYOUTS["fsdp8"],
+    "fsdp4_tp2": LayoutConfig(fsdp=4, tensor=2),
+    "pipeline2_fsdp4": LAYOUTS["pipeline2_fsdp4"],
+    "fsdp2_context4": LAYOUTS["fsdp2_context4"],
+}
+
+
+def tune(config: SFTConfig, num_devices: int) -> tuple[list[float], dict, dict]:  # type: ignore[type-arg]
+    """Losses of 3 steps on the same random conversations, the trained parameters after, and the frozen ones."""
+    config = replace(config, model=replace(config.model, window=3), optimizer=replace(config.optimizer, eps=1e-5))
+    layout = Layout(make_mesh(config, jax.devices()[:num_devices]), rule_table(config.layout))
+    stage = SFT(config, "cpu", layout)
+    state = init_state(config, stage, layout)
+    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    rows, losses = stage.random_rows(0, (2, 8)), []
+    for i in range(3):
+        state, metrics = step(state, rows, np.float32(1e-2), np.int32(2), np.int32(i))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params), jax.device_get(state.frozen)
+
+
+@pytest.fixture(scope="module")
+def tuned_single(tuned: SFTConfig, adapted: SFTConfig) -> dict[str, tuple[list[float], dict, dict]]:  # type: ignore[type-arg]
+    return {"tuned": tune(tuned, 1), "adapted": tune(adapted, 1)}
+
+
+@pytest.mark.parametrize("name", TUNED_LAYOUTS)
+@pytest.mark.parametrize("kind", ["tuned", "adapted"])
+def test_fine_tuning_on_a_layout_equals_single_device(
+    kind: str,
+    name: str,
+    tuned_single: dict[str, tuple[list[float], dict, dict]],  # type: ignore[type-arg]
+    request: pytest.FixtureRequest,
+) -> None:
+    """Conversations kept apart, each with positions of its own; adapters beside matrices that stay as they were."""
+    config = request.getfixturevalue(kind)
+    losses, params, frozen = tune(replace(config, layout=TUNED_LAYOUTS[name]), 8)
+    single = tuned_single[kind]
+    assert losses[2] < losses[0] - 0.01
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, single[1])
+    jax.tree.map(np.testing.assert_array_equal, frozen, single[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_matrices_rest_in_the_compute_dtype(dtype: str, adapted: SFTConfig) -> None:
+    """Also those that are loaded; the loss is that of float32 ones, to the bit."""
+    config = replace(adapted, model=replace(adapted.model, dtype=dtype))
+    stage = SFT(config, "cpu")
+    wide = nn.unbox(stage.network.init(jax.random.key(0)))
+    state = init_state(config, stage, build(config, 1)[1])
+    kinds = {name: {x.dtype.name for x in jax.tree.leaves(part)} for name, part in state.frozen.items()}
+    assert kinds["embedding"] == kinds["positions"] == {dtype}
+    assert kinds["norm_final"] == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+    block = state.frozen["units"]["block_0"]["qkv"]
+    assert (block["kernel"].dtype, block["bias"].dtype) == (dtype, "float32")
+
+    weights = Weights("base", config, (), lambda: None, lambda model, places: wide)  # type: ignore[arg-type, return-value]
+    places = placed(state.every_param, jax.tree.map(lambda x: x.sharding, state.every_param))
+    rows = jax.tree.map(lambda leaf: leaf[0], stage.random_rows(0, (1, 4)))
+    loss = jax.jit(lambda params: stage.loss(params, rows, stage.counts(rows), None))
+    exact = loss(jax.tree.map(np.array, wide))
+    assert loss(join(state.params, state.frozen)) == exact == loss(weights.start(config.model, places))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -18,10 +18,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from rich.console import Console
 
 from gptjax import cli
-from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from gptjax.config import Config, DialogueConfig, LayoutConfig, LoRAConfig, ModelConfig, SFTConfig, TrainConfig
 from gptjax.config.load import load_config
+from gptjax.data.sources import build
 from gptjax.errors import UserError
-from gptjax.model.accounting import train_flops_per_token
+from gptjax.model.accounting import num_params, train_flops_per_token
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology, topology, wiring
@@ -46,6 +47,8 @@ SMALL = Config(
     ),
     train=TrainConfig(batch_size=32, micro_batch_size=16),
 )
+TUNING = SFTConfig("tuning", SMALL.model, DialogueConfig("sums.jsonl", tokenizer="bytes"), train=SMALL.train)
+KINDS = {"pretrain": SMALL, "sft": TUNING, "lora": replace(TUNING, lora=LoRAConfig(rank=8))}
 # What each layout is for, and how close formula and program are: bytes over every group of mesh axes.
 BILLED = {
     "fsdp": LayoutConfig(fsdp=8),
@@ -56,6 +59,7 @@ BILLED = {
     "replica_fsdp": LayoutConfig(replica=2, fsdp=4),
     "pipeline_fsdp": LayoutConfig(pipeline=2, fsdp=4),
     "pipeline_tensor": LayoutConfig(pipeline=2, fsdp=1, tensor=4),
+    "context": LayoutConfig(fsdp=1, context=8),
 }
 
 
@@ -235,17 +239,25 @@ def by_axes(transfers: Iterator) -> Counter:  # type: ignore[type-arg]
     return sent
 
 
+PRETRAINED = [("pretrain", layout) for layout in BILLED if layout != "context"]
+TUNED = [("sft", layout) for layout in ("fsdp", "fsdp_tensor", "context", "pipeline_fsdp")]
+ADAPTED = [("lora", layout) for layout in BILLED if layout != "context"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", BILLED)
-def test_formulas_are_what_the_program_sends(layout: str) -> None:
-    """Every formula against the compiled step, axis by axis, within 5%."""
-    config = replace(SMALL, layout=BILLED[layout])
+@pytest.mark.parametrize(("kind", "layout"), [*PRETRAINED, *TUNED, *ADAPTED])
+def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
+    """Every formula against the compiled step, axis by axis, within 5%; and what a device holds between steps."""
+    config = replace(KINDS[kind], layout=BILLED[layout])
     if config.layout.pipeline > 1:  # this compiler gathers a stage's weights once a step, the TPU's once a micro-batch
         config = replace(config, train=replace(config.train, micro_batch_size=32))
     lowered, mesh = lower(config, CPU)
-    program = read(lowered.compile().as_text(), mesh, config.max_accumulation)
+    compiled, here = lowered.compile(), place(config, CPU)
+    program = read(compiled.as_text(), mesh, config.max_accumulation)
+    held = 4 * (here.local_trained + here.local_moments) + here.local_frozen
+    assert held == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, rel=0.02)  # with the batch
     billed = by_axes((c.axes, c.total) for c in program)
-    formula = by_axes((t.axes, t.bytes) for t in traffic(place(config, CPU)))
+    formula = by_axes((t.axes, t.bytes) for t in traffic(here))
     # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
     most = 0.1 if config.layout.sequence_sharding else 0.05
     for axes in billed.keys() | formula.keys():
@@ -429,6 +441,56 @@ def test_plan_by_formulas_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "http" not in page
     assert cli.run(words) == 0
     assert capsys.readouterr().out == said
+
+
+def test_days_are_those_of_the_configs_own_end(tuned_file: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # type: ignore[type-arg]
+    """By steps where it names them; unknown, and why, where it ends after epochs."""
+    words = ["plan", tuned_file, "--topology", "v5e-8", "--analytic", "--out", str(tmp_path)]
+
+    def planned(*more: str) -> tuple[dict, str, str]:  # type: ignore[type-arg]
+        assert cli.run([*words, *more]) == 0
+        facts = json.loads((tmp_path / "tuned-v5e-8.json").read_text())
+        return facts, (tmp_path / "tuned-v5e-8.html").read_text(), capsys.readouterr().out
+
+    why = "unknown: training ends after 2 epochs of a text that a plan does not read"
+    facts, page, said = planned("--lora.rank", "2")
+    assert {row["days"] for row in facts["rows"]} == {None}
+    assert facts["days"] == why
+    assert f"days: {why}" in said
+    assert f"days: {why}" in page
+    assert "1,000,000,000 tokens" not in page
+    facts, page, _ = planned("--train.epochs", "0", "--train.total_steps", "50")
+    best = facts["rows"][0]
+    assert best["days"] == pytest.approx(50 * best["step_seconds"] / 86400)
+    assert f"days for {50 * 16 * 16:,} tokens" in page
+    again = load_config(tuned_file, best["flags"].split())
+    assert name(again, 8) == best["name"]
+
+
+@pytest.mark.parametrize("topology", [[], ["--topology", "v5e-8"]], ids=["attached", "v5e-8"])
+def test_a_dry_run_of_adapters(topology: list[str], tuned_file: str, capsys: pytest.CaptureFixture) -> None:  # type: ignore[type-arg]
+    """What is trained, what is not, and for how long, without a step."""
+    if topology:
+        pytest.importorskip(COMPILERS["tpu"], reason="needs the extra tpu")
+    build(load_config(tuned_file, []).data)
+    words = ["train", tuned_file, "--dry-run", *topology, "--lora.rank", "2", "--layout.fsdp", "8"]
+    assert cli.run(words) == 0
+    said = capsys.readouterr().out
+    adapters = 2 * 16 * 4 * 32  # rank x sides x layers x width
+    model = load_config(tuned_file, []).model
+    assert f"{num_params(model) + adapters:,} parameters, of which {adapters:,} are trained" in said
+    assert re.search(r"units/block_0/qkv/kernel .* frozen", said)
+    assert not re.search(r"lora/a .* frozen", said)
+    assert "length: 2 epochs of the training split" in said
+    assert re.search(r"\n +[\d,]+ tokens, \d+ steps\n", said)
+
+
+def test_explain_knows_what_is_frozen() -> None:
+    config = replace(KINDS["lora"], layout=LayoutConfig(fsdp=8))
+    pod = topology("v5e-8")
+    assert "bfloat16[4, 256, 3, 8, 32]" in explain(config, pod, "qkv/kernel")
+    assert "float32[4, 256, 8]" in explain(config, pod, "qkv/lora/a")
+    assert "activation embedding and restarted positions" in explain(config, pod, "restarted")
 
 
 def test_without_the_compiler_it_says_so(six: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
