@@ -255,7 +255,8 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     compiled, here = lowered.compile(), place(config, CPU)
     program = read(compiled.as_text(), mesh, config.max_accumulation)
     held = 4 * (here.local_trained + here.local_moments) + here.local_frozen
-    assert held == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, rel=0.02)  # with the batch
+    batch = 4 * (2 if kind == "pretrain" else 4) * 32 // here.ways("batch") * 256
+    assert compiled.memory_analysis().argument_size_in_bytes - batch == pytest.approx(held, rel=1e-3)
     billed = by_axes((c.axes, c.total) for c in program)
     formula = by_axes((t.axes, t.bytes) for t in traffic(here))
     # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.

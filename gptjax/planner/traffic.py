@@ -64,9 +64,9 @@ def traffic(place: Place) -> list[Transfer]:
     copies = ("replica", "data", "context")
     behind = 1.0 if stages == 1 else 0.0
     whole = 0 if place.config.adapter else 1  # beside adapters nothing else has a gradient
-    add("reduce-scatter", ("fsdp",), "gradients", whole * weights, behind)
-    add("all-reduce", copies, "gradients", whole * weights / fsdp, behind)
-    add("all-reduce", (*copies, "fsdp"), "adapters' gradients", split + rest, behind)
+    add("reduce-scatter", ("fsdp",), "gradients", whole * weights + split, behind)
+    add("all-reduce", copies, "gradients", (whole * weights + split) / fsdp, behind)
+    add("all-reduce", (*copies, "fsdp"), "gradients of what fsdp does not cut of adapters", rest, behind)
     # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup. The
     # positions' gradient is a product, and goes as those of matrices; where positions are looked up, it is as the
     # embedding's.
