@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -20,9 +21,10 @@ from rich.console import Console
 from gptjax import cli
 from gptjax.config import Config, DialogueConfig, LayoutConfig, LoRAConfig, ModelConfig, SFTConfig, TrainConfig
 from gptjax.config.load import load_config
+from gptjax.data.rows import Rows
 from gptjax.data.sources import build
 from gptjax.errors import UserError
-from gptjax.model.accounting import num_params, train_flops_per_token
+from gptjax.model.accounting import mean_keys, num_params, train_flops_per_token
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology, topology, wiring
@@ -33,6 +35,8 @@ from gptjax.planner.plan import Row, Settings, for_compiler, plan
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
 from gptjax.planner.traffic import traffic
 from gptjax.sharding.mesh import MESH_AXES
+from gptjax.stages import SFT
+from gptjax.train.parts import join, split
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = Topology("cpu-8", "cpu", Chip("CPU", 1e11, 1e10, 1e10, 1e10, 1e9, 0.7, "cpu"), (8,))
@@ -265,6 +269,34 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
         if billed[axes] > 0.005 * billed.total():
             assert formula[axes] == pytest.approx(billed[axes], rel=most), axes
     assert formula.total() == pytest.approx(billed.total(), rel=0.05)
+
+
+def test_flops_of_adapters_are_the_compilers() -> None:
+    """Unrolled, no remat, and reference attention, which computes all T keys: within 5%."""
+    model = replace(SMALL.model, num_layers=2, seq_len=64, scan_layers=False, attention="reference")
+    config = replace(KINDS["lora"], model=model, train=TrainConfig(batch_size=4))
+    stage = SFT(config, "cpu")
+    trained, frozen = split(nn.unbox(jax.eval_shape(stage.init, jax.random.key(0))), stage.is_frozen)
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), stage.row)
+
+    def loss(trained: dict, frozen: dict, rows: Rows) -> jax.Array:  # type: ignore[type-arg]
+        return stage.loss(join(trained, frozen), rows, stage.counts(rows), None)
+
+    counted = jax.jit(jax.grad(loss)).lower(trained, frozen, rows).compile().cost_analysis()["flops"] / (4 * 64)
+    hidden = 12 * 2 * 256 * (64 - mean_keys("dense", 64, 64))  # keys that the mask hides
+    assert counted == pytest.approx(train_flops_per_token(model, config.lora) + hidden, rel=0.05)
+
+
+def test_memory_of_adapters_is_the_compilers_peak(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Within 7% of what the TPU compiler gave: bfloat16 weights that are frozen, state and gradients of a few."""
+    model = ModelConfig(24, 16, 1024, seq_len=1024, vocab_size=16384, remat="full")
+    config, pod = replace(KINDS["lora"], model=model, lora=LoRAConfig(rank=16)), topology("v5e-8")
+    config, peak = replace(config, train=TrainConfig(batch_size=32)), 0.602e9
+    if request.config.getoption("--whole"):
+        pytest.importorskip(COMPILERS["tpu"], reason="needs the extra tpu")
+        ((_, result),) = compile_all({"lora": config}, pod, tmp_path, 1800, 1)
+        assert result.peak == pytest.approx(peak, rel=0.05)
+    assert priced(config, pod).estimate.peak == pytest.approx(peak, rel=0.07)
 
 
 @pytest.mark.slow
