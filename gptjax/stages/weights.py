@@ -127,6 +127,16 @@ def load_base(run: Path, config: Config, places: Any) -> Any:
     return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
 
 
+def given_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that a config names, or that of the weights it starts from. Raises UserError where there is
+    none."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    if not config.init_from:
+        raise UserError("data.tokenizer: empty, and no init_from whose tokenizer it could be; name one of them")
+    return open_weights(config.init_from).tokenizer()
+
+
 def chat_model(path: str) -> ModelConfig:
     """The model of a run folder or a Hugging Face directory, with room for the chat tokens. For config files.
 

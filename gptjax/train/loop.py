@@ -37,6 +37,7 @@ from gptjax.train.step import (
     Objective,
     Parametrised,
     Rows,
+    TrainState,
     abstract_rows,
     abstract_state,
     init_state,
@@ -105,10 +106,9 @@ def fit(
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
-        found = checkpoints.restore(places.replace(frozen={}), warn) if resume else None
-        state, position = found or (None, Position())
-        if state is not None:
-            state = state.replace(frozen=load(places.frozen) if load and places.frozen else {})
+        kept, position = (checkpoints.restore(places.kept, warn) if resume else None) or (None, Position())
+        if kept is not None:
+            state = TrainState(**kept, frozen=load(places.frozen) if load and places.frozen else {})
         elif load is None:
             state = init_state(config, stage, layout)
         else:
@@ -143,7 +143,7 @@ def _loop(
         return _on_devices(rows, rows_sharding, (config.micro_batch_size,))
 
     def save(now: Moment) -> dict[str, Any] | None:
-        return {} if checkpoints.save(now.state.replace(frozen={}), _whole(now.position)) else None
+        return {} if checkpoints.save(now.state.kept, _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
         figures = stage.evaluate(now.state.every_param, place_rows, mine)
