@@ -142,6 +142,10 @@ def chat_model(path: str) -> ModelConfig:
 
     Raises UserError for what is neither, or is broken.
     """
+    if not Path(path).is_dir():
+        raise UserError(
+            f"init_from = {path}: no such folder; name a run, or a Hugging Face directory: --init_from PATH"
+        )
     weights = open_weights(path)
     model = weights.config.model
     return replace(model, vocab_size=max(model.vocab_size, weights.tokenizer().chat_vocab_size))
