@@ -4,6 +4,8 @@ gptjax train configs/sft.py --init_from runs/quickstart --data.source dialogues.
 
 The assistant's words alone are learned. A residual dropout of 0.2, a cosine to 10% and no warm-up are InstructGPT's
 (arXiv 2203.02155, appendix C); its learning rate is for models a thousand times as large.
+
+Compiled for cpu-1: 0.106 GB a device.
 """
 
 from dataclasses import replace

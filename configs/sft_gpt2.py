@@ -5,6 +5,8 @@ gptjax train configs/sft_gpt2.py --init_from gpt2 --data.source dialogues.jsonl
 
 `gpt2` is a Hugging Face directory with GPT-2's weights and tokenizer; the chat tokens go into the padding of its
 vocabulary. Adapters in place of all parameters: --lora.rank 16 --optimizer.learning_rate 2e-4
+
+Compiled for h100-1x1: 29.09 GB a device.
 """
 
 from dataclasses import replace

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from rich.console import Console
+from shipped import CONFIGS, PATHS, shipped
 
 from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
@@ -33,7 +34,6 @@ from gptjax.planner.search import finalists, layouts, name, named, priced, searc
 from gptjax.planner.traffic import traffic
 from gptjax.sharding.mesh import MESH_AXES
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = Topology("cpu-8", "cpu", Chip("CPU", 1e11, 1e10, 1e10, 1e10, 1e9, 0.7, "cpu"), (8,))
 SMALL = Config(
     name="small",
@@ -491,13 +491,13 @@ def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """By the real compiler, with the peak that the header records, within 5%."""
     where, peak = target(path)
     if path.stem not in QUICK and not request.config.getoption("--whole"):
         return  # half an hour for all of them
-    config = load_config(str(path), [])
+    config = shipped(path.stem, tmp_path)
     if where == "cpu-1":
         lowered, _ = lower(config, replace(CPU, shape=(1,)))
         memory = lowered.compile().memory_analysis()
