@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from gptjax.config import Config, TrainConfig
+from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import num_params, train_flops_per_token
@@ -153,7 +153,7 @@ def _loop(
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
     trace = Trace(train.profile_steps, position.step, run / "profile")
-    todo = _todo(train, stage, meter, trace, save, evaluate, more)
+    todo = _todo(config, stage, meter, trace, save, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
         for action in actions:
@@ -194,7 +194,7 @@ def _loop(
 
 
 def _todo(
-    train: TrainConfig,
+    config: Config,
     stage: Stage,
     meter: Meter,
     trace: Trace,
@@ -203,7 +203,12 @@ def _todo(
     more: Sequence[Action],
 ) -> list[Action]:
     """What happens between steps, in this order."""
-    logs, saves, evaluates = (every(n) for n in (train.log_interval, train.save_interval, train.eval_interval))
+    train = config.train
+    logs, saves, again = (every(n) for n in (train.log_interval, train.save_interval, train.eval_interval))
+
+    def evaluates(step: int, ended: bool) -> bool:
+        """What a run starts from, too, for what it learns is seen from there."""
+        return again(step, ended) or bool(step == 0 and config.init_from and train.eval_interval)
 
     def is_saved(step: int, ended: bool) -> bool:
         """With every evaluation, too, where the best is kept."""
