@@ -288,7 +288,7 @@ def facts(stage: AnyStage) -> dict[str, Any]:
     """What a run is, beside what the loop says of every stage."""
     config, platform, tokenizer = stage.config, stage.platform, stage.tokenizer
     assert stage.layout and tokenizer and stage.corpus
-    rest = left_out(config.data)
+    rest, named = left_out(config.data), config.data.tokenizer or "the weights'"
     options = compiler_options(platform, config.train.deterministic)
     return _pipeline(config, stage.layout) | {
         "attention": ": ".join(stage.network.attention),
@@ -297,7 +297,7 @@ def facts(stage: AnyStage) -> dict[str, Any]:
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
         "data": f"{stage.corpus.name}, {rest + ', ' if rest else ''}{stage.facts()}, "
-        f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
+        f"{named} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
         f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
         + "".join(f"; {note}" for note in tokenizer.notes),
     }
