@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from test_processes import both
 from toy import records
 
 from gptjax import cli
@@ -35,6 +36,7 @@ from gptjax.config import (
     TrainConfig,
     from_json,
     to_json,
+    validate,
 )
 from gptjax.data.chat import Message
 from gptjax.data.dialogues import Dropped, parse
@@ -416,6 +418,29 @@ def test_a_run_of_adapters_is_sampled_exported_and_goes_on(
     assert cli.run(["train", "--resume", str(run), "--train.epochs", "3"]) == 0
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_and_one_goes_on(base: Path, small: SFTConfig, tmp_path: Path) -> None:
+    """Adapters beside a base that both load, to the middle of an epoch; then by one process alone."""
+    config = replace(
+        small,
+        init_from=str(base),
+        data=replace(small.data, tokenizer=""),
+        lora=LoRAConfig(rank=2),
+        optimizer=replace(small.optimizer, decay_tokens=10_000),
+    )
+    whole = train(config, _folder(tmp_path / "whole"))
+    folder = _folder(tmp_path / "cut")
+    run = folder / "run"
+    words = [file_of(config, folder), "--run", str(run), "--train.total_steps", "2"]
+    done = both(words, words)
+    assert [status for status, _, _ in done] == [0, 0], done[1][2]
+    assert cli.run(["train", "--resume", str(run), "--train.total_steps", "0"]) == 0
+    ours, theirs = ([r["loss"] for r in records(each, "train")] for each in (run, whole))
+    assert len(ours) == len(theirs) > 3
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert records(run, "train")[-1]["tokens"] == records(whole, "train")[-1]["tokens"]
+
+
 def test_another_base_is_refused(base: Path, adapted: Path, small: SFTConfig, tmp_path: Path) -> None:
     other, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(adapted, run)
@@ -518,6 +543,11 @@ def test_mistakes_are_one_line_and_leave_nothing(
         cli.run(["train", file_of(small, tmp_path), "--run", str(tmp_path / "run"), *words])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_field_that_the_stage_does_not_use_is_refused_in_a_file_too(small: SFTConfig) -> None:
+    with pytest.raises(UserError, match=r"separate_documents = True: stage sft has no use for it; leave it out"):
+        validate(replace(small, model=replace(small.model, separate_documents=True)))
 
 
 @pytest.mark.parametrize(

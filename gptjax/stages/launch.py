@@ -274,7 +274,7 @@ def _first_weights(config: Config) -> Weights:
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
-    """Continuations of a prompt by the newest checkpoint of a run, or by a Hugging Face directory."""
+    """A prompt with its continuations, or replies to it, by a run's checkpoint or a Hugging Face directory."""
     weights = open_weights(folder)
     prepare(weights.config)
     config, tokenizer = weights.config, weights.tokenizer()

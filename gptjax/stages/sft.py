@@ -19,7 +19,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.infer.sampling import Sampling
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
-from gptjax.stages.next_token import SAMPLE_TOKENS, SAMPLING, NextToken
+from gptjax.stages.next_token import NextToken
 
 
 class SFT(NextToken):
@@ -106,16 +106,10 @@ class SFT(NextToken):
 
         return jax.jit(sums)
 
-    def sample(self, params: Any) -> str:
-        """The reply to train.sample_prompt, the same seed each time so that samples compare."""
-        prompt = self.config.train.sample_prompt
-        reply = self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
-        return f"{prompt}\n{reply}"
-
     def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """Replies of the assistant to a prompt of the user; `size` as for `generate`."""
+        """A prompt of the user, each time with a reply of the assistant; `size` as for `generate`."""
         made = self.continuations(params, self.chat.prompt([Message("user", prompt)]), how, **size)
-        return [self._until_end(row) for row in made]
+        return [f"{prompt}\n{self._until_end(row)}" for row in made]
 
     def _until_end(self, ids: np.ndarray) -> str:
         ends = np.flatnonzero(ids == self.chat.end)

@@ -148,7 +148,8 @@ def chat_model(path: str) -> ModelConfig:
         )
     weights = open_weights(path)
     model = weights.config.model
-    return replace(model, vocab_size=max(model.vocab_size, weights.tokenizer().chat_vocab_size))
+    size = max(model.vocab_size, weights.tokenizer().chat_vocab_size)
+    return replace(model, vocab_size=size, separate_documents=False)  # conversations are kept apart anyway
 
 
 def _same(model: ModelConfig) -> tuple[str, ...]:
