@@ -441,6 +441,15 @@ def test_two_processes_learn_what_one_does_and_one_goes_on(base: Path, small: SF
     assert records(run, "train")[-1]["tokens"] == records(whole, "train")[-1]["tokens"]
 
 
+def test_a_chat_template_for_other_tokens_is_one_line(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    (run / "tokenizer" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"chat template is written for other tokens: <\|im_start\|>, <\|im_end\|>"):
+        cli.run(["sample", str(run), "--tokens", "1"])
+
+
 def test_another_base_is_refused(base: Path, adapted: Path, small: SFTConfig, tmp_path: Path) -> None:
     other, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(adapted, run)

@@ -22,7 +22,7 @@ from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
-from gptjax.data.chat import is_chat
+from gptjax.data.chat import is_chat, other_format, require_no_other
 from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
@@ -122,6 +122,8 @@ def _layout(config: Config) -> Layout:
 def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> AnyStage:
     """The stage, checked against its layout, vocabulary and text, with the length of its training."""
     kind = stage_class(config)
+    if kind is SFT and (other := other_format(tokenizer)):
+        warn(f"the tokenizer's chat template is written for {other}; this run has one of its own")
     tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
     with Progress() as progress:
         made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
@@ -278,6 +280,8 @@ def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tok
     weights = open_weights(folder)
     prepare(weights.config)
     config, tokenizer = weights.config, weights.tokenizer()
+    if config.stage == "sft":
+        require_no_other(tokenizer)
     kind = SFT if is_chat(tokenizer) else Pretrain
     stage = kind(config, jax.default_backend(), tokenizer=kind.fit_tokenizer(config, tokenizer))
     params = weights.load(config.model, on_device(config, jax.local_devices()[0]))
