@@ -85,7 +85,7 @@ class SFT(NextToken):
         return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end)
 
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
-        """Loss in nats per token of the assistant, and of what it answers, which is not trained."""
+        """Loss in nats per token of the assistant, and of the words that it answers, which are not trained."""
         c = self.config
         batches = eval_batches(self.evaluation, c.micro_batch_size, rows, c.train.eval_batches)
         sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
@@ -94,14 +94,14 @@ class SFT(NextToken):
 
     @cached_property
     def _evaluate_batch(self) -> Callable[[Any, Rows], tuple[Array, ...]]:
-        """jit of (params, rows [b, T]) -> nats and targets that are trained, and those that are not."""
-        c = self.config.model
+        """jit of (params, rows [b, T]) -> nats and targets that are trained, and those of words that are not."""
+        c, marks = self.config.model, np.array([*self.known_tokenizer.special.values()])
 
         def sums(params: Any, rows: Rows) -> tuple[Array, ...]:
             hidden, embedding, targets = self.network.before_head(params, rows, None)
             asked = jnp.where(targets <= CUT, CUT - targets, targets)
             nats = -log_probs(hidden, embedding, asked, c.vocab_size, c.loss_chunk)
-            parts = targets > PADDING, targets < PADDING
+            parts = targets > PADDING, (targets < PADDING) & ~jnp.isin(asked, marks)
             return tuple(jnp.sum(x) for part in parts for x in (jnp.where(part, nats, 0), part))
 
         return jax.jit(sums)
