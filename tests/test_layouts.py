@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from shipped import CONFIGS, PATHS, shipped
 
 from gptjax.config import Config, LayoutConfig, SFTConfig, to_json
 from gptjax.config.load import load_config
@@ -26,13 +27,11 @@ from gptjax.planner.compile import lower
 from gptjax.planner.place import place
 from gptjax.sharding.mesh import MESH_AXES, abstract_mesh, make_mesh
 from gptjax.sharding.rules import Layout, partition_spec, rule_table
-from gptjax.stages import SFT
-from gptjax.stages.pretrain import Pretrain
+from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.stages.weights import Weights
 from gptjax.train.parts import join
 from gptjax.train.step import abstract_state, init_state, make_step, placed
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 STEPS = 20
 LAYOUTS = {
     "dp8": LayoutConfig(data=8, fsdp=1),
@@ -347,13 +346,13 @@ def test_indivisible_parameter_is_named(tiny: Config) -> None:
         layout.shardings(boxed)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_config(path: Path) -> None:
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_shipped_config(path: Path, tmp_path: Path) -> None:
     """The whole state by eval_shape: exact count, sharded over its intended mesh, nothing large replicated."""
-    config = load_config(str(path), [])
+    config = shipped(path.stem, tmp_path)
     wanted = config.layout.data * config.layout.fsdp * config.layout.tensor
     layout = Layout(abstract_mesh(config, wanted if wanted > 0 else 1), rule_table(config.layout))
-    task = Pretrain(config, "tpu", layout)
+    task = stage_class(config)(config, "tpu", layout)
     state = abstract_state(config, task)
     model = config.model
     padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
@@ -381,7 +380,7 @@ def test_gpt3_sizes_are_the_papers() -> None:
         "175b": (96, 96, 12288, 3 * 2**20, 0.6e-4),
     }
     for name, row in table.items():
-        c = load_config(str(CONFIGS[0].with_name(f"gpt3_{name}.py")), [])
+        c = load_config(str(CONFIGS / f"gpt3_{name}.py"), [])
         m, o = c.model, c.optimizer
         assert (m.num_layers, m.num_heads, m.embed_dim, c.train.batch_size * 2048, o.learning_rate) == row
         assert (m.seq_len, m.vocab_size, m.attention_pattern) == (2048, 50257, ("dense", "banded"))

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from rich.console import Console
+from shipped import CONFIGS, PATHS, shipped
 
 from gptjax import cli
 from gptjax.config import Config, DialogueConfig, LayoutConfig, LoRAConfig, ModelConfig, SFTConfig, TrainConfig
@@ -38,7 +39,6 @@ from gptjax.sharding.mesh import MESH_AXES
 from gptjax.stages import SFT
 from gptjax.train.parts import join, split
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = Topology("cpu-8", "cpu", Chip("CPU", 1e11, 1e10, 1e10, 1e10, 1e9, 0.7, "cpu"), (8,))
 SMALL = Config(
     name="small",
@@ -52,7 +52,13 @@ SMALL = Config(
     train=TrainConfig(batch_size=32, micro_batch_size=16),
 )
 TUNING = SFTConfig("tuning", SMALL.model, DialogueConfig("sums.jsonl", tokenizer="bytes"), train=SMALL.train)
-KINDS = {"pretrain": SMALL, "sft": TUNING, "lora": replace(TUNING, lora=LoRAConfig(rank=8))}
+LAYERS = LoRAConfig(rank=8, matrices=("qkv", "projection", "mlp_up", "mlp_down"))
+KINDS = {
+    "pretrain": SMALL,
+    "sft": TUNING,
+    "lora": replace(TUNING, lora=LoRAConfig(rank=8)),
+    "lora of layers": replace(TUNING, lora=LAYERS),
+}
 # What each layout is for, and how close formula and program are: bytes over every group of mesh axes.
 BILLED = {
     "fsdp": LayoutConfig(fsdp=8),
@@ -249,7 +255,7 @@ ADAPTED = [("lora", layout) for layout in BILLED if layout != "context"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "layout"), [*PRETRAINED, *TUNED, *ADAPTED])
+@pytest.mark.parametrize(("kind", "layout"), [*PRETRAINED, *TUNED, *ADAPTED, ("lora of layers", "fsdp_tensor")])
 def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     """Every formula against the compiled step, axis by axis, within 5%; and what a device holds between steps."""
     config = replace(KINDS[kind], layout=BILLED[layout])
@@ -271,10 +277,11 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     assert formula.total() == pytest.approx(billed.total(), rel=0.05)
 
 
-def test_flops_of_adapters_are_the_compilers() -> None:
+@pytest.mark.parametrize("kind", ["lora", "lora of layers"])
+def test_flops_of_adapters_are_the_compilers(kind: str) -> None:
     """Unrolled, no remat, and reference attention, which computes all T keys: within 5%."""
     model = replace(SMALL.model, num_layers=2, seq_len=64, scan_layers=False, attention="reference")
-    config = replace(KINDS["lora"], model=model, train=TrainConfig(batch_size=4))
+    config = replace(KINDS[kind], model=model, train=TrainConfig(batch_size=4))
     stage = SFT(config, "cpu")
     trained, frozen = split(nn.unbox(jax.eval_shape(stage.init, jax.random.key(0))), stage.is_frozen)
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), stage.row)
@@ -290,7 +297,7 @@ def test_flops_of_adapters_are_the_compilers() -> None:
 def test_memory_of_adapters_is_the_compilers_peak(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Within 7% of what the TPU compiler gave: bfloat16 weights that are frozen, state and gradients of a few."""
     model = ModelConfig(24, 16, 1024, seq_len=1024, vocab_size=16384, remat="full")
-    config, pod = replace(KINDS["lora"], model=model, lora=LoRAConfig(rank=16)), topology("v5e-8")
+    config, pod = replace(KINDS["lora"], model=model, lora=replace(LAYERS, rank=16)), topology("v5e-8")
     config, peak = replace(config, train=TrainConfig(batch_size=32)), 0.602e9
     if request.config.getoption("--whole"):
         pytest.importorskip(COMPILERS["tpu"], reason="needs the extra tpu")
@@ -509,8 +516,8 @@ def test_a_dry_run_of_adapters(topology: list[str], tuned_file: str, capsys: pyt
     words = ["train", tuned_file, "--dry-run", *topology, "--lora.rank", "2", "--layout.fsdp", "8"]
     assert cli.run(words) == 0
     said = capsys.readouterr().out
-    adapters = 2 * 16 * 4 * 32  # rank x sides x layers x width
     model = load_config(tuned_file, []).model
+    adapters = 2 * (16 * 4 * 32 + model.vocab_size + 32)  # rank x (sides x layers x width, and the embedding's)
     assert f"{num_params(model) + adapters:,} parameters, of which {adapters:,} are trained" in said
     assert re.search(r"units/block_0/qkv/kernel .* frozen", said)
     assert not re.search(r"lora/a .* frozen", said)
@@ -586,13 +593,13 @@ def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """By the real compiler, with the peak that the header records, within 5%."""
     where, peak = target(path)
     if path.stem not in QUICK and not request.config.getoption("--whole"):
         return  # half an hour for all of them
-    config = load_config(str(path), [])
+    config = shipped(path.stem, tmp_path)
     if where == "cpu-1":
         lowered, _ = lower(config, replace(CPU, shape=(1,)))
         memory = lowered.compile().memory_analysis()

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from shipped import shipped
 
 from gptjax.config import Config, LayoutConfig
 from gptjax.config.load import load_config
@@ -25,7 +26,7 @@ from gptjax.planner.search import named
 from gptjax.sharding.mesh import AUTO, MESH_AXES, make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import join
+from gptjax.train import join
 from gptjax.train.join import ADDRESS, COUNT, INDEX
 from gptjax.train.signals import ASKED
 
@@ -60,10 +61,10 @@ def layout_on(config: Config, pod: str, slices: int) -> Layout:
 
 
 @pytest.mark.parametrize(("name", "pod", "slices", "layout"), SHIPPED + PLANNED, ids=lambda value: str(value))
-def test_every_process_of_a_pod_gets_its_rows(name: str, pod: str, slices: int, layout: str) -> None:
+def test_every_process_of_a_pod_gets_its_rows(name: str, pod: str, slices: int, layout: str, tmp_path: Path) -> None:
     """With the TPU's own numbers of processes: every device finds its rows among its process's, each process holds no
     others, and what two of them hold is the same or disjoint, or JAX would take it for something else."""
-    config = load_config(str(ROOT / "configs" / f"{name}.py"), [])
+    config = shipped(name, tmp_path)
     config = named(config, layout) if layout else config
     made, rows = layout_on(config, pod, slices), config.micro_batch_size
     shares = rows_by_process(made, rows)

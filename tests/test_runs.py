@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import environment
+from shipped import PATHS, start_words
 
 from gptjax import cli
 from gptjax.config import Config, to_json
@@ -405,12 +406,9 @@ def test_a_dry_run_of_a_resume(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", PATHS, ids=lambda file: file.stem)
 def test_every_shipped_config_would_start_on_its_hardware(
-    file: Path, corpus: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, corpus: Path, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the real process numbers of the pod that its header names, and GPT-2's own tokenizer."""
     pod = file.read_text().split("Compiled for ")[1].split(":")[0]
@@ -424,7 +422,9 @@ def test_every_shipped_config_would_start_on_its_hardware(
     else:
         place = ["--layout.fsdp", "1", "--layout.data", "-1"] if "cpu" in file.stem else ["--layout.fsdp", "8"]
     words = ["--data.source", str(corpus / "*.txt")]
-    if "gpt" in file.stem:
+    if start := start_words(file.stem, tmp_path):
+        words = [*start, "--data.source", str(shared / "gsm8k-train.jsonl")]
+    elif "gpt" in file.stem:
         words += ["--data.tokenizer", f"gpt2:{shared / 'gpt2-bpe'}"]
     if file.stem == "shakespeare_cpu":
         words += ["--train.batch_size", "24", "--data.lanes", "8", "--train.micro_batch_size", "24"]  # 8 devices here
@@ -454,7 +454,7 @@ def test_a_dry_run_of_a_layout_that_the_plan_recommends(
     words = ["--layout.sequence_sharding", "true", "--data.source", str(corpus / "*.txt"), "--data.tokenizer", "bytes"]
     words += [word for axis, size in layout.items() for word in (f"--layout.{axis}", str(size))]
     words += ["--train.batch_size", "1024", "--train.micro_batch_size", "512", "--train.ramp_start", "512"]
-    file = next(file for file in CONFIGS if file.stem == name)
+    file = next(file for file in PATHS if file.stem == name)
     assert cli.run(["train", str(file), "--dry-run", "--topology", pod, "--slices", str(slices), *words]) == 0
     shares = re.findall(r"rows ([\d, -]+): process\(es\) ([\d, -]+)", capsys.readouterr().out)
     assert sorted(process for _, processes in shares for process in numbers(processes)) == [*range(hosts)]

@@ -127,12 +127,12 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     tokens = config.train.batch_size * model.seq_len
     layers, dim = model.num_layers, model.embed_dim
     keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
-    each, adapters = products_per_weight(config.adapter), Counter(adapter_params(model, config.adapter))
+    (each, head), adapters = products_per_weight(config.adapter), Counter(adapter_params(model, config.adapter))
     flops = {
         "attention": 12 * dim * keys * tokens,
         "projections": (each * 4 * layers * dim**2 + 6 * (adapters["qkv"] + adapters["projection"])) * tokens,
         "MLP": (each * 8 * layers * dim**2 + 6 * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
-        "head and loss": each * model.vocab_size * dim * tokens,
+        "head and loss": head * model.vocab_size * dim * tokens,
     }
     moved = {
         "attention": 12 * dim * layers * tokens * width,

@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field
 
 from gptjax.commands.arguments import Overrides, Positional
-from gptjax.config import DataConfig
-from gptjax.config.fields import frozen
+from gptjax.config import Config, DataConfig, SFTConfig
+from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
 from gptjax.terminal import Progress
@@ -15,10 +15,13 @@ from gptjax.terminal import Progress
 
 @frozen
 class Command:
-    """Build the data set of a config now, and show what it holds; or look after those that were built."""
+    """Build the data set of a config now, and show what it holds and what a run would learn from it; or look after
+    those that were built."""
 
     config: Annotated[str, Positional("CONFIG")] = ""
     """A file of configs/; left out with --cache."""
+    examples: Positive = 1
+    """Conversations to show."""
     cache: bool = False
     """List what was built from local files, in data.cache_dir."""
     remove: str = ""
@@ -30,8 +33,8 @@ class Command:
     overrides: Overrides = ()
 
     def run(self) -> None:
-        """Print records, digest and the first text of each split, after building what is not built yet; or the
-        cache."""
+        """Print records, digest and the first text of each split, after building what is not built yet, of
+        conversations also what is trained; or the cache."""
         if self.cache:
             self._cache()
         elif not self.config:
@@ -39,19 +42,24 @@ class Command:
         elif self.remove or self.prune >= 0:
             raise UserError("gptjax data: --remove and --prune go with --cache")
         else:
-            self._build()
+            self._build(load_config(self.config, [*self.overrides]))
 
-    def _build(self) -> None:
+    def _build(self, config: Config) -> None:
         from gptjax.data.sources import build, left_out
 
-        data = load_config(self.config, [*self.overrides]).data
+        data = config.data
         with Progress() as progress:
             corpus = build(data, progress)
         if note := left_out(data):
             print(f"{data.source}: {note}")
-        for name in (data.train_split, data.eval_split):
-            split = corpus.split(name, data.split_by)
-            print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
+        if isinstance(config, SFTConfig):
+            from gptjax.stages.view import show
+
+            show(config, corpus, self.examples)
+        else:
+            for name in (data.train_split, data.eval_split):
+                split = corpus.split(name, data.split_by)
+                print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
         print(f"digest {corpus.digest}, in {corpus.folder}")
 
     def _cache(self) -> None:

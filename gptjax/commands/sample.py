@@ -15,7 +15,7 @@ class Command:
     folder: Annotated[str, Positional("PATH")]
     """A run folder or a Hugging Face directory."""
     prompt: Annotated[str, Field(min_length=1)] = "\n"
-    """Text to continue."""
+    """Text to continue, or for a model that has learned conversations what the user says."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Divides the logits; 0 takes the likeliest token."""
     top_k: Count = 0
@@ -36,4 +36,4 @@ class Command:
 
         how = Sampling(self.temperature, self.top_k, self.top_p)
         texts = sample(self.folder, self.prompt, how, num_samples=self.samples, num_tokens=self.tokens, seed=self.seed)
-        print("\n---\n".join(self.prompt + text for text in texts))
+        print("\n---\n".join(texts))

@@ -22,6 +22,8 @@ class Command:
     resume: str = ""
     """A run folder to go on with, exactly where it stopped; auto starts the run of --run, or goes on with it if it is
     there."""
+    overwrite: bool = False
+    """Start anew in the folder of --run, or runs/NAME: the run that is there is removed, once all else is checked."""
     distributed: bool = False
     """One of several processes: join the others first."""
     new_data: bool = False
@@ -40,6 +42,8 @@ class Command:
             raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
         if (self.topology or self.slices > 1) and not (self.dry_run and self.topology):
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
+        if self.overwrite and self.resume:
+            raise UserError("--overwrite: starts anew, and --resume goes on; give one of them")
         given = self._given() if self.config else None
         from gptjax.stages.launch import Resumed, train
         from gptjax.train.join import join
@@ -53,7 +57,9 @@ class Command:
             folder = first(lambda: self._there(given)) if self.distributed else self._there(given)
         if not folder:
             assert given
-            return self._rehearse(given, None) if self.dry_run else train(given, None, named=self.resume == AUTO)
+            if self.dry_run:
+                return self._rehearse(given, None)
+            return train(given, None, named=self.resume == AUTO, overwrite=self.overwrite)
         path, saved = open_run(folder)
         given = given or validate(override(saved, [*self.overrides]))
         if self.resume != AUTO and given.run not in ("", saved.run):

@@ -3,7 +3,7 @@
 import re
 
 from gptjax.config.fields import every_leaf
-from gptjax.config.schema import Config
+from gptjax.config.schema import Config, SFTConfig
 from gptjax.errors import UserError
 
 
@@ -18,6 +18,8 @@ def validate(config: Config) -> Config:
     _model(config)
     _batch(config)
     _vocabulary(config)
+    if isinstance(config, SFTConfig):
+        _fine_tuning(config)
     optimizer = config.optimizer
     if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:
         raise UserError(
@@ -90,3 +92,13 @@ def _vocabulary(config: Config) -> None:
         )
     if config.data.made_pieces > size:
         raise UserError(f"data.tokenizer = {spec}: model.vocab_size is {size}; nearest sentencepiece:{size}")
+
+
+def _fine_tuning(config: SFTConfig) -> None:
+    if config.adapter and not config.init_from:
+        raise UserError(
+            f"lora.rank = {config.lora.rank}: adapters stand beside trained weights; name them with init_from, or take "
+            "0, which trains all parameters"
+        )
+    if config.train.sample_interval and not config.train.sample_prompt.strip():
+        raise UserError("train.sample_prompt: has no text, and the assistant is to answer it; write a question")

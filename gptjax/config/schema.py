@@ -258,13 +258,10 @@ class LoRAConfig:
     """Rank of each adapter, which alone are trained then; 0 trains all parameters."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """What an adapter adds is scaled by alpha / rank."""
-    matrices: Annotated[tuple[Literal["qkv", "projection", "mlp_up", "mlp_down"], ...], Field(min_length=1)] = (
-        "qkv",
-        "projection",
-        "mlp_up",
-        "mlp_down",
-    )
-    """Which matrices have one; queries, keys and values are one matrix."""
+    matrices: Annotated[
+        tuple[Literal["qkv", "projection", "mlp_up", "mlp_down", "embedding"], ...], Field(min_length=1)
+    ] = ("qkv", "projection", "mlp_up", "mlp_down", "embedding")
+    """Which matrices have one. Queries, keys and values are one; the embedding's is what chat tokens are learned by."""
 
     @property
     def scale(self) -> float:

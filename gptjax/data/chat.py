@@ -208,17 +208,21 @@ def is_chat(tokenizer: Tokenizer) -> bool:
     return tokenizer.files.get(TEMPLATE) == _template(tokenizer).encode()
 
 
-def require_no_other(tokenizer: Tokenizer) -> None:
-    """Raises UserError for a tokenizer with a template that is not ours: its model has learned another format."""
+def other_format(tokenizer: Tokenizer) -> str:
+    """What a tokenizer's template is written for, in a few words, where it is not ours; "" where it is or is none."""
     text = _given(tokenizer)
     if not text or is_chat(tokenizer):
-        return
+        return ""
     names = [name for name in dict.fromkeys(NAMES.findall(text)) if name not in SPECIALS]
-    tokens = f"tokens: {', '.join(names[:4])}" if names else "turns"
-    raise UserError(
-        f"tokenizer: its chat template is written for other {tokens}; fine-tune the model (stage sft), which gives it "
-        "ours"
-    )
+    return f"other tokens: {', '.join(names[:4])}" if names else "other turns"
+
+
+def require_no_other(tokenizer: Tokenizer) -> None:
+    """Raises UserError for a tokenizer with a template that is not ours: its model has learned another format."""
+    if other := other_format(tokenizer):
+        raise UserError(
+            f"tokenizer: its chat template is written for {other}; fine-tune the model (stage sft), which gives it ours"
+        )
 
 
 def _given(tokenizer: Tokenizer) -> str:

@@ -16,9 +16,12 @@ def num_params(config: ModelConfig) -> int:
 
 
 def adapter_params(config: ModelConfig, lora: LoRAConfig | None) -> dict[str, int]:
-    """Matrix -> numbers in its adapters, r (in + out) in each layer; none without adapters."""
-    one = lora.rank * config.num_layers * config.embed_dim if lora else 0
-    return {name: one * sides for name, sides in SIDES.items() if lora and name in lora.matrices}
+    """Matrix -> numbers in its adapters, r (in + out) in each layer, r (V + D) for the embedding; none without."""
+    if lora is None:
+        return {}
+    layers = {name: config.num_layers * config.embed_dim * sides for name, sides in SIDES.items()}
+    sizes = layers | {"embedding": config.vocab_size + config.embed_dim}
+    return {name: lora.rank * size for name, size in sizes.items() if name in lora.matrices}
 
 
 def mean_keys(kind: str, seq_len: int, window: int) -> float:
@@ -31,20 +34,21 @@ def mean_keys(kind: str, seq_len: int, window: int) -> float:
 def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None) -> float:
     """Model FLOPs of forward and backward per token, counting causality and the band exactly.
 
-    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where adapters of
-    P numbers in all are trained, 4 (12 L D² + V D) + 6 P in place of the first term: frozen matrices are multiplied
-    going forward and for the gradient of what went in, not for one of their own. Attention has no weights, and costs
-    what it did.
+    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where adapters
+    are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term: frozen matrices are
+    multiplied going forward and for the gradient of what went in, not for one of their own. 6 V D again with an adapter
+    for the embedding, whose gradient is that of the whole table. Attention has no weights, and costs what it did.
     """
-    matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
+    layer, head = products_per_weight(lora)
+    matrices = layer * 12 * config.num_layers * config.embed_dim**2 + head * config.vocab_size * config.embed_dim
     keys = sum(mean_keys(kind, config.seq_len, config.window) for kind in config.layer_kinds)
-    adapters = sum(adapter_params(config, lora).values())
-    return products_per_weight(lora) * matrices + 6 * adapters + 12 * config.embed_dim * keys
+    adapters = sum(size for name, size in adapter_params(config, lora).items() if name in SIDES)
+    return matrices + 6 * adapters + 12 * config.embed_dim * keys
 
 
-def products_per_weight(lora: LoRAConfig | None) -> int:
-    """FLOPs per token and number of a matrix beside which adapters are trained, or None are."""
-    return 4 if lora else 6
+def products_per_weight(lora: LoRAConfig | None) -> tuple[int, int]:
+    """FLOPs per token and number of a layer's matrix, and of the head's: 6 where it has a gradient, else 4."""
+    return (4, 6 if "embedding" in lora.matrices else 4) if lora else (6, 6)
 
 
 def train_flops_per_token_palm(config: ModelConfig) -> float:

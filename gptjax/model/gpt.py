@@ -21,7 +21,7 @@ from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
 from gptjax.model.lora import NAME as ADAPTER
-from gptjax.model.lora import LowRank
+from gptjax.model.lora import LowRank, LowRankTable
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
@@ -354,7 +354,10 @@ class GPT(nn.Module):
         c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
         places = named(nn.initializers.normal(0.02), (None, "embed"))
-        embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim)).astype(self.dtype)
+        embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim))
+        if beside := _beside(self.lora, "embedding"):
+            embedding += LowRankTable(beside, (c.padded_vocab_size, c.embed_dim), name=ADAPTER)()
+        embedding = embedding.astype(self.dtype)
         places = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
         # Gathered over fsdp once, here: a lookup in a table split over fsdp would reshard every token instead.
         embedding = constrain(embedding, ("vocab", None))

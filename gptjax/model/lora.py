@@ -36,6 +36,22 @@ class LowRank(nn.Module):
         return self.config.scale * self.product(self.product(x, a.astype(x.dtype), self.num_in), b.astype(x.dtype), 1)
 
 
+class LowRankTable(nn.Module):
+    """scale * A B for a table of a shape [V', D], whose rows are looked up and scored against."""
+
+    config: LoRAConfig
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> Array:
+        rows, dim = self.shape
+        normal = nn.with_logical_partitioning(nn.initializers.normal(dim**-0.5), ("vocab", None))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
+        a: Any = self.param("a", normal, (rows, self.config.rank))
+        b: Any = self.param("b", zeros, (self.config.rank, dim))
+        return self.config.scale * jnp.matmul(a, b)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter, such as units/block_0/qkv/lora/a, is a part of an adapter."""
     return NAME in name.split("/")
@@ -47,7 +63,7 @@ def merge(params: Any, config: LoRAConfig) -> Any:
     plain = {path: leaf for path, leaf in flat.items() if NAME not in path}
     for path in flat:
         if path[-2:] == (NAME, "a"):
-            kernel = (*path[:-2], "kernel")
+            kernel = next(each for name in ("kernel", "embedding") if (each := (*path[:-2], name)) in plain)
             plain[kernel] = _merged(plain[kernel], flat[path], flat[*path[:-1], "b"], config.scale)
     return unflatten_dict(plain)
 

@@ -28,7 +28,7 @@ from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.stages.launch import Resumed
-from gptjax.stages.weights import open_weights
+from gptjax.stages.weights import given_tokenizer, open_weights
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.loop import plain_facts
@@ -121,10 +121,8 @@ class Rehearsal:
         data = self.config.data
         if self.resumed:
             return folders.saved_tokenizer(self.resumed.folder)
-        if not data.tokenizer:
-            return open_weights(self.config.init_from).tokenizer()
         if not data.made_pieces:
-            return load_tokenizer(data.tokenizer)
+            return given_tokenizer(self.config)
         _, corpus = self.text
         model = vocabulary.model_file(data, corpus) if corpus else None
         return load_tokenizer(str(model)) if model and model.is_file() else None

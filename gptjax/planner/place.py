@@ -117,7 +117,7 @@ class Place:
         """Bytes of a layer's adapters in the compute dtype: those cut over fsdp, whole, and the others."""
         split, rest = 0.0, 0.0
         for array in self.arrays:
-            if is_adapter(array.name):
+            if is_adapter(array.name) and array.name.startswith("unit"):
                 numbers = math.prod(array.shape) / self.config.model.num_layers
                 if "embed" in array.axes:
                     split += numbers

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from gptjax.model.accounting import SIDES
 from gptjax.planner.arithmetic import computation
 from gptjax.planner.bill import Collective
 from gptjax.planner.chips import wiring
@@ -63,7 +64,10 @@ def traffic(place: Place) -> list[Transfer]:
     fsdp = mesh["fsdp"]
     copies = ("replica", "data", "context")
     behind = 1.0 if stages == 1 else 0.0
-    whole = 0 if place.config.adapter else 1  # beside adapters nothing else has a gradient
+    lora = place.config.adapter
+    whole = 0 if lora else 1  # beside adapters nothing else has a gradient
+    adapted = set(lora.matrices) if lora else set[str]()
+    table = 1 if whole or "embedding" in adapted else 0  # the gradient of an adapter of it is made of its own
     add("reduce-scatter", ("fsdp",), "gradients", whole * weights + split, behind)
     add("all-reduce", copies, "gradients", (whole * weights + split) / fsdp, behind)
     add("all-reduce", (*copies, "fsdp"), "gradients of what fsdp does not cut of adapters", rest, behind)
@@ -74,7 +78,10 @@ def traffic(place: Place) -> list[Transfer]:
     others = ("replica", "pipeline", "data", "context")
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
-    add("all-reduce", (*others, "fsdp"), "embedding's gradient", whole * (place.embedding + looked_up) * micro)
+    add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (place.embedding + looked_up) * micro)
+    if lora and "embedding" in adapted:  # of the half that has all of the vocabulary, in float32
+        half = lora.rank * model.padded_vocab_size * FLOAT / mesh["tensor"]
+        add("all-reduce", ("fsdp",), "gradient of the embedding's adapter", half * micro)
     add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", place.vectors * micro)
     if place.restarts:
         wide = positions * FLOAT / place.width / mesh["tensor"]
@@ -85,12 +92,10 @@ def traffic(place: Place) -> list[Transfer]:
 
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro
-    lora = place.config.adapter
-    adapted = set(lora.matrices) if lora else set[str]()
     # What goes into the second half of an adapter is summed with what its matrix sums.
-    sums = residual * (1 + (len(adapted) * lora.rank / (4 * model.embed_dim) if lora else 0))
+    sums = residual * (1 + (len(adapted & SIDES.keys()) * lora.rank / (4 * model.embed_dim) if lora else 0))
     recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
-    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + whole * micro))
+    add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + table * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
     add("all-reduce", ("tensor",), "the loss's gradient", ends)
     if layout.sequence_sharding:
@@ -105,7 +110,7 @@ def traffic(place: Place) -> list[Transfer]:
 
     if stages > 1:
         add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * place.resting / place.chunks * micro, 0.0)
-        add("all-gather", ("pipeline",), "batch in and out", (3 + whole) * place.resting * micro, 0.0)
+        add("all-gather", ("pipeline",), "batch in and out", (3 + table) * place.resting * micro, 0.0)
     return [
         Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
         for kind, axes, what, size, hidden in made

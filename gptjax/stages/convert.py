@@ -73,7 +73,7 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
         params = directory.load(config.model, placed(abstract, shardings).params)
         fill_run(folder, config, tokenizer)
         checkpoints = Checkpoints(folder, config)
-        checkpoints.save(start_state(config, stage, params, shardings), Position())
+        checkpoints.save(start_state(config, stage, params, shardings).kept, Position())
         checkpoints.close()
     where = shlex.quote(str(target))
     return (

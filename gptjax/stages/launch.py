@@ -22,9 +22,9 @@ from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
-from gptjax.data.chat import is_chat
+from gptjax.data.chat import is_chat, other_format, require_no_other
 from gptjax.data.sources import Corpus, build, left_out, reopen
-from gptjax.data.tokenizers import Tokenizer, load_model, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.infer.sampling import Sampling
@@ -35,7 +35,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, NextToken, Pretrain, stage_class
-from gptjax.stages.weights import Weights, load_base, on_device, open_weights
+from gptjax.stages.weights import Weights, given_tokenizer, load_base, on_device, open_weights
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
@@ -60,21 +60,22 @@ class Resumed:
     """Whether its user has said that another text is meant."""
 
 
-def train(config: Config, resumed: Resumed | None, *, named: bool = False) -> int:
+def train(config: Config, resumed: Resumed | None, *, named: bool = False, overwrite: bool = False) -> int:
     """Run pretraining, from random weights or those of `init_from`, to its end; returns the exit status (128 + the
     signal that stopped it, or 0).
 
-    `named` starts a new run in exactly the config's folder. Several processes have joined each other before.
+    `named` starts a new run in exactly the config's folder, `overwrite` there in the place of another. Several
+    processes have joined each other before.
     """
     prepare(config)
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
     layout = together(lambda: _layout(config))
     weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
-    tokenizer, corpus = _text(config, resumed, weights)
+    tokenizer, corpus = _text(config, resumed)
     stage = _stage(config, layout, tokenizer, corpus)
     compare({"attention backend": stage.network.attention[0]})
-    with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named) as run:
+    with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named, overwrite) as run:
         known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
         load = partial(_first_params, stage, weights, run) if config.init_from else None
         number = fit(stage.config, stage, layout, run, resumed is not None, known, load)
@@ -121,6 +122,8 @@ def _layout(config: Config) -> Layout:
 def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> AnyStage:
     """The stage, checked against its layout, vocabulary and text, with the length of its training."""
     kind = stage_class(config)
+    if kind is SFT and (other := other_format(tokenizer)):
+        warn(f"the tokenizer's chat template is written for {other}; this run has one of its own")
     tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
     with Progress() as progress:
         made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
@@ -139,12 +142,11 @@ def _checked(stage: AnyStage) -> AnyStage:
     return replace(stage, config=with_length(config, lambda: stage.epoch_tokens))
 
 
-def _text(config: Config, resumed: Resumed | None, weights: Weights | None) -> tuple[Tokenizer, Corpus]:
+def _text(config: Config, resumed: Resumed | None) -> tuple[Tokenizer, Corpus]:
     """Tokenizer and text: that first, unless it is made of the text, for a text may take hours to build."""
     spec = config.data.tokenizer
     if not config.data.made_pieces:
-        load = weights.tokenizer if weights and not spec else lambda: load_tokenizer(spec)
-        return together(lambda: _tokenizer(config, resumed, load)), _corpus(config)
+        return together(lambda: _tokenizer(config, resumed, lambda: given_tokenizer(config))), _corpus(config)
     corpus, model = _corpus(config), ""
     if resumed is None or spec != resumed.saved.data.tokenizer:  # made by one, and sent: hosts may share no cache
         model = first(lambda: vocabulary.make(config.data, corpus).read_bytes().hex())
@@ -153,10 +155,8 @@ def _text(config: Config, resumed: Resumed | None, weights: Weights | None) -> t
 
 def with_text(stage: AnyStage) -> AnyStage:
     """A stage that was built without tokenizer and text, with those that its config names."""
-    config = stage.config
-    weights = open_weights(config.init_from) if config.init_from and not config.data.tokenizer else None
-    tokenizer, corpus = _text(config, None, weights)
-    return replace(stage, tokenizer=type(stage).fit_tokenizer(config, tokenizer), corpus=corpus)
+    tokenizer, corpus = _text(stage.config, None)
+    return replace(stage, tokenizer=type(stage).fit_tokenizer(stage.config, tokenizer), corpus=corpus)
 
 
 def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Tokenizer]) -> Tokenizer:
@@ -184,7 +184,7 @@ def _corpus(config: Config) -> Corpus:
 
 
 @contextmanager
-def _folder(stage: AnyStage, resumed: Resumed | None, named: bool) -> Iterator[Path]:
+def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bool) -> Iterator[Path]:
     """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
     config, held, folder = stage.config, [], resumed.folder if resumed else None
 
@@ -193,7 +193,7 @@ def _folder(stage: AnyStage, resumed: Resumed | None, named: bool) -> Iterator[P
             held.append(RunLock(resumed.folder, warn))
             _take_over(stage, resumed)
             return str(resumed.folder)
-        made, lock = folders.claim(config, named, warn)
+        made, lock = folders.claim(config, named, warn, overwrite)
         held.append(lock)
         assert stage.tokenizer
         folders.fill_run(made, replace(config, run=str(made)), stage.tokenizer, stage.corpus)
@@ -282,10 +282,12 @@ def _first_weights(config: Config) -> Weights:
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
-    """Continuations of a prompt by the newest checkpoint of a run, or by a Hugging Face directory."""
+    """A prompt with its continuations, or replies to it, by a run's checkpoint or a Hugging Face directory."""
     weights = open_weights(folder)
     prepare(weights.config)
     config, tokenizer = weights.config, weights.tokenizer()
+    if config.stage == "sft":
+        require_no_other(tokenizer)
     kind = SFT if is_chat(tokenizer) else Pretrain
     stage = kind(config, jax.default_backend(), tokenizer=kind.fit_tokenizer(config, tokenizer))
     params = weights.load(config.model, on_device(config, jax.local_devices()[0]))
@@ -305,7 +307,7 @@ def facts(stage: AnyStage) -> dict[str, Any]:
         "compute": f"{compute_dtype(config.model, platform)} with float32 weights ({config.model.dtype} on {platform})"
         + ("; the layers' products in float8" if config.model.fp8 else ""),
         "data": f"{stage.corpus.name}, {rest + ', ' if rest else ''}{stage.facts()}, "
-        f"{config.data.tokenizer} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
+        f"{config.data.tokenizer or config.init_from} tokenizer of {tokenizer.possible.sum():,} in a vocabulary of "
         f"{config.model.vocab_size:,} (padded to {config.model.padded_vocab_size:,})"
         + "".join(f"; {note}" for note in tokenizer.notes),
     }

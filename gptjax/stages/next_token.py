@@ -86,6 +86,15 @@ class NextToken:
             c = self.config.model
             return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk) / counts
 
+    def sample(self, params: Any) -> str:
+        """One text from train.sample_prompt on, the same seed each time so that samples compare."""
+        prompt = self.config.train.sample_prompt
+        return self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
+
+    def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
+        """What a user is shown of a prompt and what follows."""
+        raise NotImplementedError
+
     def continuations(self, params: Any, ids: np.ndarray, how: Sampling, **size: int) -> np.ndarray:
         """What the model goes on with after ids [N]; `size`, and the shape, as for `generate`."""
         possible = self.known_tokenizer.possible

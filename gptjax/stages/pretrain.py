@@ -14,7 +14,7 @@ from gptjax.data.rows import Rows, next_token
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
 from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import IGNORED, log_probs
-from gptjax.stages.next_token import SAMPLE_TOKENS, SAMPLING, NextToken
+from gptjax.stages.next_token import NextToken
 
 
 class Pretrain(NextToken):
@@ -100,13 +100,8 @@ class Pretrain(NextToken):
 
         return jax.jit(sums)
 
-    def sample(self, params: Any) -> str:
-        """One continuation of train.sample_prompt, the same seed each time so that samples compare."""
-        prompt = self.config.train.sample_prompt
-        return prompt + self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
-
     def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """What the model goes on with after a prompt; `size` as for `generate`."""
+        """A prompt, each time with what the model goes on with; `size` as for `generate`."""
         tokenizer = self.known_tokenizer
         made = self.continuations(params, tokenizer.prompt(prompt), how, **size)
-        return [tokenizer.decode(row, inside=True) for row in made]
+        return [prompt + tokenizer.decode(row, inside=True) for row in made]

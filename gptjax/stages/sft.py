@@ -19,7 +19,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.infer.sampling import Sampling
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
-from gptjax.stages.next_token import SAMPLE_TOKENS, SAMPLING, NextToken
+from gptjax.stages.next_token import NextToken
 from gptjax.train.parts import join, split
 from gptjax.train.step import narrow
 
@@ -105,7 +105,7 @@ class SFT(NextToken):
         return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end)
 
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
-        """Loss in nats per token of the assistant, and of what it answers, which is not trained."""
+        """Loss in nats per token of the assistant, and of the words that it answers, which are not trained."""
         c = self.config
         batches = eval_batches(self.evaluation, c.micro_batch_size, rows, c.train.eval_batches)
         sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
@@ -114,28 +114,22 @@ class SFT(NextToken):
 
     @cached_property
     def _evaluate_batch(self) -> Callable[[Any, Rows], tuple[Array, ...]]:
-        """jit of (params, rows [b, T]) -> nats and targets that are trained, and those that are not."""
-        c = self.config.model
+        """jit of (params, rows [b, T]) -> nats and targets that are trained, and those of words that are not."""
+        c, marks = self.config.model, np.array([*self.known_tokenizer.special.values()])
 
         def sums(params: Any, rows: Rows) -> tuple[Array, ...]:
             hidden, embedding, targets = self.network.before_head(params, rows, None)
             asked = jnp.where(targets <= CUT, CUT - targets, targets)
             nats = -log_probs(hidden, embedding, asked, c.vocab_size, c.loss_chunk)
-            parts = targets > PADDING, targets < PADDING
+            parts = targets > PADDING, (targets < PADDING) & ~jnp.isin(asked, marks)
             return tuple(jnp.sum(x) for part in parts for x in (jnp.where(part, nats, 0), part))
 
         return jax.jit(sums)
 
-    def sample(self, params: Any) -> str:
-        """The reply to train.sample_prompt, the same seed each time so that samples compare."""
-        prompt = self.config.train.sample_prompt
-        reply = self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
-        return f"{prompt}\n{reply}"
-
     def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """Replies of the assistant to a prompt of the user; `size` as for `generate`."""
+        """A prompt of the user, each time with a reply of the assistant; `size` as for `generate`."""
         made = self.continuations(params, self.chat.prompt([Message("user", prompt)]), how, **size)
-        return [self._until_end(row) for row in made]
+        return [f"{prompt}\n{self._until_end(row)}" for row in made]
 
     def _until_end(self, ids: np.ndarray) -> str:
         ends = np.flatnonzero(ids == self.chat.end)

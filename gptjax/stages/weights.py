@@ -127,14 +127,29 @@ def load_base(run: Path, config: Config, places: Any) -> Any:
     return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
 
 
+def given_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that a config names, or that of the weights it starts from. Raises UserError where there is
+    none."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    if not config.init_from:
+        raise UserError("data.tokenizer: empty, and no init_from whose tokenizer it could be; name one of them")
+    return open_weights(config.init_from).tokenizer()
+
+
 def chat_model(path: str) -> ModelConfig:
     """The model of a run folder or a Hugging Face directory, with room for the chat tokens. For config files.
 
     Raises UserError for what is neither, or is broken.
     """
+    if not Path(path).is_dir():
+        raise UserError(
+            f"init_from = {path}: no such folder; name a run, or a Hugging Face directory: --init_from PATH"
+        )
     weights = open_weights(path)
     model = weights.config.model
-    return replace(model, vocab_size=max(model.vocab_size, weights.tokenizer().chat_vocab_size))
+    size = max(model.vocab_size, weights.tokenizer().chat_vocab_size)
+    return replace(model, vocab_size=size, separate_documents=False)  # conversations are kept apart anyway
 
 
 def _same(model: ModelConfig) -> tuple[str, ...]:

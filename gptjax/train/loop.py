@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from gptjax.config import Config, TrainConfig
+from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
 from gptjax.model.accounting import adapter_params, num_params, train_flops_per_token
@@ -37,6 +37,7 @@ from gptjax.train.step import (
     Objective,
     Parametrised,
     Rows,
+    TrainState,
     abstract_rows,
     abstract_state,
     init_state,
@@ -105,10 +106,9 @@ def fit(
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
-        found = checkpoints.restore(places.replace(frozen={}), warn) if resume else None
-        state, position = found or (None, Position())
-        if state is not None:
-            state = state.replace(frozen=load(places.frozen) if load and places.frozen else {})
+        kept, position = (checkpoints.restore(places.kept, warn) if resume else None) or (None, Position())
+        if kept is not None:
+            state = TrainState(**kept, frozen=load(places.frozen) if load and places.frozen else {})
         elif load is None:
             state = init_state(config, stage, layout)
         else:
@@ -143,7 +143,7 @@ def _loop(
         return _on_devices(rows, rows_sharding, (config.micro_batch_size,))
 
     def save(now: Moment) -> dict[str, Any] | None:
-        return {} if checkpoints.save(now.state.replace(frozen={}), _whole(now.position)) else None
+        return {} if checkpoints.save(now.state.kept, _whole(now.position)) else None
 
     def evaluate(now: Moment) -> dict[str, Any]:
         figures = stage.evaluate(now.state.every_param, place_rows, mine)
@@ -153,7 +153,7 @@ def _loop(
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position)
     trace = Trace(train.profile_steps, position.step, run / "profile")
-    todo = _todo(train, stage, meter, trace, save, evaluate, more)
+    todo = _todo(config, stage, meter, trace, save, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
         for action in actions:
@@ -194,7 +194,7 @@ def _loop(
 
 
 def _todo(
-    train: TrainConfig,
+    config: Config,
     stage: Stage,
     meter: Meter,
     trace: Trace,
@@ -203,7 +203,12 @@ def _todo(
     more: Sequence[Action],
 ) -> list[Action]:
     """What happens between steps, in this order."""
-    logs, saves, evaluates = (every(n) for n in (train.log_interval, train.save_interval, train.eval_interval))
+    train = config.train
+    logs, saves, again = (every(n) for n in (train.log_interval, train.save_interval, train.eval_interval))
+
+    def evaluates(step: int, ended: bool) -> bool:
+        """What a run starts from, too, for what it learns is seen from there."""
+        return again(step, ended) or bool(step == 0 and config.init_from and train.eval_interval)
 
     def is_saved(step: int, ended: bool) -> bool:
         """With every evaluation, too, where the best is kept."""

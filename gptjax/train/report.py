@@ -42,8 +42,11 @@ def _plot(title: str, train: list[Record], evals: list[Record], out: Path) -> No
     loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     loss.plot(tokens, _numbers(train, "loss"), ".-", color="0.6", lw=1.2, ms=2, label="training loss")
     if evals:
-        label = f"evaluation loss: {_figures(evals[-1])} at the end"
-        loss.plot([r["tokens"] for r in evals], _numbers(evals, "loss"), "o-", label=label)
+        others = [name for name in evals[-1] if name.endswith("_loss")]  # in nats, too
+        labels = {"loss": f"evaluation loss: {_figures(evals[-1])} at the end"}
+        for name in ("loss", *others):
+            label = labels.get(name, f"evaluation, {name.replace('_', ' ')}")
+            loss.plot([r["tokens"] for r in evals], _numbers(evals, name), "o-", label=label)
     loss.set(ylabel="loss (nats per token)")
     loss.set_title(title, parse_math=False)  # a dollar in a run's name is a dollar
     loss.legend(frameon=False)

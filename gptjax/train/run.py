@@ -59,23 +59,49 @@ def base_folder(config: Config) -> Path:
     return Path(config.run) if config.run else Path("runs") / config.name
 
 
-def claim(config: Config, named: bool, warn: Any) -> tuple[Path, lock.RunLock]:
+def claim(config: Config, named: bool, warn: Any, overwrite: bool = False) -> tuple[Path, lock.RunLock]:
     """An own, locked, empty folder for a new run: the one that is `named`, else the first free of runs/NAME, ...-2.
+    `overwrite` removes the run that is in it.
 
     Raises UserError where the folder is taken or cannot be made.
     """
     base = base_folder(config)
     try:
-        folder = _exactly(base) if named or config.run else _first_free(base)
+        folder = _exactly(base) if named or overwrite or config.run else _first_free(base)
     except OSError as error:
         raise UserError(f"run {base}: cannot be made ({error.strerror}); name another with --run") from None
     held = lock.RunLock(folder, warn)
+    try:
+        if overwrite:
+            _empty(folder, config.init_from)
+        _require_empty(folder)
+    except BaseException:
+        held.release()
+        raise
+    return folder, held
+
+
+def _require_empty(folder: Path) -> None:
     inside = {path.name for path in folder.iterdir()}
     if inside - UNFINISHED:
-        held.release()
-        remedy = f"gptjax train --resume {folder}, or " if CONFIG in inside else ""
+        remedy = f"gptjax train --resume {folder}, --overwrite, or " if CONFIG in inside else ""
         raise UserError(f"run = {folder}: exists and is not empty; {remedy}name another")
-    return folder, held
+
+
+def _empty(folder: Path, init_from: str) -> None:
+    """Remove a run, but for its lock, which is ours; CONFIG goes last, so that what is left of it is still one."""
+    if init_from and Path(init_from).resolve() == folder.resolve():
+        raise UserError(f"--overwrite: run = {folder} is also init_from, whose weights would go; name another run")
+    if not (folder / CONFIG).is_file():
+        return
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != lock.NAME:
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"--overwrite: {folder}: cannot be removed ({error.strerror}); mend that") from None
 
 
 def _exactly(folder: Path) -> Path:

@@ -76,6 +76,11 @@ class TrainState(struct.PyTreeNode):
         """What a model takes."""
         return join(self.params, self.frozen)
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds, by field."""
+        return {name: value for name, value in vars(self).items() if name != "frozen"}
+
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip, Adam or Muon, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""

@@ -1,0 +1,74 @@
+"""What fine-tuning learns from, to look at: how long conversations are, how full the rows, and which tokens count."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from gptjax.config import SFTConfig
+from gptjax.data.chat import Rendered
+from gptjax.data.examples import Examples
+from gptjax.data.sources import Corpus
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages.sft import SFT
+from gptjax.stages.weights import given_tokenizer
+from gptjax.terminal import Progress
+
+TRAINED, UNTRAINED = "bold green", "grey50"
+MARKS = "[[", "]]"
+"""Around what is trained where there are no colours."""
+
+
+def show(config: SFTConfig, corpus: Corpus, count: int) -> None:
+    """Print figures of both splits, and the first `count` conversations of the training split."""
+    console = Console(highlight=False, soft_wrap=True)
+    tokenizer = SFT.fit_tokenizer(config, given_tokenizer(config))
+    with Progress() as progress:
+        stage = SFT(config, "cpu", tokenizer=tokenizer, corpus=corpus, report=progress)
+        splits = {config.data.train_split: stage.training, config.data.eval_split: stage.evaluation}
+    for name, examples in splits.items():
+        console.print(f"{corpus.name} {name}: {len(examples):,} conversations in {examples.num_rows:,} rows")
+        for line in figures(examples):
+            console.print(f"  {line}")
+    colours = console.is_terminal
+    legend = painted([("trained", True), (" and not", False)], colours)
+    for index in range(min(count, len(stage.training))):
+        rendered = stage.training[index]
+        size = len(rendered.ids), int(rendered.trained.sum())
+        console.print(f"\nconversation {index}, {size[0]:,} tokens, {size[1]:,} of them ", legend, end=":\n")
+        console.print(painted(spans(rendered, tokenizer), colours))
+    console.print()
+
+
+def figures(examples: Examples) -> Iterator[str]:
+    """Lengths, packing, and what was left out, a line each."""
+    lengths = examples.packing.lengths + 1
+    low, middle, high, most = np.percentile(lengths, [5, 50, 95, 100]).round().astype(int)
+    yield f"tokens of a conversation: {middle:,} in the middle, {low:,} to {high:,} of nine in ten, at most {most:,}"
+    share = examples.packing.efficiency(examples.seq_len)
+    yield f"rows of {examples.seq_len:,} tokens are {share:.1%} full, with {len(examples) / examples.num_rows:.1f} each"
+    if examples.num_cut:
+        yield f"{examples.num_cut:,} are longer than that, and lose their beginning"
+    yield from (f"{number:,} left out: {reason}" for reason, number in examples.left_out.most_common())
+
+
+def spans(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of a conversation in parts, and whether each is trained."""
+    pairs = zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True)
+    return [
+        (tokenizer.decode([i for i, _ in part], inside=True), trained)
+        for trained, part in groupby(pairs, key=lambda pair: pair[1])
+    ]
+
+
+def painted(parts: list[tuple[str, bool]], colours: bool) -> Text:
+    """In two colours, or with MARKS around what is trained."""
+    text = Text()
+    for part, trained in parts:
+        if colours:
+            text.append(part, TRAINED if trained else UNTRAINED)
+        else:
+            text.append(part.join(MARKS) if trained else part)
+    return text

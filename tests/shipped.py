@@ -1,0 +1,26 @@
+"""The configs that are shipped. Those that start from weights get a run folder that has all but the weights."""
+
+from pathlib import Path
+
+from gptjax.config import Config
+from gptjax.config.load import load_config
+from gptjax.data.tokenizers import load_tokenizer
+from gptjax.train.run import fill_run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PATHS = sorted(CONFIGS.glob("*.py"))
+BASES = {"sft": "quickstart", "sft_gpt2": "gpt2_124m"}
+
+
+def start_words(name: str, folder: Path) -> list[str]:
+    """What a command needs beside a config, to start where it says."""
+    if name not in BASES:
+        return []
+    base = folder / "base"
+    if not base.exists():
+        fill_run(base, load_config(str(CONFIGS / f"{BASES[name]}.py"), []), load_tokenizer("bytes"))
+    return ["--init_from", str(base)]
+
+
+def shipped(name: str, folder: Path) -> Config:
+    return load_config(str(CONFIGS / f"{name}.py"), start_words(name, folder))
