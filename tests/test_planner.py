@@ -51,7 +51,9 @@ SMALL = Config(
     ),
     train=TrainConfig(batch_size=32, micro_batch_size=16),
 )
-TUNING = SFTConfig("tuning", SMALL.model, DialogueConfig("sums.jsonl", tokenizer="bytes"), train=SMALL.train)
+TUNING = SFTConfig(
+    "tuning", SMALL.model, DialogueConfig("sums.jsonl", tokenizer="bytes"), train=SMALL.train, init_from="base"
+)
 LAYERS = LoRAConfig(rank=8, matrices=("qkv", "projection", "mlp_up", "mlp_down"))
 KINDS = {
     "pretrain": SMALL,
@@ -493,7 +495,7 @@ def test_days_are_those_of_the_configs_own_end(tuned_file: str, tmp_path: Path, 
         return facts, (tmp_path / "tuned-v5e-8.html").read_text(), capsys.readouterr().out
 
     why = "unknown: training ends after 2 epochs of a text that a plan does not read"
-    facts, page, said = planned("--lora.rank", "2")
+    facts, page, said = planned("--lora.rank", "2", "--init_from", "base")
     assert {row["days"] for row in facts["rows"]} == {None}
     assert facts["days"] == why
     assert f"days: {why}" in said
@@ -509,12 +511,23 @@ def test_days_are_those_of_the_configs_own_end(tuned_file: str, tmp_path: Path, 
 
 @pytest.mark.parametrize("topology", [[], ["--topology", "v5e-8"]], ids=["attached", "v5e-8"])
 def test_a_dry_run_of_adapters(topology: list[str], tuned_file: str, capsys: pytest.CaptureFixture) -> None:  # type: ignore[type-arg]
-    """What is trained, what is not, and for how long, without a step."""
+    """What is trained, what is not, and for how long, without a step; that the base is not there is said last."""
     if topology:
         pytest.importorskip(COMPILERS["tpu"], reason="needs the extra tpu")
     build(load_config(tuned_file, []).data)
-    words = ["train", tuned_file, "--dry-run", *topology, "--lora.rank", "2", "--layout.fsdp", "8"]
-    assert cli.run(words) == 0
+    words = [
+        "train",
+        tuned_file,
+        "--dry-run",
+        *topology,
+        "--layout.fsdp",
+        "8",
+        "--lora.rank",
+        "2",
+        "--init_from",
+        "base",
+    ]
+    assert cli.run(words) == 1
     said = capsys.readouterr().out
     model = load_config(tuned_file, []).model
     adapters = 2 * (16 * 4 * 32 + model.vocab_size + 32)  # rank x (sides x layers x width, and the embedding's)
@@ -523,6 +536,8 @@ def test_a_dry_run_of_adapters(topology: list[str], tuned_file: str, capsys: pyt
     assert not re.search(r"lora/a .* frozen", said)
     assert "length: 2 epochs of the training split" in said
     assert re.search(r"\n +[\d,]+ tokens, \d+ steps\n", said)
+    assert re.search(r"WRONG: .*base", said)
+    assert said.count("WRONG") == 1
 
 
 def test_explain_knows_what_is_frozen() -> None:
