@@ -604,13 +604,17 @@ def test_the_help_of_a_stage_has_its_fields_alone(
     assert {"model.num_layers", "train.epochs", "optimizer.learning_rate", "layout.fsdp"} <= ours & theirs
 
 
-def test_overwrite_starts_anew_in_the_place_of_a_run_and_of_nothing_else(small: SFTConfig, tmp_path: Path) -> None:
+def test_overwrite_starts_anew_in_the_place_of_a_run_and_of_nothing_else(
+    small: SFTConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(small, train=replace(small.train, total_steps=2, eval_batches=0))
     run = train(config, tmp_path)
     command = ["train", file_of(config, tmp_path), "--run", str(run)]
     with pytest.raises(UserError, match=r"exists and is not empty; .*--overwrite, or name another"):
         cli.run(command)
     (run / "note.txt").write_text("of the first")
+    assert cli.run([*command, "--overwrite", "--dry-run"]) == 0
+    assert "in the place of the run that is there" in capsys.readouterr().out and (run / "note.txt").exists()
     assert cli.run([*command, "--overwrite", "--train.total_steps", "1"]) == 0
     assert [r["step"] for r in records(run, "train")] == [1] and not (run / "note.txt").exists()
     other = _folder(tmp_path / "letters")

@@ -98,4 +98,4 @@ class Command:
     def _rehearse(self, config: Config, resumed: object) -> int:
         from gptjax.planner.dry_run import rehearse
 
-        return rehearse(config, resumed, self.topology, self.slices)  # type: ignore[arg-type]
+        return rehearse(config, resumed, self.topology, self.slices, self.overwrite)  # type: ignore[arg-type]

@@ -38,9 +38,9 @@ from gptjax.train.step import abstract_state
 ATTACHED = "attached"
 
 
-def rehearse(config: Config, resumed: Resumed | None, name: str, slices: int) -> int:
+def rehearse(config: Config, resumed: Resumed | None, name: str, slices: int, overwrite: bool = False) -> int:
     """Check and say all; returns 1 if something is wrong. `name` is a topology, or empty for what is attached."""
-    run = Rehearsal(config, resumed, *_hardware(name, slices))
+    run = Rehearsal(config, resumed, *_hardware(name, slices), overwrite)
     wrong = set()
     for title, check, needs_layout in run.checks():
         if needs_layout and "layout" in wrong:
@@ -86,6 +86,8 @@ class Rehearsal:
     resumed: Resumed | None
     hardware: Topology
     devices: Sequence[Any]
+    overwrite: bool = False
+    """Whether a new run takes the place of one that is there."""
 
     def checks(self) -> Iterator[tuple[str, Callable[[], Iterable[str]], bool]]:
         """(name, check, whether it needs a layout), in the order in which a run does them."""
@@ -140,6 +142,8 @@ class Rehearsal:
     def _new_run(self) -> str:
         base = folders.base_folder(self.config)
         inside = {path.name for path in base.iterdir()} if base.is_dir() else set()
+        if self.overwrite and folders.CONFIG in inside:
+            return f"{base}, in the place of the run that is there"
         if self.config.run and inside - folders.UNFINISHED:
             raise UserError(f"run = {base}: exists and is not empty; name another, or --resume {base}")
         parent = next(folder for folder in base.absolute().parents if folder.exists())
