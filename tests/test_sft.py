@@ -531,7 +531,7 @@ def _tree(run: Path, config: Config) -> Any:
         (["--data.lanes", "2"], "--data.lanes: no such field in stage sft; did you mean --data."),
         (["--model.separate_documents", "true"], "--model.separate_documents: no such field in stage sft"),
         (["--lora.rank", "-1"], "lora.rank = -1: must not be negative; nearest 0"),
-        (["--lora.matrices", "qvk"], "choose from qkv, projection, mlp_up, mlp_down; nearest qkv"),
+        (["--lora.matrices", "qvk"], "choose from qkv, projection, mlp_up, mlp_down, embedding; nearest qkv"),
         (["--data.too_long", "keep"], "--data.too_long keep: choose from cut, drop; nearest"),
         (["--train.epochs", "-1"], "train.epochs = -1.0: must not be negative; nearest 0"),
         (["--data.tokenizer", ""], "data.tokenizer: empty, and no init_from whose tokenizer it could be"),
