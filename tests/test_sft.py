@@ -206,6 +206,9 @@ def test_each_example_is_seen_once_an_epoch_whoever_reads_and_wherever_it_goes_o
     halves = [tokens_of(0, rows, count) for rows in (range(4), range(4, 8))]
     assert np.array_equal(every, np.concatenate([np.concatenate(pair) for pair in zip(*halves, strict=True)]))
     assert np.array_equal(every[16:], np.concatenate(tokens_of(16, range(micro), count - 2)))
+    threads = ExampleFeed(found, 0, micro, range(micro), 0, end, threads=3)
+    assert np.array_equal(every[:16], np.concatenate(np.asarray(threads.batch(2).tokens)))
+    threads.close()
     wanted = Counter(tuple(found.row([index]).tokens[: found.packing.lengths[index]]) for index in range(len(found)))
     for epoch in range(epochs):
         drawn = found.epoch(0, epoch)
@@ -543,6 +546,7 @@ def _tree(run: Path, config: Config) -> Any:
         (["--optimizer.warmup_tokens", "1000000"], "longer than the training of"),
         (["--lora.rank", "2"], "lora.rank = 2: adapters stand beside trained weights; name them with init_from"),
         (["--train.sample_interval", "5"], "train.sample_prompt"),
+        (["--data.tokenizer", "sentencepiece:261"], "sentencepiece:261: is made of a text, not of conversations"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

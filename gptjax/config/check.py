@@ -95,6 +95,11 @@ def _vocabulary(config: Config) -> None:
 
 
 def _fine_tuning(config: SFTConfig) -> None:
+    if config.data.made_pieces:
+        raise UserError(
+            f"data.tokenizer = {config.data.tokenizer}: is made of a text, not of conversations; leave it out: that "
+            "of init_from is taken"
+        )
     if config.adapter and not config.init_from:
         raise UserError(
             f"lora.rank = {config.lora.rank}: adapters stand beside trained weights; name them with init_from, or take "

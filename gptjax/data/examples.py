@@ -9,6 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -60,11 +61,11 @@ class Examples:
         whole = self.chat.render(messages)
         return Rendered(whole.ids[-self.seq_len - 1 :], whole.trained[-self.seq_len - 1 :])
 
-    def epoch(self, seed: int | None, number: int) -> Epoch:
+    def epoch(self, seed: int, number: int) -> Epoch:
         return self._epochs(seed, number)
 
     @cached_property
-    def _epochs(self) -> Callable[[int | None, int], Epoch]:
+    def _epochs(self) -> Callable[[int, int], Epoch]:
         return lru_cache(maxsize=2)(self.packing.epoch)
 
     def row(self, indices: Sequence[int]) -> Rows:
@@ -158,16 +159,24 @@ class ExampleFeed:
     """
 
     def __init__(
-        self, examples: Examples, seed: int, micro_batch: int, rows: Sequence[int], start: int, end: int | None
+        self,
+        examples: Examples,
+        seed: int,
+        micro_batch: int,
+        rows: Sequence[int],
+        start: int,
+        end: int | None,
+        threads: int = 1,
     ):
         self._examples, self._seed, self._end, self._row = examples, seed, end, start
         self._micro_batch, self._rows = micro_batch, list(rows)
+        self._pool = ThreadPoolExecutor(threads, "rows") if threads > 1 else None
 
     def batch(self, num_micro: int, _: object = None) -> Rows:
         """The next micro-batches [num_micro, rows of this process, T]."""
-        every = [
-            self._made(self._row + micro * self._micro_batch + row) for micro in range(num_micro) for row in self._rows
-        ]
+        starts = range(self._row, self._row + num_micro * self._micro_batch, self._micro_batch)
+        numbers = [start + row for start in starts for row in self._rows]
+        every = [*self._pool.map(self._made, numbers)] if self._pool else [*map(self._made, numbers)]
         self._row += num_micro * self._micro_batch
         return Rows(*(np.stack(leaves).reshape(num_micro, len(self._rows), -1) for leaves in zip(*every, strict=True)))
 
@@ -183,7 +192,9 @@ class ExampleFeed:
         return [self._row if self._end is None else min(self._row, self._end)]
 
     def close(self) -> None:
-        pass
+        """Stop the threads."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def trained_alone(rows: Rows) -> Rows:
@@ -192,9 +203,9 @@ def trained_alone(rows: Rows) -> Rows:
 
 
 def eval_batches(examples: Examples, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Rows]:
-    """One pass in order: [rows of this process, T] for each batch of `batch_size` rows, the last filled up with empty
-    ones; `limit` is the number of batches, -1 for all."""
-    epoch = examples.epoch(None, 0)
+    """One pass, always in the same order, of which any beginning is a fair sample: [rows of this process, T] for each
+    batch of `batch_size` rows, the last filled up with empty ones; `limit` is the number of batches, -1 for all."""
+    epoch = examples.epoch(0, 0)
     count = -(-examples.num_rows // batch_size)
     for batch in range(count if limit < 0 else min(limit, count)):
         places = [batch * batch_size + row for row in rows]

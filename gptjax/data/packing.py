@@ -20,15 +20,13 @@ class Packing:
     """int [examples]: the row of each place; places go from the longest to the shortest."""
     num_rows: int
 
-    def epoch(self, seed: int | None, number: int) -> "Epoch":
-        """The draw of an epoch; `seed` None keeps the order of the examples."""
-        count = len(self.lengths)
-        first = np.arange(count) if seed is None else _draw(seed, 2 * number, count)
+    def epoch(self, seed: int, number: int) -> "Epoch":
+        """The draw of an epoch."""
+        first = _draw(seed, 2 * number, len(self.lengths))
         examples = first[np.argsort(-self.lengths[first], kind="stable")]
         by_row = np.argsort(self.row_of, kind="stable")
         starts = np.searchsorted(self.row_of[by_row], np.arange(self.num_rows + 1))
-        order = np.arange(self.num_rows) if seed is None else _draw(seed, 2 * number + 1, self.num_rows)
-        return Epoch(examples[by_row], starts, order)
+        return Epoch(examples[by_row], starts, _draw(seed, 2 * number + 1, self.num_rows))
 
     def efficiency(self, seq_len: int) -> float:
         """Share of the rows' tokens that belong to an example."""

@@ -102,7 +102,7 @@ class SFT(NextToken):
         c, found = self.config, self.training
         end = round(c.train.epochs * found.num_rows) if c.train.epochs else None
         (start,) = positions or (0,)
-        return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end)
+        return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end, c.data.threads)
 
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
         """Loss in nats per token of the assistant, and of the words that it answers, which are not trained."""
