@@ -248,7 +248,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "packed": {"packing": True},
     "accumulated": {"packing": False, "batch": 16, "micro": 8},
-    "LoRA": {"packing": True, "lora": LoRAConfig(4)},
+    "LoRA": {"packing": True, "lora": LoRAConfig(4, matrices=("qkv", "projection", "mlp_up", "mlp_down"))},
 }
 
 

@@ -92,7 +92,7 @@ class Processes:
     def batch(self, num_micro: int) -> np.ndarray:
         whole = np.full((num_micro, self.micro_batch, 2, T), -1, np.int32)
         for rows, stream in zip(self.rows, self.streams, strict=True):
-            tokens, targets, segments = stream.batch(num_micro)
+            tokens, targets, segments, _ = stream.batch(num_micro)
             assert tokens.dtype == targets.dtype == np.int32 and segments is None
             batch = np.stack([tokens, targets], axis=2)
             assert (whole[:, rows] == -1).all() or (whole[:, rows] == batch).all()
@@ -171,7 +171,7 @@ def test_rows_are_inputs_targets_and_documents(row):
     inputs, targets = split(row)
     segments = [inputs[:i].count(9) for i in range(len(inputs))]
     made = next_token(np.array([[row]], np.int32), eot=9)
-    assert [leaf.tolist() for leaf in made] == [[[inputs]], [[targets]], [[segments]]]
+    assert [leaf.tolist() for leaf in made[:3]] == [[[inputs]], [[targets]], [[segments]]] and made.positions is None
     assert next_token(np.array(row, np.int32)).segments is None
 
 
@@ -179,7 +179,7 @@ def test_rows_are_inputs_targets_and_documents(row):
 def test_pieces_of_different_documents_never_touch(lanes, seed):
     records = [record for letter in "ABC" for record in cut([letter * 100], 40)]
     stream = TokenStream(records, BYTES, T, lanes=lanes, seed=seed, micro_batch=60)
-    tokens, targets, _ = stream.batch(1)
+    tokens, targets, *_ = stream.batch(1)
     pairs = set(zip(tokens.ravel().tolist(), targets.ravel().tolist(), strict=True))
     text = {ord(letter) for letter in "ABC"}
     assert all(a == b for a, b in pairs if a in text and b in text)

@@ -367,10 +367,10 @@ from gptjax.train import loop
 def torus(sizes, devices, **options):
     return np.array([[d for d in devices if d.process_index == host] for host in (0, 1)]).T.reshape(sizes)
 
-def checked(config, task, sharding, mine, position, batches=loop.batches):
+def checked(config, task, sharding, mine, position, params, batches=loop.batches):
     assert len(mine) == 4 and tuple(mine) != tuple(range(mine[0], mine[0] + 4)), mine
     whole = task.feed(position.data, range(8))
-    for batch in batches(config, task, sharding, mine, position):
+    for batch in batches(config, task, sharding, mine, position, params):
         rows = whole.batch(batch.num_micro)
         for name in ("tokens", "targets"):
             for shard in getattr(batch.rows, name).addressable_shards:
