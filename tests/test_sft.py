@@ -322,7 +322,7 @@ def test_a_run_that_is_stopped_mid_epoch_ends_where_it_would_have(
     """By a signal in step 2, on so many devices, and going on there: the same bits; on others the same but for
     rounding."""
     monkeypatch.setattr(launch, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
-    config = replace(small, model=replace(small.model, dropout=0.1), train=replace(small.train, micro_batch_size=0))
+    config = replace(small, model=replace(small.model, dropout=0.1), train=replace(small.train, eval_batches=0))
     whole = train(config, _folder(tmp_path / "whole"))
     plain, left = loop.learning_rate, [True]
 
@@ -392,17 +392,17 @@ def test_merged_adapters_are_the_same_function(adapted: Path, stage: SFT) -> Non
     """With layers stacked and apart, against the model that has them beside its kernels."""
     _, config = open_run(str(adapted))
     assert isinstance(config, SFTConfig)
+    rows = _stacked([stage.training.row([0])])
     for scanned in (True, False):
         model = replace(config.model, scan_layers=scanned)
         beside = Network(replace(config, model=model), "cpu")
         plain = Network(replace(config, model=model, lora=LoRAConfig()), "cpu")
         params = nn.unbox(jax.jit(beside.init)(jax.random.key(0)))
         params = jax.tree.map(lambda p: p + 0.02, params)
-        rows = _stacked([stage.training.row([0, 1][:1])])
-        ours = beside.before_head(params, rows, None)[0]
-        merged = plain.before_head(merge(params, config.lora), rows, None)[0]
-        np.testing.assert_allclose(ours, merged, rtol=1e-3, atol=1e-3)
-        assert not np.allclose(ours, plain.before_head(_without(params), rows, None)[0], atol=1e-2)
+        function = jax.jit(lambda p, network=plain: network.before_head(p, rows, None)[0])
+        ours = jax.jit(lambda p, network=beside: network.before_head(p, rows, None)[0])(params)
+        np.testing.assert_allclose(ours, function(merge(params, config.lora)), rtol=1e-3, atol=1e-3)
+        assert not np.allclose(ours, function(_without(params)), atol=1e-2)
 
 
 def _without(params: Any) -> Any:
@@ -430,6 +430,7 @@ def test_two_processes_learn_what_one_does_and_one_goes_on(base: Path, small: SF
         data=replace(small.data, tokenizer=""),
         lora=LoRAConfig(rank=2),
         optimizer=replace(small.optimizer, decay_tokens=10_000),
+        train=replace(small.train, eval_batches=0),
     )
     whole = train(config, _folder(tmp_path / "whole"))
     folder = _folder(tmp_path / "cut")
