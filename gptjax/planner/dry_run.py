@@ -28,7 +28,7 @@ from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.stages.launch import Resumed
-from gptjax.stages.weights import given_tokenizer, open_weights
+from gptjax.stages.weights import first_weights, given_tokenizer
 from gptjax.train import run as folders
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.loop import plain_facts
@@ -237,6 +237,5 @@ class Rehearsal:
             raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")
 
     def weights(self) -> Iterator[str]:
-        weights = open_weights(self.config.init_from)
-        weights.require(self.config.model, grows=stage_class(self.config).grows)
+        first_weights(self.config)
         yield self.config.init_from

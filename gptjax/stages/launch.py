@@ -35,7 +35,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, NextToken, Pretrain, stage_class
-from gptjax.stages.weights import Weights, given_tokenizer, load_base, on_device, open_weights
+from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base, on_device, open_weights
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
@@ -71,7 +71,7 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
     layout = together(lambda: _layout(config))
-    weights = together(lambda: _first_weights(config)) if config.init_from and not resumed else None
+    weights = together(lambda: first_weights(config)) if config.init_from and not resumed else None
     tokenizer, corpus = _text(config, resumed)
     stage = _stage(config, layout, tokenizer, corpus)
     compare({"attention backend": stage.network.attention[0]})
@@ -96,10 +96,11 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     """What `fit` asks for: all parameters, or those that are frozen. Also for a run that was stopped before its first
     checkpoint. Adapters are born here."""
     config = stage.config
+    weights = weights or first_weights(config)
     if config.adapter is None:
-        return (weights or _first_weights(config)).start(config.model, places)
+        return weights.start(config.model, places)
     base, born = split(places, is_adapter)
-    params = load_base(run, config, base)
+    params = load_base(run, config, weights, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)
         make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), is_adapter)[1], out_shardings=shardings)
@@ -273,12 +274,6 @@ def _without_late_errors(unraisable: Any) -> None:
     loop: the one line that names the failure is enough. Everything else is shown as ever."""
     if not str(unraisable.exc_value).startswith(LATE):
         sys.__unraisablehook__(unraisable)
-
-
-def _first_weights(config: Config) -> Weights:
-    weights = open_weights(config.init_from)
-    weights.require(config.model, grows=stage_class(config).grows)
-    return weights
 
 
 def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:

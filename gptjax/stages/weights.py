@@ -18,6 +18,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.lora import is_adapter, merge
 from gptjax.parallel.network import Network
+from gptjax.stages import stage_class
 from gptjax.train.checkpoint import restore_params
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.parts import join, split
@@ -80,20 +81,34 @@ def _grown(embedding: Array, size: int, model: ModelConfig) -> Array:
     return jnp.pad(jnp.concatenate([known, new]), ((0, model.padded_vocab_size - model.vocab_size), (0, 0)))
 
 
-def open_weights(path: str) -> Weights:
-    """The weights of a run folder or of a Hugging Face directory, which is checked whole.
+def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
+    """The config and the tokenizer of a run folder or of a Hugging Face directory, whose weights are not looked at.
 
     Raises UserError for what is neither, or is broken.
     """
     folder = Path(path)
     if is_huggingface(folder):
-        directory, config = open_directory(folder), finetune_config(folder)
-        tokenizer = partial(load_tokenizer, config.data.tokenizer)
-        return Weights(path, config, _same(config.model), tokenizer, directory.load)
+        config = finetune_config(folder)
+        return config, partial(load_tokenizer, config.data.tokenizer)
     run, config = open_run(path)
+    return config, partial(saved_tokenizer, run)
+
+
+def open_weights(path: str) -> Weights:
+    """The weights of a run folder or of a Hugging Face directory, which is checked whole. Raises as `about`."""
+    folder, (config, tokenizer) = Path(path), about(path)
+    if is_huggingface(folder):
+        return Weights(path, config, _same(config.model), tokenizer, open_directory(folder).load)
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
-    load = partial(_load_adapted if config.adapter else _load_run, run, config)
-    return Weights(path, plain(config), same, partial(saved_tokenizer, run), load)
+    load = partial(_load_adapted if config.adapter else _load_run, folder, config)
+    return Weights(path, plain(config), same, tokenizer, load)
+
+
+def first_weights(config: Config) -> Weights:
+    """What a run of a config starts from. Raises UserError where that is another model."""
+    weights = open_weights(config.init_from)
+    weights.require(config.model, grows=stage_class(config).grows)
+    return weights
 
 
 def plain(config: Config) -> Config:
@@ -114,16 +129,14 @@ def _load_adapted(run: Path, config: Config, model: ModelConfig, places: Any) ->
     learned = split(every, is_adapter)[1]
     whole = one.update(spec=PartitionSpec()) if isinstance(one, NamedSharding) else one
     adapters = restore_params(run, placed(learned, jax.tree.map(lambda _: whole, learned)), best=config.train.keep_best)
-    base = load_base(run, config, places)
+    base = load_base(run, config, first_weights(config), places)
     merged = jax.jit(partial(merge, config=config.adapter), out_shardings=jax.tree.map(lambda p: p.sharding, places))
     return merged(join(base, adapters))
 
 
-def load_base(run: Path, config: Config, places: Any) -> Any:
+def load_base(run: Path, config: Config, weights: Weights, places: Any) -> Any:
     """The parameters beside which the adapters of a run are trained, pinned by the first who asks. Raises UserError
     where they are not those that it was started from."""
-    weights = open_weights(config.init_from)
-    weights.require(config.model, grows=True)
     return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
 
 
@@ -134,7 +147,7 @@ def given_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(config.data.tokenizer)
     if not config.init_from:
         raise UserError("data.tokenizer: empty, and no init_from whose tokenizer it could be; name one of them")
-    return open_weights(config.init_from).tokenizer()
+    return about(config.init_from)[1]()
 
 
 def chat_model(path: str) -> ModelConfig:
@@ -146,10 +159,9 @@ def chat_model(path: str) -> ModelConfig:
         raise UserError(
             f"init_from = {path}: no such folder; name a run, or a Hugging Face directory: --init_from PATH"
         )
-    weights = open_weights(path)
-    model = weights.config.model
-    size = max(model.vocab_size, weights.tokenizer().chat_vocab_size)
-    return replace(model, vocab_size=size, separate_documents=False)  # conversations are kept apart anyway
+    config, tokenizer = about(path)
+    size = max(config.model.vocab_size, tokenizer().chat_vocab_size)
+    return replace(config.model, vocab_size=size, separate_documents=False)  # conversations are kept apart anyway
 
 
 def _same(model: ModelConfig) -> tuple[str, ...]:

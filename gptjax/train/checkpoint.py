@@ -66,7 +66,7 @@ class Checkpoints:
     def __init__(self, run: Path, config: Config):
         self._folder = (run / FOLDER).absolute()
         self._config = config
-        told = json.loads(first(lambda: json.dumps([*evaluated(run).items()])))
+        told = json.loads(first(lambda: json.dumps([*evaluated(run).items()]))) if config.train.keep_best else ()
         self._losses: dict[int, float] = dict(told)
         self._manager = self._open()
 

@@ -1,11 +1,10 @@
 """Where the rows of a run come from: what every stage's source of batches is."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from gptjax.train.parts import Params
-
-Rows = Any
+from gptjax.train.step import Rows
 
 
 class Feed(Protocol):
