@@ -55,6 +55,8 @@ class Need:
     segments: bool = False
     context: int = 1
     """Ways that the sequence is split over devices."""
+    deterministic: bool = False
+    """Only kernels that always give the same bits (GPUs)."""
 
 
 def refuse_split(need: Need) -> str | None:

@@ -33,7 +33,8 @@ class Network:
         model, ways = self.config.model, self._ways
         masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
         dtype = self.plain_model.dtype
-        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, self.config.separates, ways)
+        about = self.config.separates, ways, self.config.train.deterministic
+        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, *about)
         name, reason = choose(model.attention, need)
         split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
         return name, reason + (split if ways > 1 else "")

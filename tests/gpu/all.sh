@@ -76,9 +76,8 @@ run_part() {
             "$python" tests/gpu/check.py --text "$data/tinyshakespeare.txt" --out "$here" ${tiny:+--tiny} ;;
         gpt2_124m) gpt2 gpt2_124m 32 "${peer[@]}" ;;
         gpt2_350m) gpt2 gpt2_350m 16 "${peer[@]}" ;;
-        # Layers in a scan: unrolled, 36 and 48 of them compile for minutes, three times.
-        gpt2_774m) gpt2 gpt2_774m 8 "${peer[@]}" --model.scan_layers true ;;
-        gpt2_1558m) gpt2 gpt2_1558m 4 "${peer[@]}" --model.scan_layers true ;;
+        gpt2_774m) gpt2 gpt2_774m 8 "${peer[@]}" ;;
+        gpt2_1558m) gpt2 gpt2_1558m 4 "${peer[@]}" ;;
         dense_2k) gpt3 dense 2048 8 ;;
         banded_2k) gpt3 dense,banded 2048 8 ;;
         dense_32k) gpt3 dense 32768 1 ;;

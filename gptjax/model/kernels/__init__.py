@@ -60,5 +60,5 @@ def _refusal(name: str, need: Need, self_tests: Path) -> str | None:
     backend = BACKENDS[name]
     if (reason := backend.refuse(need)) or backend.tested:
         return reason
-    wrong = remembered(self_tests.expanduser(), backend.attend, need.masks, need.head_dim, need.dtype)
+    wrong = remembered(self_tests.expanduser(), backend.attend, need)
     return wrong and f"it failed its self-test at this start (the next one tries again): {wrong}"
