@@ -1,1 +1,16 @@
-"""gptjax: the recipe of the GPT papers as a small JAX and Flax trainer."""
+"""gptjax: the recipe of the GPT papers as a small JAX and Flax trainer.
+
+`gptjax.load(PATH)` is its one public entry in Python; everything else is for the verbs of the command line.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.api import Model
+
+
+def load(path: str, **how: Any) -> "Model":
+    """The trained model of a run folder or a Hugging Face directory; see gptjax.api.load."""
+    from gptjax import api
+
+    return api.load(path, **how)

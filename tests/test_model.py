@@ -23,9 +23,10 @@ from gptjax.errors import UserError
 from gptjax.hardware import require_float8
 from gptjax.model import accounting, gpt
 from gptjax.model.attention import reference
+from gptjax.model.cache import At, Cache, empty_cache
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
-from gptjax.model.gpt import GPT, Parallelism, empty_cache, forward, look_up, multiply
+from gptjax.model.gpt import GPT, Parallelism, forward, look_up, multiply
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
@@ -278,12 +279,17 @@ def test_cache_equals_full_forward(scan: bool) -> None:
     model, params = build(config)
     tokens = tokens_of(config)
     whole, _, _ = forward(model, params, tokens)
-    cache = empty_cache(config, 2, model.dtype)
-    run = jax.jit(lambda part, cache, start: forward(model, params, part, cache=cache, start=start)[::2])
-    first, cache = run(tokens[:, :9], cache, jnp.int32(0))
+    cache = empty_cache(config, 2, config.seq_len, model.dtype)
+
+    @jax.jit
+    def run(part: jax.Array, cache: Cache, start: int) -> tuple:
+        at = At(jnp.full(2, start), jnp.full(2, part.shape[1]))
+        return forward(model, params, part, cache=cache, at=at)[::2]
+
+    first, cache = run(tokens[:, :9], cache, 0)
     parts = [first]
     for i in range(9, config.seq_len):
-        one, cache = run(tokens[:, i : i + 1], cache, jnp.int32(i))
+        one, cache = run(tokens[:, i : i + 1], cache, i)
         parts.append(one)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +26,7 @@ from flax import linen as nn
 from gptjax.config import Config, LayoutConfig, OptimizerConfig, to_json
 from gptjax.config.load import load_config
 from gptjax.data.rows import Rows, next_token
-from gptjax.errors import UserError
-from gptjax.infer.sampling import Sampling, draw
 from gptjax.malloc import matters as malloc_matters
-from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.stages.pretrain import Pretrain
@@ -612,52 +608,6 @@ def test_sample_is_a_function_of_the_seed(finished: Path) -> None:
 
     assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
     assert text("--samples", "3").count("\n---\n") == 2
-
-
-def test_greedy_sampling_equals_the_uncached_model(tiny: Config) -> None:
-    """40 tokens through a context of 16: the window restarts from its later half."""
-    from gptjax.infer.sampling import generate
-    from gptjax.model.gpt import forward
-    from gptjax.model.loss import logits
-
-    task, state, _ = make(tiny)
-    model = task.network.model
-    made = generate(model, state.params, [5, 6, 7], num_samples=1, num_tokens=40, how=Sampling(0), seed=0)[0]
-    score = jax.jit(lambda p, ids: logits(*forward(model, p, ids)[:2], 261))
-    context = [5, 6, 7]
-    for token in made:
-        padded = np.array(context + [0] * (16 - len(context)))[None]
-        assert token == int(score(state.params, padded)[0, len(context) - 1].argmax())
-        context.append(int(token))
-        if len(context) == 16:
-            context = context[-8:]
-
-
-def test_ids_that_stand_for_nothing_are_never_drawn(tiny: Config) -> None:
-    from flax import linen as nn
-
-    from gptjax.infer.sampling import generate
-
-    model = Network(tiny, "cpu").plain_model
-    params = nn.unbox(Pretrain(tiny, "cpu").init(jax.random.key(0)))
-    possible = np.arange(tiny.model.vocab_size) % 7 == 3
-    for how in (Sampling(temperature=9), Sampling(top_k=100)):
-        size = dict(num_samples=8, num_tokens=10, seed=0)
-        assert possible[generate(model, params, [5], how=how, possible=possible, **size)].all()
-
-
-def test_draw_keeps_what_top_k_and_top_p_say() -> None:
-    scores = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
-    drawn: Callable[[Sampling], set[int]] = lambda how: {  # noqa: E731
-        int(draw(scores, jax.random.key(i), how)[0]) for i in range(200)
-    }
-    assert drawn(Sampling()) == {0, 1, 2, 3}
-    assert drawn(Sampling(top_k=2)) == {0, 1}
-    assert drawn(Sampling(top_p=0.5)) == {0}
-    assert drawn(Sampling(top_p=0.51)) == {0, 1}
-    assert drawn(Sampling(temperature=0)) == {0}
-    with pytest.raises(UserError, match=r"--temperature -1"):
-        Sampling(temperature=-1)
 
 
 def test_report_draws_from_the_log_alone(finished: Path, tmp_path: Path) -> None:

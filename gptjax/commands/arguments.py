@@ -22,6 +22,10 @@ class Positional:
     metavar: str
 
 
+class Repeated:
+    """Marks a tuple of texts, of which a flag gives one, commas and all, each time that it is there."""
+
+
 class _Words:
     """Marks the field that holds the config's fields as they were given."""
 
@@ -56,7 +60,11 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
             if hint is bool and not equals:
                 values[flags[flag]] = True
                 continue
-            values[flags[flag]] = parse(hint, text if equals else _value(flag, left, [*flags, *HELP]), flag)
+            given = text if equals else _value(flag, left, [*flags, *HELP])
+            if any(isinstance(mark, Repeated) for mark in infos(cls)[flags[flag]].metadata):
+                values[flags[flag]] = (*values.get(flags[flag], ()), given)
+            else:
+                values[flags[flag]] = parse(hint, given, flag)
         elif takes_fields and _is_field(flag):
             fields += [word] if equals else [flag, _value(flag, left, [*flags, *HELP])]
         else:

@@ -1,8 +1,12 @@
-"""Sampling from a model with a KV cache. Simple on purpose: one prompt, one static shape, two loops."""
+"""How the next token is drawn. Every parameter is an array over rows: another value compiles nothing.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+In this order, as `transformers` and vLLM have it: penalties, bias, temperature, top-k, top-p, min-p.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,114 +14,131 @@ import numpy as np
 from jax import Array
 
 from gptjax.errors import UserError
-from gptjax.model.gpt import GPT, empty_cache, forward
-from gptjax.model.loss import logits
+
+TINY = float(np.finfo(np.float32).tiny)  # temperatures below it are 0 to the hardware
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the tokens of one request are drawn. Raises UserError for a value outside its range."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k likeliest tokens; 0 or -1 keeps all."""
     top_p: float = 1.0
-    """Keep the likeliest tokens that together hold this probability."""
+    """Keep the likeliest tokens that together hold this probability (Holtzman et al., arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens of at least this share of the likeliest one's probability (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt or reply and multiplies the negative (CTRL, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token in the reply."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it is in the reply."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must not be negative; nearest 0")
-        if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k}: must not be negative; nearest 0 (keep all)")
+        require("temperature", self.temperature, 0, math.inf)
+        require("top_k", self.top_k, -1, 2**31 - 1)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must lie in (0, 1]; nearest {1.0 if self.top_p > 1 else 0.01}")
+            raise UserError(f"top_p = {self.top_p}: must lie in (0, 1]; nearest {1.0 if self.top_p > 1 else 0.01}")
+        require("min_p", self.min_p, 0, 1)
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty = {self.repetition_penalty}: must be above 0; 1 is none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(name, getattr(self, name), -1e4, 1e4)
+        for token, value in self.logit_bias.items():
+            if math.isnan(value):
+                raise UserError(f"logit_bias = {{{token}: {value}}}: must be a number; -100 bans a token")
 
 
-def draw(scores: Array, key: Array, how: Sampling) -> Array:
-    """scores float32 [B, V'] -> token ids [B]; top-p (Holtzman et al., arXiv 1904.09751) after top-k."""
-    if how.temperature == 0:
-        return jnp.argmax(scores, axis=-1)
-    scores = scores / how.temperature
-    if how.top_k:
-        kth = jax.lax.top_k(scores, min(how.top_k, scores.shape[-1]))[0][:, -1:]
-        scores = jnp.where(scores < kth, -jnp.inf, scores)
-    if how.top_p < 1:
-        ordered = jnp.sort(scores, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        last = jnp.min(jnp.where(before < how.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        scores = jnp.where(scores < last, -jnp.inf, scores)
-    return jax.random.categorical(key, scores, axis=-1)
+def require(name: str, value: float, low: float, high: float) -> None:
+    """Raises UserError for a value outside [low, high], infinite or no number."""
+    if not low <= value <= high or math.isinf(value):
+        nearest = f"; nearest {low if value < low else high:g}" if math.isfinite(value) else ""
+        raise UserError(f"{name} = {value}: must lie in {low:g} to {high:g}{nearest}")
 
 
-def generate(
-    model: GPT,
-    params: Any,
-    prompt: Sequence[int] | np.ndarray,
-    *,
-    num_samples: int,
-    num_tokens: int,
-    how: Sampling,
-    seed: int,
-    possible: np.ndarray | None = None,
-) -> np.ndarray:
-    """Continue `prompt` num_samples times by num_tokens: int32 [num_samples, num_tokens]. `possible`, bool [V], says
-    which ids may be drawn, those of the vocabulary that stand for something; None says all.
+class Knobs(NamedTuple):
+    """The numbers of a Sampling, each [N]."""
 
-    The context is full after T tokens; then its later half starts the next one, so text of any length
-    comes out. Raises UserError for an empty prompt.
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition: Array
+    presence: Array
+    frequency: Array
+
+    @classmethod
+    def of(cls, how: Sampling) -> "Knobs":
+        """Scalars, of one row."""
+        numbers = (how.top_p, how.min_p, how.repetition_penalty, how.presence_penalty, how.frequency_penalty)
+        return cls(np.float32(how.temperature), np.int32(max(how.top_k, 0)), *map(np.float32, numbers))  # type: ignore
+
+    @classmethod
+    def empty(cls, rows: int) -> "Knobs":
+        return jax.tree.map(lambda value: jnp.full(rows, value), cls.of(Sampling(0.0)))
+
+
+def draw(scores: Array, knobs: Knobs, bias: Array, counts: Array, seen: Array, keys: Array) -> Array:
+    """Token ids [N] from logits.
+
+    scores, bias float32 [N, V'], of which -inf says never; counts int32 [N, V']: times that a token is in the reply;
+    seen bool [N, V']: whether it is in the prompt; keys [N].
     """
-    if not len(prompt):
-        raise UserError("--prompt: empty; give at least one character")
-    length = model.config.seq_len
-    fill = make_fill(model, how, possible)
-    key = jax.random.key(seed)
-    made = np.zeros((num_samples, 0), np.int32)
-    context = np.tile(np.array(prompt[-(length - 1) :], np.int32), (num_samples, 1))
-    while made.shape[1] < num_tokens:
-        start = context.shape[1]
-        key, part = jax.random.split(key)
-        stop = min(length, start + num_tokens - made.shape[1])
-        padded = np.pad(context, ((0, 0), (0, length - start)))
-        context = np.asarray(fill(params, padded, np.int32(start), np.int32(stop), part))[:, :stop]
-        made = np.concatenate([made, context[:, start:]], axis=1)
-        context = context[:, -max(1, length // 2) :]
-    return made
+    scores = _penalised(scores, knobs, counts, seen) + bias
+    warm = knobs.temperature[:, None]
+    best = jnp.argmax(scores, axis=-1)
+
+    def at_random() -> Array:
+        # Less the largest first: a small temperature then makes of the others -inf, and of none NaN.
+        scaled = (scores - scores.max(-1, keepdims=True)) / jnp.maximum(warm, TINY)
+        used = (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0)
+        kept = jax.lax.cond(jnp.any(used), lambda: _filtered(scaled, knobs), lambda: scaled)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+        return jnp.where(warm[:, 0] > 0, jnp.argmax(kept + noise, axis=-1), best)
+
+    return jax.lax.cond(jnp.any(warm > 0), at_random, lambda: best).astype(jnp.int32)
 
 
-def make_fill(model: GPT, how: Sampling, possible: np.ndarray | None = None) -> Callable[..., Array]:
-    """jit of (params, tokens [B, T], start, stop, key) -> tokens with positions start..stop-1 drawn; `possible` as for
-    `generate`.
+def _penalised(scores: Array, knobs: Knobs, counts: Array, seen: Array) -> Array:
+    def penalised() -> Array:
+        factor = jnp.where((counts > 0) | seen, knobs.repetition[:, None], 1)
+        once = jnp.where(scores > 0, scores / factor, scores * factor)
+        return once - knobs.presence[:, None] * (counts > 0) - knobs.frequency[:, None] * counts
 
-    One prefill over the padded context, then one token at a time; what the prefill cached beyond `start` is
-    overwritten before any query can see it.
+    used = (knobs.repetition != 1) | (knobs.presence != 0) | (knobs.frequency != 0)
+    return jax.lax.cond(jnp.any(used), penalised, lambda: scores)
+
+
+def _filtered(scores: Array, knobs: Knobs) -> Array:
+    """Scores, the largest of each row 0, with those at -inf that top-k, top-p and min-p leave out."""
+    order = _ordered(scores)
+    least = _least(order, jnp.ones_like(scores), knobs.top_k.astype(scores.dtype))
+    scores = jnp.where((order >= least[:, None]) | (knobs.top_k == 0)[:, None], scores, -jnp.inf)
+    least = _least(order, jax.nn.softmax(scores, axis=-1), knobs.top_p)
+    scores = jnp.where((order >= least[:, None]) | (knobs.top_p >= 1)[:, None], scores, -jnp.inf)
+    return jnp.where(scores >= jnp.log(knobs.min_p)[:, None], scores, -jnp.inf)
+
+
+def _ordered(x: Array) -> Array:
+    """Numbers float32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _least(order: Array, weights: Array, need: Array) -> Array:
+    """[N]: the largest threshold such that what lies at it or above weighs at least `need`; 0 where nothing does.
+
+    Bit by bit from the highest: 32 passes over [N, V'], a tenth of what sorting 50,257 numbers takes on a CPU.
     """
 
-    def scores(hidden: Array, embedding: Array) -> Array:
-        made = logits(hidden, embedding, model.config.vocab_size)
-        if possible is None:
-            return made
-        room = made.shape[-1] - len(possible)
-        return jnp.where(np.pad(possible, (0, room)), made, -jnp.inf)
+    def bit(i: Array, found: Array) -> Array:
+        tried = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0), axis=-1) >= need
+        return jnp.where(enough, tried, found)
 
-    @jax.jit
-    def fill(params: Any, tokens: Array, start: Array, stop: Array, key: Array) -> Array:
-        c = model.config
-        cache = empty_cache(c, tokens.shape[0], model.dtype)
-        hidden, embedding, cache = forward(model, params, tokens, cache=cache, start=jnp.int32(0))
-        last = jax.lax.dynamic_slice_in_dim(hidden, start - 1, 1, axis=1)
-
-        def more(carry: Any) -> Array:
-            return carry[0] < stop
-
-        def one(carry: Any) -> Any:
-            at, tokens, last, cache, key = carry
-            key, part = jax.random.split(key)
-            token = draw(scores(last[:, 0], embedding), part, how).astype(jnp.int32)[:, None]
-            tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, at, axis=1)
-            last, _, cache = forward(model, params, token, cache=cache, start=at)
-            return at + 1, tokens, last, cache, key
-
-        return jax.lax.while_loop(more, one, (start, tokens, last, cache, key))[1]
-
-    return fill
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(order), jnp.uint32))

@@ -1,4 +1,4 @@
-"""What attention is: the mask, the plain reference that every backend is tested against, and the cached form.
+"""What attention is: the mask, and the plain reference that every backend is tested against.
 
 Backends live in `kernels/`, one file each; all are an `Attend`: q, k, v [B, T, H, K] to [B, T, H, K].
 """
@@ -73,15 +73,10 @@ def visible(mask: Mask, query_positions: Array, key_positions: Array) -> Array:
     return seen if mask.window is None else seen & (distance < mask.window)
 
 
-def reference(
-    q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None = None, *, start: int | Array = 0
-) -> Array:
-    """Plain masked softmax attention, O(T²) in time and memory; any dtype, softmax in at least float32.
-
-    q may be shorter than k: its first row then stands at position `start` and key j at position j.
-    """
+def reference(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None = None) -> Array:
+    """Plain masked softmax attention, O(T²) in time and memory; any dtype, softmax in at least float32."""
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    seen = visible(mask, start + jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
+    seen = visible(mask, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
     if segments is not None:
         seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
     scores = jnp.einsum("bthk,bshk->bhts", q * scale, k, preferred_element_type=accumulate)

@@ -16,7 +16,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import LoRAConfig, ModelConfig
-from gptjax.model.attention import KEPT, Attend, Mask, reference
+from gptjax.model.attention import KEPT, Attend, Mask
+from gptjax.model.cache import At, Cache, attend_cached
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
@@ -25,9 +26,6 @@ from gptjax.model.lora import LowRank, LowRankTable
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
-Cache = Any
-"""Per pattern unit and block: (keys, values), each [U, B, S, H, K]."""
-
 RESIDUAL: Axes = ("batch", "residual_length", None)
 OUTSIDE: Axes = ("rows", "residual_length", None)
 # What each remat policy keeps for the backward pass; `full` keeps only the inputs of a unit.
@@ -53,6 +51,8 @@ class Parallelism:
     send back would be summed over them three times."""
     pipeline: Callable[..., Array] | None = None
     """Runs the stacked units in place of a scan; see parallel.pipeline."""
+    read: int = 0
+    """Slots of a cache that are read at once; see cache.attend_cached."""
 
 
 def named(init: Any, axes: Axes) -> Any:
@@ -218,10 +218,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: Cache, start: Any, segments: Any, noise: Any, layer: Any
+        self, x: Array, cache: Cache, unit: Any, at: At | None, segments: Any, noise: Any, layer: Any
     ) -> tuple[Array, Cache]:
-        """x [B, T, D]; cache and start only when sampling: (keys, values) and the position of x[:, 0]; noise [B, T]
-        only with dropout: the tokens' keys; layer: which of the L this is."""
+        """x [B, T, D]; cache and at only in decoding: (keys, values) of all units, and where x stands; noise [B, T]
+        only with dropout: the tokens' keys; unit, layer: which of the U and of the L this is."""
         c, constrain = self.config, self.parallelism.constrain
         product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
 
@@ -238,15 +238,10 @@ class Block(nn.Module):
         qkv = Heads(heads, head_dim, c.qkv_bias, product, self.parallelism.merge_qkv, adapter, name="qkv")(h)
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
         with jax.named_scope("attention"):
-            if cache is None:
+            if at is None:
                 h = self.parallelism.attend(q, k, v, mask, scale, segments)
             else:
-                keys, values = (
-                    jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-                    for old, new in zip(cache, (k, v), strict=True)
-                )
-                cache = keys, values
-                h = reference(q, keys, values, mask, scale, start=start)
+                h, cache = attend_cached(q, k, v, cache, unit, at, mask, scale, self.parallelism.read)
         h = constrain(h, ("batch", "length", "heads", None))
         out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
@@ -278,16 +273,16 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: Cache, start: Any, segments: Any, noise: Any, number: Any
-    ) -> tuple[Array, Cache]:
-        """See Block; number: which of the U units this is."""
-        pattern, new_cache = self.config.attention_pattern, []
+        self, carry: tuple[Array, Cache], at: Any, segments: Any, noise: Any, number: Any
+    ) -> tuple[tuple[Array, Cache], None]:
+        """carry: x and, in decoding, the whole cache, so that each layer writes into it and none copies it; the rest as
+        for Block; number: which of the U units this is."""
+        pattern, (x, cache) = self.config.attention_pattern, carry
+        caches = list(cache) if cache is not None else [None] * len(pattern)
         for i, kind in enumerate(pattern):
             block = Block(self.config, kind, self.parallelism, self.lora, name=f"block_{i}")
-            own = None if cache is None else cache[i]
-            x, block_cache = block(x, own, start, segments, noise, number * len(pattern) + i)
-            new_cache.append(block_cache)
-        return x, None if cache is None else tuple(new_cache)
+            x, caches[i] = block(x, caches[i], number, at, segments, noise, number * len(pattern) + i)
+        return (x, None if cache is None else tuple(caches)), None
 
 
 @jax.custom_vjp
@@ -311,14 +306,12 @@ def _look_up_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, N
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def _positions(places: Array, shape: tuple[int, ...], positions: Any, restarted: Any, start: Any) -> Array:
-    """The position embedding [B, T, D] of tokens of a shape; the rest as for GPT."""
-    if restarted is not None:
-        return look_up(places, restarted)
-    if start is not None:
-        here = jax.lax.dynamic_slice_in_dim(places, start, shape[1])
-    else:
-        here = places[: shape[1]] if positions is None else places[positions]
+def _positions(places: Array, shape: tuple[int, ...], positions: Any, own: Any) -> Array:
+    """The position embedding [B, T, D] of tokens of a shape; own [B, T]: where each stands, else `positions` as for
+    GPT."""
+    if own is not None:
+        return look_up(places, own)
+    here = places[: shape[1]] if positions is None else places[positions]
     # A product with ones: its gradient is a product, too. The sum over B that plain broadcasting gives makes the
     # GPU compiler lay the whole residual stream out with B innermost.
     return jnp.einsum("b,td->btd", jnp.ones(shape[:1], places.dtype), here)
@@ -341,15 +334,15 @@ class GPT(nn.Module):
         segments: Array | None = None,
         restarted: Array | None = None,
         cache: Cache = None,
-        start: Array | None = None,
+        at: At | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Array, Array, Cache]:
         """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache.
 
         positions [T]: where the tokens stand, 0..T-1 unless given (`attend` must then expect that order);
         segments [B, T]: a token attends only to its own number; restarted [B, T]: each token's position in its own
-        segment, whose embedding it gets in place of that of where it stands; cache and start: sampling, one position
-        after another from `start` on; dropout_key: of this micro-batch, or None for no dropout.
+        segment, whose embedding it gets in place of that of where it stands; cache and at: decoding, after the past
+        that the cache holds; dropout_key: of this micro-batch, or None for no dropout.
         """
         c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -364,9 +357,12 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         # The head splits the vocabulary over tensor; a lookup in a split vocabulary would gather the whole of it.
         lookup = constrain(embedding, (None, "lookup"))
-        if restarted is not None:  # cut as the embedding is: the sum is gathered then, and not each part of it
+        own = restarted
+        if at is not None:  # beyond the last position stands only what leaves no trace
+            own = jnp.minimum(at.start[:, None] + jnp.arange(length), c.seq_len - 1)
+        if own is not None:  # cut as the embedding is: the sum is gathered then, and not each part of it
             places = constrain(places, (None, "lookup"))
-        here = _positions(places, tokens.shape, positions, restarted, start)
+        here = _positions(places, tokens.shape, positions, own)
         x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
         noise = None
         if dropout_key is not None and c.dropout:
@@ -383,7 +379,7 @@ class GPT(nn.Module):
             one_unit = unit(*settings, parent=None)
 
             def apply(weights: Any, number: Array, x: Array, beside: Any) -> Array:
-                return one_unit.apply({"params": weights}, x, None, None, *beside, number)[0]
+                return one_unit.apply({"params": weights}, (x, None), None, *beside, number)[0][0]
 
             x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, (segments, noise))
         elif c.scan_layers:
@@ -391,18 +387,14 @@ class GPT(nn.Module):
                 unit,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=units,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, cache = scanned(*settings, name="units")(x, cache, start, segments, noise, jnp.arange(units))
+            (x, cache), _ = scanned(*settings, name="units")((x, cache), at, segments, noise, jnp.arange(units))
         else:
-            new_cache = []
             for i in range(units):
-                here_cache = None if cache is None else jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-                x, unit_cache = unit(*settings, name=f"unit_{i}")(x, here_cache, start, segments, noise, i)
-                new_cache.append(unit_cache)
-            cache = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_cache)
+                (x, cache), _ = unit(*settings, name=f"unit_{i}")((x, cache), at, segments, noise, i)
         x = LayerNorm(name="norm_final")(constrain(x, OUTSIDE))
         # The head splits the vocabulary over tensor, so a length split over it is gathered: here, and not per chunk.
         return constrain(x, ("rows", "length", None)), embedding, cache
@@ -416,13 +408,6 @@ def layer_mask(config: ModelConfig, kind: str) -> Mask:
 def forward(model: GPT, params: Any, tokens: Array, **kwargs: Any) -> tuple[Array, Array, Cache]:
     """`model` as a pure function of plain parameters; see GPT.__call__."""
     return model.apply({"params": params}, tokens, **kwargs)  # type: ignore[return-value]
-
-
-def empty_cache(config: ModelConfig, batch: int, dtype: jnp.dtype) -> Cache:
-    """A zeroed cache of seq_len slots per layer."""
-    units = config.num_layers // len(config.attention_pattern)
-    shape = (units, batch, config.seq_len, config.num_heads, config.head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.attention_pattern)
 
 
 def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:

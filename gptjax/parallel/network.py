@@ -56,8 +56,14 @@ class Network:
         return self.plain_model.clone(parallelism=how)
 
     @cached_property
+    def decoder(self) -> GPT:
+        """The same function for decoding, which pins its activations to the layout by itself (infer.programs)."""
+        merge_qkv = self.layout is not None and self.layout.mesh.shape["tensor"] > 1
+        return self.plain_model.clone(parallelism=Parallelism(merge_qkv=merge_qkv))
+
+    @cached_property
     def plain_model(self) -> GPT:
-        """The same function without constraints on shapes: for initialising and sampling."""
+        """The same function without constraints on shapes: for initialising."""
         dtype = compute_dtype(self.config.model, self.platform)
         return GPT(self.config.model, dtype, lora=self.config.adapter)
 

@@ -22,12 +22,11 @@ from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
-from gptjax.data.chat import is_chat, other_format, require_no_other
+from gptjax.data.chat import other_format
 from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
-from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
@@ -35,7 +34,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, NextToken, Pretrain, stage_class
-from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base, on_device, open_weights
+from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
 from gptjax.train.lock import RunLock
@@ -274,19 +273,6 @@ def _without_late_errors(unraisable: Any) -> None:
     loop: the one line that names the failure is enough. Everything else is shown as ever."""
     if not str(unraisable.exc_value).startswith(LATE):
         sys.__unraisablehook__(unraisable)
-
-
-def sample(folder: str, prompt: str, how: Sampling, *, num_samples: int, num_tokens: int, seed: int) -> list[str]:
-    """A prompt with its continuations, or replies to it, by a run's checkpoint or a Hugging Face directory."""
-    weights = open_weights(folder)
-    prepare(weights.config)
-    config, tokenizer = weights.config, weights.tokenizer()
-    if config.stage == "sft":
-        require_no_other(tokenizer)
-    kind = SFT if is_chat(tokenizer) else Pretrain
-    stage = kind(config, jax.default_backend(), tokenizer=kind.fit_tokenizer(config, tokenizer))
-    params = weights.load(config.model, on_device(config, jax.local_devices()[0]))
-    return stage.texts(params, prompt, how, num_samples=num_samples, num_tokens=num_tokens, seed=seed)
 
 
 def facts(stage: AnyStage) -> dict[str, Any]:

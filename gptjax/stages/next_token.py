@@ -15,7 +15,8 @@ from gptjax.data.rows import Rows
 from gptjax.data.sources import Corpus, TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.sampling import Sampling, generate
+from gptjax.infer.engine import Engine, Request
+from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import IGNORED, cross_entropy
 from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
@@ -88,17 +89,31 @@ class NextToken:
 
     def sample(self, params: Any) -> str:
         """One text from train.sample_prompt on, the same seed each time so that samples compare."""
-        prompt = self.config.train.sample_prompt
-        return self.texts(params, prompt, SAMPLING, num_samples=1, num_tokens=SAMPLE_TOKENS, seed=0)[0]
+        prompt, engine = self.config.train.sample_prompt, self._engine
+        ids = self.prompt(prompt)[-self.config.model.seq_len :].tolist()
+        engine.params = params
+        (reply,) = engine.run([Request(ids, SAMPLE_TOKENS, SAMPLING, stop_tokens=self.ends)])
+        engine.clear()
+        return self.shown(prompt, reply.text)
 
-    def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """What a user is shown of a prompt and what follows."""
+    def prompt(self, text: str) -> np.ndarray:
+        """Ids that the model is to go on from, int32 [N]."""
         raise NotImplementedError
 
-    def continuations(self, params: Any, ids: np.ndarray, how: Sampling, **size: int) -> np.ndarray:
-        """What the model goes on with after ids [N]; `size`, and the shape, as for `generate`."""
-        possible = self.known_tokenizer.possible
-        return generate(self.network.plain_model, params, ids, how=how, possible=possible, **size)
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end what it says."""
+        return (self.known_tokenizer.eot,)
+
+    def shown(self, prompt: str, reply: str) -> str:
+        """What a user is shown of both."""
+        return prompt + reply
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """One row, without parameters."""
+        network, tokenizer = self.network, self.known_tokenizer
+        return Engine(network.decoder, None, slots=1, prefixes=0, tokenizer=tokenizer, layout=self.layout)
 
     @cached_property
     def training_text(self) -> TextSource:

@@ -12,7 +12,6 @@ from jax import Array
 
 from gptjax.data.rows import Rows, next_token
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
-from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import IGNORED, log_probs
 from gptjax.stages.next_token import NextToken
 
@@ -100,8 +99,7 @@ class Pretrain(NextToken):
 
         return jax.jit(sums)
 
-    def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """A prompt, each time with what the model goes on with; `size` as for `generate`."""
-        tokenizer = self.known_tokenizer
-        made = self.continuations(params, tokenizer.prompt(prompt), how, **size)
-        return [prompt + tokenizer.decode(row, inside=True) for row in made]
+    def prompt(self, text: str) -> np.ndarray:
+        """The ids of a text; of none the end of another, after which a text begins."""
+        ids = self.known_tokenizer.prompt(text)
+        return ids if len(ids) else np.array([self.known_tokenizer.eot], np.int32)

@@ -16,7 +16,6 @@ from gptjax.data.examples import ExampleFeed, Examples, eval_batches, open_examp
 from gptjax.data.rows import CUT, PADDING, Rows
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.infer.sampling import Sampling
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
 from gptjax.stages.next_token import NextToken
@@ -126,11 +125,13 @@ class SFT(NextToken):
 
         return jax.jit(sums)
 
-    def texts(self, params: Any, prompt: str, how: Sampling, **size: int) -> list[str]:
-        """A prompt of the user, each time with a reply of the assistant; `size` as for `generate`."""
-        made = self.continuations(params, self.chat.prompt([Message("user", prompt)]), how, **size)
-        return [f"{prompt}\n{self._until_end(row)}" for row in made]
+    def prompt(self, text: str) -> np.ndarray:
+        """What the user says, for the assistant to answer."""
+        return self.chat.prompt([Message("user", text)])
 
-    def _until_end(self, ids: np.ndarray) -> str:
-        ends = np.flatnonzero(ids == self.chat.end)
-        return self.known_tokenizer.decode(ids[: ends[0]] if len(ends) else ids, inside=True)
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (self.chat.end, self.known_tokenizer.eot)
+
+    def shown(self, prompt: str, reply: str) -> str:
+        return f"{prompt}\n{reply}"

@@ -1,0 +1,471 @@
+"""Continuous batching: requests take rows as they come and leave them when they end, and no other notices.
+
+The host decides and the devices compute. A round admits what waits, puts a chunk of prompts into caches, and decodes a
+few tokens in every row that goes; see `Engine.step`. What a request gives does not depend on what runs beside it.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+from gptjax.infer.programs import STOPS, TOPS, Programs, Row, Scores, Slots, key_of
+from gptjax.infer.sampling import Knobs, Sampling, require
+from gptjax.infer.text import TextStream
+from gptjax.model.cache import ring_size
+from gptjax.model.gpt import GPT
+from gptjax.model.loss import IGNORED
+from gptjax.sharding.rules import Layout
+
+SHARED = 16  # tokens that a prefix must have to be worth a copy
+SIZES = (16, 32, 64, 128, 256, 512)  # tokens of a prompt in one call
+WASTE = 1.25  # a larger call that is so little too large is better than two
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue. Raises UserError for what no engine can do."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_tokens: int = 16
+    """No more are drawn; 0 only looks at the prompt."""
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    sample: int = 0
+    """Which of several replies to the same prompt: each has random numbers of its own."""
+    drawn: int = 0
+    """Tokens that were drawn before, of a reply that goes on in a context of its own."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the reply and are no part of it."""
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end it."""
+    tops: int = 0
+    """How many of the likeliest tokens to tell beside each one."""
+    prompt_logprobs: bool = False
+    """Tell also what the prompt's own tokens were worth."""
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise UserError("prompt: empty; give at least one token")
+        require("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        require("seed", self.seed, 0, 2**64 - 1)
+        require("logprobs", self.tops, 0, TOPS)
+        if len(self.stop_tokens) > STOPS:
+            raise UserError(f"stop_tokens: {len(self.stop_tokens)} ids; at most {STOPS}")
+
+
+@dataclass(eq=False)
+class Reply:
+    """What has come of a request so far."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    """Drawn, the one that ended it included."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each, float32 nats of the full softmax, before temperature and all the rest."""
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each, the likeliest tokens and their log-probabilities."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of the prompt's second token and all that follow."""
+    prompt_tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    reason: str = ""
+    """Why it is over: stop (a token or a string that ends it), length (its limit, or the context is full),
+    cancelled; "" while it is not."""
+    stream: TextStream | None = None
+
+    @property
+    def text(self) -> str:
+        """What may be shown so far. Only of an engine with a tokenizer."""
+        assert self.stream, "an engine without a tokenizer makes no text"
+        return self.stream.text
+
+
+@dataclass(eq=False)
+class _Taken:
+    """A row in use."""
+
+    reply: Reply
+    filled: int
+    """Tokens of the prompt that lie in its cache; all but the last go there, which the first draw feeds."""
+    left: int
+    """Tokens that it may draw."""
+
+    @property
+    def goal(self) -> int:
+        return len(self.reply.request.prompt) - 1
+
+
+class Engine:
+    """Replies to requests by one model, in `slots` rows of up to `capacity` tokens.
+
+    Give it `params` as they are trained; `params` may be set anew between two rounds. Not for several threads.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        params: Any,
+        *,
+        slots: int = 8,
+        capacity: int = 0,
+        steps: int = 4,
+        chunk: int = 512,
+        tokenizer: Tokenizer | None = None,
+        layout: Layout | None = None,
+        prefixes: int = 1,
+    ) -> None:
+        """capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
+        chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share."""
+        config = model.config
+        self.capacity = min(capacity or config.seq_len, config.seq_len)
+        self.model, self.slots, self.steps, self.chunk = model, slots, steps, chunk
+        self.tokenizer, self.reuse = tokenizer, True
+        ways = layout.ways(layout.rules["batch"]) if layout else 1
+        rows = -(-(slots + prefixes) // ways) * ways
+        self.programs = Programs(model, rows, self.capacity, layout)
+        self._params = params
+        self._bias = self._allowed()
+        self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
+        self._taken: dict[int, _Taken] = {}
+        self._waiting: deque[Reply] = deque()
+        self._recent: deque[Sequence[int]] = deque(maxlen=32)
+        self.clear()
+
+    def clear(self) -> None:
+        """End all requests and give the memory of their caches back until the next one comes."""
+        for reply in [*self._waiting, *(taken.reply for taken in self._taken.values())]:
+            self.cancel(reply)
+        self._slots: Slots | None = None
+        self._held: list[list[int]] = [[] for _ in range(self.programs.rows)]  # the tokens in each row's cache
+
+    @property
+    def _state(self) -> Slots:
+        if self._slots is None:
+            self._slots = self.programs.empty()
+        return self._slots
+
+    @_state.setter
+    def _state(self, slots: Slots) -> None:
+        self._slots = slots
+
+    @property
+    def params(self) -> Any:
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        """Others from now on, also for what is half done. What prompts shared is forgotten."""
+        self._params = params
+        self._forget()
+
+    def _forget(self) -> None:
+        for number in range(len(self._held)):
+            if number not in self._taken:
+                self._held[number] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._taken or self._waiting)
+
+    def submit(self, request: Request) -> Reply:
+        """Take a request. Raises UserError where it does not fit the context, or names a token that is not there."""
+        length, size = len(request.prompt), self.model.config.vocab_size
+        if length > self.capacity:
+            raise UserError(f"prompt: {length} tokens; the context holds {self.capacity}")
+        wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
+        if wrong:
+            raise UserError(f"token {wrong[0]}: outside the vocabulary, 0 to {size - 1}")
+        stream = TextStream(self.tokenizer, request.prompt, request.stop) if self.tokenizer else None
+        if request.stop and stream is None:
+            raise ValueError("stop strings need an engine with a tokenizer")
+        request = replace(request, prompt=[int(i) for i in request.prompt])
+        reply = Reply(request, stream=stream)
+        self._recent.append(request.prompt)
+        if request.max_tokens == 0 and not request.prompt_logprobs:
+            self._end(reply, "length")
+        else:
+            self._waiting.append(reply)
+        return reply
+
+    def cancel(self, reply: Reply) -> None:
+        """End a request wherever it is; its row is free at once."""
+        if reply.reason:
+            return
+        self._end(reply, "cancelled")
+        if reply in self._waiting:
+            self._waiting.remove(reply)
+        for number, taken in list(self._taken.items()):
+            if taken.reply is reply:
+                self._state = self.programs.rest(self._state, np.int32(number))
+                self._release(number)
+
+    def run(self, requests: Iterable[Request]) -> list[Reply]:
+        """All of them, to their ends."""
+        replies = [self.submit(request) for request in requests]
+        while self.busy:
+            self.step()
+        return replies
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text of one reply as it comes."""
+        reply, shown = self.submit(request), 0
+        try:
+            while not reply.reason:
+                self.step()
+                yield reply.text[shown:]
+                shown = len(reply.text)
+        finally:
+            self.cancel(reply)
+
+    def step(self) -> None:
+        """One round."""
+        self._admit()
+        self._fill()
+        self._admit()  # what waited for a prefix
+        self._decode()
+
+    # Rows and prefixes
+
+    def _admit(self) -> None:
+        for reply in list(self._waiting):
+            if not self._free:
+                return
+            prompt, goal = reply.request.prompt, len(reply.request.prompt) - 1
+            source, shared = self._best(prompt[:goal], reply.request.prompt_logprobs)
+            if self._worth_waiting(prompt, shared) and not reply.request.prompt_logprobs:
+                continue
+            self._waiting.remove(reply)
+            number = source if source in self._free and shared else self._emptiest()
+            self._free.remove(number)
+            if shared and source != number:
+                self._state = self.programs.copy(self._state, np.int32(source), np.int32(number))
+            self._held[number] = list(prompt[:shared])
+            self._take(number, reply, shared)
+
+    def _emptiest(self) -> int:
+        """The first free row whose cache nobody would miss, else the first."""
+        return next((number for number in self._free if not self._held[number]), self._free[0])
+
+    def _best(self, prompt: Sequence[int], fresh: bool) -> tuple[int, int]:
+        """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
+        if fresh or not self.reuse:
+            return -1, 0
+        found = [(self._usable(number, prompt), number) for number in range(len(self._held))]
+        shared, number = max(found, key=lambda pair: (pair[0], -pair[1]))
+        return (number, shared) if shared >= SHARED else (-1, 0)
+
+    def _usable(self, number: int, prompt: Sequence[int]) -> int:
+        """How many tokens of a row another prompt can go on from: of one in which a ring went round all or none."""
+        held = self._held[number]
+        shared = common(held, prompt)
+        return shared if len(held) <= self._ring or shared == len(held) else 0
+
+    def _worth_waiting(self, prompt: Sequence[int], shared: int) -> bool:
+        """Whether a prompt that goes in right now will leave more of this one in its cache."""
+        if not self.reuse:
+            return False
+        goal = len(prompt) - 1
+        for taken in self._taken.values():
+            other = taken.reply.request.prompt
+            if taken.filled < taken.goal and not taken.reply.request.prompt_logprobs:
+                will = min(common(other[: taken.goal], prompt[:goal]), goal)
+                exact = taken.goal <= self._ring or will == taken.goal or will == self._mark(taken)
+                if exact and will >= max(shared, taken.filled, SHARED) + 1:
+                    return True
+        return False
+
+    def _mark(self, taken: _Taken) -> int:
+        """Where a prompt parts from the others that are known, if that lies ahead: there it is worth keeping."""
+        prompt, goal = taken.reply.request.prompt, taken.goal
+        if not self.reuse or not self._store or taken.reply.request.prompt_logprobs:
+            return 0
+        parts = {min(common(other, prompt), goal) for other in self._recent if other is not prompt}
+        return max((at for at in parts if at >= SHARED and taken.filled < at), default=0)
+
+    def _take(self, number: int, reply: Reply, shared: int) -> None:
+        request = reply.request
+        left = min(request.max_tokens, self.capacity - len(request.prompt) + 1)
+        self._taken[number] = taken = _Taken(reply, shared, left)
+        self._start(number, taken, going=taken.filled == taken.goal)
+
+    def _start(self, number: int, taken: _Taken, *, going: bool) -> None:
+        """Tell the devices whose row it is; `going` once the prompt lies in the cache."""
+        request, size = taken.reply.request, self.model.config.padded_vocab_size
+        bias = self._bias.copy()
+        for token, value in request.sampling.logit_bias.items():
+            bias[token] += value
+        seen = np.zeros(size, bool)
+        seen[list(request.prompt)] = True
+        stops = np.full(STOPS, -1, np.int32)
+        stops[: len(request.stop_tokens)] = request.stop_tokens
+        row = Row(
+            token=np.int32(request.prompt[-1]),  # type: ignore[arg-type]
+            left=np.int32(taken.left if going else 0),  # type: ignore[arg-type]
+            key=key_of(request.seed, request.sample),  # type: ignore[arg-type]
+            drawn=np.int32(request.drawn),  # type: ignore[arg-type]
+            tops=np.bool_(request.tops > 0),  # type: ignore[arg-type]
+            knobs=Knobs.of(request.sampling),
+            bias=bias,  # type: ignore[arg-type]
+            counts=np.zeros(size, np.int32),  # type: ignore[arg-type]
+            seen=seen,  # type: ignore[arg-type]
+            stops=stops,  # type: ignore[arg-type]
+        )
+        self._state = self.programs.admit(self._state, np.int32(number), row, np.int32(taken.filled))
+        if going and taken.left == 0:
+            self._end(taken.reply, "length")
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        """What lies in its cache stays there for others until the row is wanted."""
+        del self._taken[number]
+        bisect.insort(self._free, number)
+
+    # Prompts
+
+    def _fill(self) -> None:
+        """One call's worth of prompts, those that came first."""
+        filling = [(number, taken) for number, taken in self._taken.items() if taken.filled < taken.goal]
+        if not filling:
+            return
+        ends = {number: self._mark(taken) or taken.goal for number, taken in filling}
+        size = self._size(ends[filling[0][0]] - filling[0][1].filled)
+        scored = filling[0][1].reply.request.prompt_logprobs
+        batch = [
+            (number, taken)
+            for number, taken in filling
+            if taken.reply.request.prompt_logprobs == scored and ends[number] - taken.filled <= size
+        ] or filling[:1]
+        batch = batch[: max(1, self.chunk // size)]
+        if filling[0] not in batch:
+            batch = filling[:1]
+        count = 1 << (len(batch) - 1).bit_length()
+        tokens, targets = np.zeros((count, size), np.int32), np.full((count, size), IGNORED, np.int32)
+        numbers, counts = np.full(count, self.programs.rows, np.int32), np.zeros(count, np.int32)
+        for i, (number, taken) in enumerate(batch):
+            prompt, start = taken.reply.request.prompt, taken.filled
+            end = min(start + size, ends[number])
+            tokens[i, : end - start], targets[i, : end - start] = prompt[start:end], prompt[start + 1 : end + 1]
+            numbers[i], counts[i] = number, end - start
+        read = self._read(max(taken.filled for _, taken in batch))
+        asked = targets if scored else None
+        self._state, scores = self.programs.fill(self._params, self._state, tokens, numbers, counts, asked, read)
+        scores = jax.device_get(scores)
+        for i, (number, taken) in enumerate(batch):
+            _note(taken.reply, scores, i, int(counts[i]))
+            self._held[number] += tokens[i, : counts[i]].tolist()
+            taken.filled += int(counts[i])
+            if taken.filled < taken.goal:
+                self._keep(number, taken)
+            else:
+                self._start(number, taken, going=True)
+
+    def _size(self, tokens: int) -> int:
+        """The size of a call for so many tokens of a prompt."""
+        sizes = [size for size in SIZES if size <= self.chunk] or [self.chunk]
+        fits = [size for size in sizes if tokens <= size <= max(WASTE * tokens, sizes[0])]
+        return fits[0] if fits else max(size for size in sizes if size <= max(tokens, sizes[0]))
+
+    def _keep(self, number: int, taken: _Taken) -> None:
+        """A copy of a row at the point where its prompt parts from others."""
+        parts = {common(other, taken.reply.request.prompt) for other in self._recent}
+        if taken.filled in parts and self._mark(taken) != taken.filled and self._store and self.reuse:
+            if any(self._held[kept] == self._held[number] for kept in self._store):
+                return
+            target = self._store.popleft()
+            self._store.append(target)
+            self._state = self.programs.copy(self._state, np.int32(number), np.int32(target))
+            self._held[target] = list(self._held[number])
+
+    def _read(self, longest: int) -> int:
+        """Slots that a program reads: of a few sizes, so that there are few programs. On a CPU it sees for itself."""
+        if self._on_cpu:
+            return 0
+        return min(max(128, 1 << (longest - 1).bit_length()), self.capacity) if longest else 1
+
+    # Replies
+
+    def _decode(self) -> None:
+        going = {number: taken for number, taken in self._taken.items() if taken.filled == taken.goal}
+        if not going:
+            return
+        count = self._rows(max(going) + 1)
+        longest = max(len(self._held[number]) for number in going) + self.steps
+        wanted = self._read(min(longest, self.capacity))
+        self._state, drawn = self.programs.decode(self._params, self._state, count, self.steps, wanted)
+        if not any(taken.reply.request.tops for taken in going.values()):
+            drawn = drawn._replace(top_tokens=None, top_logprobs=None)
+        drawn = jax.device_get(drawn)
+        for number, taken in going.items():
+            self._take_in(number, taken, drawn)
+
+    def _rows(self, least: int) -> int:
+        """Rows that a program decodes: on a CPU, where they cost, a power of two; elsewhere all."""
+        if not self._on_cpu or self.programs.layout is not None:
+            return self.programs.rows
+        return min(1 << (least - 1).bit_length(), self.programs.rows)
+
+    def _take_in(self, number: int, taken: _Taken, drawn: Any) -> None:
+        reply, request = taken.reply, taken.reply.request
+        live = int(drawn.live[:, number].sum())
+        last = (reply.tokens or request.prompt)[-1:]
+        made = drawn.token[:live, number].tolist()
+        self._held[number] += [*last, *made][:live]
+        for i, token in enumerate(made):
+            reply.tokens.append(token)
+            reply.logprobs.append(float(drawn.logprob[i, number]))
+            if request.tops:
+                pairs = zip(drawn.top_tokens[i, number], drawn.top_logprobs[i, number], strict=True)
+                reply.tops.append([(int(t), float(p)) for t, p in pairs][: request.tops])
+            if token in request.stop_tokens:
+                self._end(reply, "stop")
+            elif reply.stream:
+                reply.stream.add(token)
+                if reply.stream.stopped:
+                    self._state = self.programs.rest(self._state, np.int32(number))
+                    self._end(reply, "stop")
+            if not reply.reason and len(reply.tokens) == taken.left:
+                self._end(reply, "length")
+            if reply.reason:
+                self._release(number)
+                return
+
+    def _end(self, reply: Reply, reason: str) -> None:
+        reply.reason = reason
+        if reply.stream:
+            reply.stream.end()
+
+    def _allowed(self) -> np.ndarray:
+        """float32 [V']: 0 for ids that may be drawn, -inf for those that stand for nothing."""
+        config = self.model.config
+        bias = np.zeros(config.padded_vocab_size, np.float32)
+        bias[config.vocab_size :] = -np.inf
+        if self.tokenizer:
+            bias[: config.vocab_size][~self.tokenizer.possible] = -np.inf
+        return bias
+
+
+def _note(reply: Reply, scores: Scores | None, row: int, count: int) -> None:
+    """Keep what a call says of a prompt's tokens."""
+    if scores is None:
+        return
+    reply.prompt_logprobs += scores.logprob[row, :count].tolist()
+    if reply.request.tops:
+        for tokens, values in zip(scores.top_tokens[row, :count], scores.top_logprobs[row, :count], strict=True):
+            pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+            reply.prompt_tops.append([*pairs][: reply.request.tops])
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
+    return int(differs[0]) if len(differs) else length

@@ -1,0 +1,250 @@
+"""What runs on the devices: fill a row's cache with a prompt, decode some tokens in every row, copy what rows share.
+
+Parameters are an argument like any other, so that others can take their place between two calls without a compile.
+
+Letters beside the model's: N rows, B of them in a program, T tokens of a prompt in one call.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gptjax.infer.sampling import Knobs, draw
+from gptjax.model.cache import AXES, At, Cache, copy_row, empty_cache
+from gptjax.model.gpt import GPT, forward
+from gptjax.model.int8 import widened
+from gptjax.model.loss import IGNORED, log_probs, logits
+from gptjax.sharding.rules import Layout
+
+STOPS = 16  # ids that may end a reply
+TOPS = 20  # likeliest tokens that may be asked for
+SCORED = 64  # positions of a prompt whose logits are in memory at once
+
+
+class Row(NamedTuple):
+    """A request as the devices see it, of one row; of all rows each with a leading N."""
+
+    token: Array
+    """int32: the next to be fed."""
+    left: Array
+    """int32: tokens that may still be drawn; 0 for a row that rests."""
+    key: Array
+    """uint32 [2]: of its seed and sample number."""
+    drawn: Array
+    """int32: tokens drawn so far."""
+    tops: Array
+    """bool: whether the likeliest tokens are asked for."""
+    knobs: Knobs
+    bias: Array
+    """float32 [V']: what is added to the logits; -inf for ids that stand for nothing."""
+    counts: Array
+    """int32 [V']: times that a token was drawn."""
+    seen: Array
+    """bool [V']: whether a token is in the prompt."""
+    stops: Array
+    """int32 [STOPS]: ids that end it; -1 for none."""
+
+
+class Slots(NamedTuple):
+    """Everything that is kept between two calls."""
+
+    cache: Cache
+    start: Array
+    """int32 [N]: tokens in each row's cache."""
+    rows: Row
+
+
+class Drawn(NamedTuple):
+    """What steps of decoding gave, each [steps, B]."""
+
+    token: Array
+    live: Array
+    """Whether the row was still going."""
+    logprob: Array
+    """float32, of the full softmax before temperature and all the rest."""
+    top_tokens: Array
+    """[steps, B, TOPS], the likeliest first, and their log-probabilities; zeros where no row asks."""
+    top_logprobs: Array
+
+
+class Scores(NamedTuple):
+    """What a prompt's tokens were worth, each [B, T, ...]; see Drawn."""
+
+    logprob: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Of a model, for `rows` texts of up to `capacity` tokens."""
+
+    model: GPT
+    rows: int
+    capacity: int
+    layout: Layout | None = None
+
+    def empty(self) -> Slots:
+        """Slots in which every row rests."""
+        config, rows = self.model.config, self.rows
+        wide = rows, config.padded_vocab_size
+
+        def make() -> Slots:
+            zeros = jnp.zeros(rows, jnp.int32)
+            row = Row(
+                token=zeros,
+                left=zeros,
+                key=jnp.zeros((rows, 2), jnp.uint32),
+                drawn=zeros,
+                tops=jnp.zeros(rows, bool),
+                knobs=Knobs.empty(rows),
+                bias=jnp.zeros(wide, jnp.float32),
+                counts=jnp.zeros(wide, jnp.int32),
+                seen=jnp.zeros(wide, bool),
+                stops=jnp.full((rows, STOPS), -1, jnp.int32),
+            )
+            return Slots(empty_cache(config, rows, self.capacity, self.model.dtype), zeros, row)
+
+        return jax.jit(make, out_shardings=self._places)()
+
+    @cached_property
+    def _places(self) -> Any:
+        """Shardings of Slots: rows over data, heads over tensor, all else everywhere; None on one device."""
+        if self.layout is None:
+            return None
+        everywhere = self.layout.sharding(())
+        return Slots(self.layout.sharding(AXES), everywhere, everywhere)  # type: ignore[arg-type]
+
+    @property
+    def _known(self) -> Any:
+        """Of what the host reads: whole on every process."""
+        return None if self.layout is None else self.layout.sharding(())
+
+    def _jit(self, function: Any, *outputs: Any, **how: Any) -> Any:
+        places = None if self.layout is None else (self._places, *outputs) if outputs else self._places
+        return jax.jit(function, out_shardings=places, **how)
+
+    @cached_property
+    def admit(self) -> Any:
+        """jit of (slots, number, row, start): a request takes a row, in whose cache lie `start` of its tokens."""
+
+        def admit(slots: Slots, number: Array, row: Row, start: Array) -> Slots:
+            rows = jax.tree.map(lambda old, new: old.at[number].set(new), slots.rows, row)
+            return slots._replace(rows=rows, start=slots.start.at[number].set(start))
+
+        return self._jit(admit, donate_argnums=0)
+
+    @cached_property
+    def rest(self) -> Any:
+        """jit of (slots, number): a row's request is over."""
+
+        def rest(slots: Slots, number: Array) -> Slots:
+            rows = slots.rows._replace(left=slots.rows.left.at[number].set(0))
+            return slots._replace(rows=rows)
+
+        return self._jit(rest, donate_argnums=0)
+
+    @cached_property
+    def copy(self) -> Any:
+        """jit of (slots, source, target): one row's cache as another's."""
+
+        def copy(slots: Slots, source: Array, target: Array) -> Slots:
+            return slots._replace(cache=copy_row(slots.cache, source, target))
+
+        return self._jit(copy, donate_argnums=0)
+
+    @cached_property
+    def fill(self) -> Any:
+        """jit of (params, slots, tokens [B, T], numbers [B], count [B], targets [B, T] or None, read) -> (slots, Scores
+        or None): tokens go into the caches of rows, of each the first `count`; the number of a row that is not there is
+        N. Targets, the tokens that follow, are scored."""
+
+        def fill(
+            params: Any, slots: Slots, tokens: Array, numbers: Array, count: Array, targets: Array | None, read: int
+        ) -> tuple[Slots, Scores | None]:
+            model = self._model(read, len(tokens))
+            here = jnp.where(numbers < self.rows, slots.start[numbers], 0)
+            at = At(here, count, numbers)
+            hidden, embedding, cache = forward(model, widened(params, model.dtype), tokens, cache=slots.cache, at=at)
+            start = slots.start.at[numbers].add(count, mode="drop")
+            scores = None if targets is None else self._scores(hidden, embedding, targets)
+            return slots._replace(cache=cache, start=start), scores
+
+        return self._jit(fill, self._known, donate_argnums=1, static_argnums=6)
+
+    def _scores(self, hidden: Array, embedding: Array, targets: Array) -> Scores:
+        config = self.model.config
+        values = log_probs(hidden, embedding, targets, config.vocab_size, SCORED)
+
+        def one(part: Array) -> tuple[Array, Array]:  # [B, D] of one position
+            return _tops(logits(part, embedding, config.vocab_size))
+
+        tokens, tops = jax.lax.map(one, jnp.moveaxis(hidden, 1, 0), batch_size=SCORED)
+        return Scores(jnp.where(targets == IGNORED, 0, values), jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(tops, 0, 1))
+
+    @cached_property
+    def decode(self) -> Any:
+        """jit of (params, slots, B, steps, read) -> (slots, Drawn): that many tokens in each of the first B rows."""
+
+        def decode(params: Any, slots: Slots, count: int, steps: int, read: int) -> tuple[Slots, Drawn]:
+            model = self._model(read, count)
+            ready = widened(params, model.dtype)
+            one = partial(self._step, model, ready, count)
+            return jax.lax.scan(lambda now, _: one(now), slots, length=steps)
+
+        return self._jit(decode, self._known, donate_argnums=1, static_argnums=(2, 3, 4))
+
+    def _step(self, model: GPT, params: Any, count: int, slots: Slots) -> tuple[Slots, Drawn]:
+        config = model.config
+        rows, start = jax.tree.map(lambda leaf: leaf[:count], (slots.rows, slots.start))
+        live = rows.left > 0
+        at = At(start, live.astype(jnp.int32))
+        hidden, embedding, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
+        scores = logits(hidden[:, 0], embedding, config.vocab_size)
+        keys = jax.vmap(lambda key, number: jax.random.fold_in(jax.random.wrap_key_data(key), number))
+        token = draw(scores, rows.knobs, rows.bias, rows.counts, rows.seen, keys(rows.key, rows.drawn))
+        normal = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        none = jnp.zeros((count, TOPS), jnp.int32), jnp.zeros((count, TOPS), normal.dtype)
+        tops = jax.lax.cond(jnp.any(rows.tops & live), lambda: _tops(normal), lambda: none)
+        number = jnp.arange(count)
+        drawn = Drawn(token, live, normal[number, token], *tops)
+        over = (rows.stops == token[:, None]).any(-1)
+        after = rows._replace(
+            token=jnp.where(live, token, rows.token),
+            left=jnp.where(live & ~over, rows.left - 1, 0),
+            drawn=rows.drawn + live,
+            counts=rows.counts.at[number, token].add(live.astype(jnp.int32)),
+        )
+        every = jax.tree.map(lambda old, new: old.at[:count].set(new), (slots.rows, slots.start), (after, start + live))
+        return Slots(cache, every[1], every[0]), drawn
+
+    def _model(self, read: int, rows: int) -> GPT:
+        how = replace(self.model.parallelism, read=read)
+        if self.layout is not None:
+            how = replace(how, constrain=_constrain(self.layout, rows))
+        return self.model.clone(parallelism=how)
+
+
+def _constrain(layout: Layout, rows: int) -> Any:
+    """Activations of decoding: a token's axis is not cut, and rows only where they divide."""
+    whole = dict.fromkeys(("length", "residual_length", "layers"), ())
+    ways = layout.ways(layout.rules["batch"])
+    batch = layout.rules["batch"] if rows % ways == 0 else ()
+    return Layout(layout.mesh, layout.rules | whole | {"batch": batch, "rows": batch}).constrain
+
+
+def _tops(scores: Array) -> tuple[Array, Array]:
+    """The likeliest tokens of logits [..., V'] and their log-probabilities, [..., TOPS]."""
+    values, tokens = jax.lax.top_k(scores, min(TOPS, scores.shape[-1]))
+    return tokens.astype(jnp.int32), values - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+
+
+def key_of(seed: int, sample: int) -> np.ndarray:
+    """uint32 [2]: the random numbers of a request's sample, with which each token's place is then mixed."""
+    words = np.random.SeedSequence([seed, sample]).generate_state(2)
+    return words.astype(np.uint32)

@@ -1,0 +1,164 @@
+"""What decoding keeps of the past: keys and values of every layer, all of them for a dense layer, the last W for a
+banded one.
+
+One rule places both: the token at position p lies in slot p mod R of R. A dense layer has as many slots as positions,
+so nothing is ever overwritten; a banded layer has W, and its ring holds what its window can still see. Which position a
+slot holds follows from how many tokens went in, so none is stored.
+
+Letters beside the model's: N rows of the cache, R slots of a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gptjax.config import ModelConfig
+from gptjax.model.attention import Mask
+
+Cache = Any
+"""Per block of the pattern: (keys, values), each [U, N, H, R, K]."""
+BLOCK = 128  # slots that are read at once where only the occupied ones are: 12 heads of 64 are 400 kB, within a cache
+AXES = ("layers", "batch", "heads", None, None)
+
+
+class At(NamedTuple):
+    """Where the B rows of tokens of a call stand, each after its own past."""
+
+    start: Array
+    """int32 [B]: tokens that came before."""
+    num_new: Array
+    """int32 [B]: how many of the T are real; the rest, at the end, leave no trace."""
+    rows: Array | None = None
+    """int32 [B]: their rows in the cache; None for the first B."""
+
+
+def ring_size(config: ModelConfig, kind: str, capacity: int) -> int:
+    """Slots R that a layer of a kind needs for texts of up to `capacity` tokens."""
+    return min(config.window, capacity) if kind == "banded" else capacity
+
+
+def cache_shapes(config: ModelConfig, rows: int, capacity: int) -> list[tuple[int, ...]]:
+    """[U, N, H, R, K] of the keys, and of the values, of each block of the pattern."""
+    units = config.num_layers // len(config.attention_pattern)
+    sizes = [ring_size(config, kind, capacity) for kind in config.attention_pattern]
+    return [(units, rows, config.num_heads, size, config.head_dim) for size in sizes]
+
+
+def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """A zeroed cache for so many texts of up to `capacity` tokens."""
+    return tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in cache_shapes(config, rows, capacity))
+
+
+def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
+    """With row `target` as row `source` is."""
+
+    def one(leaf: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(leaf, source, axis=1)
+        return jax.lax.dynamic_update_index_in_dim(leaf, row, target, axis=1)
+
+    return jax.tree.map(one, cache)
+
+
+def attend_cached(
+    q: Array, k: Array, v: Array, cache: tuple[Array, Array], unit: Any, at: At, mask: Mask, scale: float, read: int
+) -> tuple[Array, tuple[Array, Array]]:
+    """T new tokens a row attend to their past and to each other, and become a part of it: q, k, v [B, T, H, K] ->
+    ([B, T, H, K], cache).
+
+    `unit` says whose keys and values of the stacked ones. `read` is how many slots to read, at least those that are
+    occupied (a program for each); 0 reads what is occupied by the longest of the rows, block by block (one program).
+    """
+    keys, values = cache
+    size = keys.shape[3]
+    first = at.start[:, None]  # [B, 1]
+    here = first + jnp.arange(q.shape[1])  # [B, T]
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q * scale, k, v))  # [B, H, T, K]
+
+    def from_slots(soft: "_Softmax", offset: Any, width: int, fresh: Any) -> "_Softmax":
+        """Those of `width` slots from `offset` on, of which the ones before `fresh` have been seen."""
+        index = offset + jnp.arange(width)
+        place = (first - 1) - (first - 1 - index) % size  # the last that went into each slot: [B, width]
+        seen = (place >= 0) & (index >= fresh)
+        seen = seen[:, None] & _within(mask, here[:, :, None] - place[:, None])  # [B, T, width]
+        old_k, old_v = (_slots(leaf, unit, at.rows, len(q), offset, width) for leaf in (keys, values))
+        return soft.join(q, old_k, old_v, seen)
+
+    distance = here[:, :, None] - here[:, None]
+    soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance))
+    if read:
+        soft = from_slots(soft, 0, min(read, size), 0)
+    else:
+        width = min(BLOCK, size)
+        longest = jnp.max(jnp.where(at.num_new > 0, at.start, 0))
+
+        def block(i: Array, soft: "_Softmax") -> "_Softmax":
+            return from_slots(soft, jnp.minimum(i * width, size - width), width, i * width)
+
+        soft = jax.lax.fori_loop(0, (jnp.minimum(longest, size) + width - 1) // width, block, soft)
+    out = jnp.moveaxis(soft.value / soft.total[..., None], 1, 2).astype(q.dtype)
+    return out, (_put(keys, k, unit, at), _put(values, v, unit, at))
+
+
+def _within(mask: Mask, distance: Array) -> Array:
+    return jnp.bool_(True) if mask.window is None else distance < mask.window
+
+
+class _Softmax(NamedTuple):
+    """A softmax over keys that come part by part, in at least float32 (Milakov and Gimelshein, arXiv 1805.02867)."""
+
+    top: Array
+    """[B, H, T]: the largest score so far."""
+    total: Array
+    """[B, H, T]: the sum of exponentials less it."""
+    value: Array
+    """[B, H, T, K]: what they weigh."""
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, seen: Array) -> "_Softmax":
+        """Of a part in which every query sees a key. q [B, H, T, K], k and v [B, H, S, K], seen [B, T, S]."""
+        scores = _scores(q, k, seen)
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+        return cls(top, weights.sum(-1), _weigh(weights, v))
+
+    def join(self, q: Array, k: Array, v: Array, seen: Array) -> "_Softmax":
+        """With another part, of which a query may see nothing."""
+        scores = _scores(q, k, seen)
+        top = jnp.maximum(self.top, scores.max(-1))
+        weights, old = jnp.exp(scores - top[..., None]), jnp.exp(self.top - top)
+        return _Softmax(top, self.total * old + weights.sum(-1), self.value * old[..., None] + _weigh(weights, v))
+
+
+def _scores(q: Array, k: Array, seen: Array) -> Array:
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    return jnp.where(seen[:, None], scores, -jnp.inf)
+
+
+def _weigh(weights: Array, v: Array) -> Array:
+    return jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+
+
+def _slots(leaf: Array, unit: Any, rows: Array | None, count: int, offset: Any, width: int) -> Array:
+    """[B, H, width, K] of [U, N, H, R, K]."""
+    _, _, heads, _, dim = leaf.shape
+
+    def of(row: Any, many: int) -> Array:
+        return jax.lax.dynamic_slice(leaf, (unit, row, 0, offset, 0), (1, many, heads, width, dim))[0]
+
+    if rows is None:
+        return of(0, count)
+    if count == 1:
+        return of(rows[0], 1)
+    return jax.vmap(lambda row: of(row, 1)[0])(rows)
+
+
+def _put(leaf: Array, new: Array, unit: Any, at: At) -> Array:
+    """[U, N, H, R, K] with [B, H, T, K] in its slots; of more tokens than slots the last ones."""
+    size, length = leaf.shape[3], new.shape[2]
+    number = jnp.arange(length)
+    kept = (number < at.num_new[:, None]) & (number >= at.num_new[:, None] - size)
+    slots = jnp.where(kept, (at.start[:, None] + number) % size, size)  # beyond the last: dropped
+    rows = jnp.arange(len(new)) if at.rows is None else at.rows
+    return leaf.at[unit, rows[:, None], :, slots].set(jnp.moveaxis(new, 2, 1).astype(leaf.dtype), mode="drop")
