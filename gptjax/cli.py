@@ -16,6 +16,7 @@ from gptjax.terminal import show_anything
 VERBS = (
     "train",
     "sample",
+    "chat",
     "convert",
     "report",
     "data",
@@ -23,6 +24,7 @@ VERBS = (
     "plan",
     "bench attention",
     "bench data",
+    "bench generate",
     "bench layouts",
     "bench single",
 )
