@@ -1,5 +1,6 @@
 """A trained model in Python: what `gptjax.load` gives, and what the terminal's verbs are made of."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gptjax.config import Config, LayoutConfig
+from gptjax.config import Config, LayoutConfig, TrainConfig
 from gptjax.data.chat import is_chat, require_no_other
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
@@ -22,7 +23,7 @@ from gptjax.model.gpt import GPT, Parallelism, forward
 from gptjax.model.int8 import widened
 from gptjax.model.loss import logits
 from gptjax.parallel.network import Network
-from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.mesh import MESH_AXES, make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain
 from gptjax.stages.launch import prepare
@@ -36,7 +37,8 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
     """The model of a run folder, or of a Hugging Face directory with GPT-2 or GPT-Neo.
 
     layout: how it lies on the attached devices; None is the only one, or of several the heads over as many as divide
-    them. weights: auto (the type that it computes in), float32, bfloat16 or int8. slots: replies in progress at once.
+    them; one without a -1 takes the first so many, so that LayoutConfig(fsdp=1) is a single one. weights: auto (the
+    type that it computes in), float32, bfloat16 or int8. slots: replies in progress at once.
 
     Raises gptjax.errors.UserError, in one line, for what is neither or is broken.
     """
@@ -61,13 +63,15 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
 
 
 def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:
-    count, heads = jax.device_count(), config.model.num_heads
+    devices, heads = jax.devices(), config.model.num_heads
     if layout is None:
-        if count == 1:
-            return None
-        layout = LayoutConfig(data=-1, fsdp=1, tensor=int(np.gcd(count, heads)))
-    config = replace(config, layout=layout)
-    return Layout(make_mesh(config), rule_table(config.layout))
+        layout = LayoutConfig(data=-1, fsdp=1, tensor=math.gcd(len(devices), heads))
+    degrees = [getattr(layout, name) for name in MESH_AXES]
+    if -1 not in degrees:
+        devices = devices[: math.prod(degrees)]
+    train = TrainConfig(batch_size=len(devices))  # that of the training has no say here
+    mesh = make_mesh(replace(config, layout=layout, train=train), devices)
+    return Layout(mesh, rule_table(layout)) if len(devices) > 1 else None
 
 
 def _places(network: Network) -> Any:
