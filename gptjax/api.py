@@ -16,10 +16,11 @@ from gptjax.data.chat import is_chat, require_no_other
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.engine import Engine, Request
+from gptjax.infer.look import Look, require_room
 from gptjax.infer.prepare import DTYPES, apart, prepared, unrolled
 from gptjax.infer.sampling import Sampling
 from gptjax.model.attention import Mask, visible
-from gptjax.model.gpt import GPT, Parallelism, forward
+from gptjax.model.gpt import GPT, Parallelism, forward, layer_mask
 from gptjax.model.int8 import widened
 from gptjax.model.loss import logits
 from gptjax.parallel.network import Network
@@ -158,22 +159,43 @@ class Model:
         """Each token of a text, and its log-probability in nats after those before it; the first token's stands after
         the end of another text."""
         ids = self.tokenizer.encode(text)
-        before = [*self.tokenizer.begin] or [self.tokenizer.eot]
-        request = Request([*before, *ids], 0, prompt_logprobs=True)
-        (reply,) = self.engine.run([request])
+        before = self._before
+        (reply,) = self.engine.run([Request([*before, *ids], 0, prompt_logprobs=True)])
         values = reply.prompt_logprobs[len(before) - 1 :]
         return [(self.tokenizer.decode([i], inside=True), value) for i, value in zip(ids, values, strict=True)]
 
-    def attention(self, text: str, layer: int, head: int) -> np.ndarray:
+    @property
+    def _before(self) -> list[int]:
+        """What a text of its own stands after."""
+        return [*self.tokenizer.begin] or [self.tokenizer.eot]
+
+    def attention(self, text: str | Sequence[int], layer: int, head: int) -> np.ndarray:
         """float32 [T, T]: what each token (row) takes from each of those before it and itself, of a text's T tokens as
-        the model sees them."""
+        the model sees them, or of token ids."""
+        self.require_head(layer, head)
+        ids = self.stage.prompt(text) if isinstance(text, str) else np.asarray(text, np.int32)
+        self._check_length(len(ids))
+        return np.asarray(self._attention(self.params, self._padded(ids))[layer, head, : len(ids), : len(ids)])
+
+    def require_head(self, layer: int, head: int) -> None:
+        """Raises UserError for a layer or a head that it has not."""
         model = self.stage.config.model
         for name, value, size in (("layer", layer, model.num_layers), ("head", head, model.num_heads)):
             if not 0 <= value < size:
                 raise UserError(f"{name} = {value}: the model has {size}, 0 to {size - 1}")
-        ids = self.stage.prompt(text)
+
+    def look(self, text: str) -> Look:
+        """What it makes of each token of a text, which stands after the end of another as for `score`: for
+        `gptjax.infer.look.page`. Raises UserError for an empty text, and for one that is too long for a page."""
+        model, ids = self.stage.config.model, self.tokenizer.encode(text).tolist()
+        if not ids:
+            raise UserError("text: empty; give some to look at")
+        ids = [*self._before, *ids]
         self._check_length(len(ids))
-        return np.asarray(self._attention(self.params, self._padded(ids))[layer, head, : len(ids), : len(ids)])
+        require_room(len(ids), model.num_layers, model.num_heads)
+        seen = np.asarray(self._attention(self.params, self._padded(np.asarray(ids, np.int32))))
+        windows = [layer_mask(model, kind).window for kind in model.layer_kinds]
+        return Look(ids, len(self._before), self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
 
     def _check_length(self, length: int) -> None:
         if not 0 < length <= self.context:

@@ -16,6 +16,7 @@ from gptjax.terminal import show_anything
 VERBS = (
     "train",
     "sample",
+    "look",
     "convert",
     "report",
     "data",
