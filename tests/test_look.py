@@ -175,10 +175,10 @@ def test_no_text_becomes_html() -> None:
 
 
 def test_what_would_not_be_seen_has_a_sign() -> None:
-    pieces = ["\n", " a b", "\t", "\0", "\x1b[31m", "é", "\r\n"]
+    pieces = ["\n", " a b", "\t", "\0", "\x1b[31m", "é", "\r\n\x7f"]
     tokenizer = replace(BYTES, pieces=[*(piece.encode() for piece in pieces), b"\xe6\x9d", b""])
-    assert [written(tokenizer, i) for i in range(9)] == ["↵\n", " a b", "␉", "␀", "␛[31m", "é", "␍↵\n", "⟨e6 9d⟩", "∅"]
-    assert [label(tokenizer, i) for i in (0, 1, 6, 7)] == ["↵", "␣a␣b", "␍↵", "⟨e6␣9d⟩"]
+    assert [written(tokenizer, i) for i in range(9)] == ["↵\n", " a b", "␉", "␀", "␛[31m", "é", "␍↵\n␡", "⟨e6 9d⟩", "∅"]
+    assert [label(tokenizer, i) for i in (0, 1, 6, 7)] == ["↵", "␣a␣b", "␍↵␡", "⟨e6␣9d⟩"]
 
 
 def test_the_verb_writes_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,4 +116,4 @@ def _visible(character: str) -> str:
     """A line's end with a sign before it, and control characters as the signs that U+2400 has for them."""
     if character == "\n":
         return "↵\n"
-    return chr(0x2400 + ord(character)) if character < " " else character
+    return chr(0x2400 + ord(character)) if character < " " else "␡" if character == "\x7f" else character
