@@ -141,6 +141,14 @@ def test_a_reply_that_ends_inside_a_character_shows_nothing_of_it(says: Any) -> 
     assert (reply.text, reply.reason) == ("hi " if len(reply.tokens) > 1 else "hi", "length")
 
 
+def test_a_text_over_two_contexts_is_whole_wherever_the_first_ends() -> None:
+    whole = MANY.encode()
+    for cut in range(1, len(whole)):
+        first, second = TextStream(BYTES, [BYTES.eot]), TextStream(BYTES, whole[:cut])
+        shown = [*map(first.add, whole[:cut]), first.end(), *map(second.add, whole[cut:]), second.end()]
+        assert "".join(shown) == MANY
+
+
 def test_bytes_that_are_no_character_are_shown_as_such(by_bytes: Engine) -> None:
     by_bytes.params = scripted(by_bytes.model.config, [65, 255, 66, 0x80, 67])
     _, reply = followed(by_bytes, Request([65], 4, GREEDY))
