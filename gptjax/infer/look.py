@@ -48,13 +48,12 @@ def require_room(tokens: int, layers: int, heads: int) -> None:
 def page(look: Look, tokenizer: Tokenizer, title: str, layer: int = 0, head: int = 0) -> str:
     """The page, which first shows that layer and head."""
     tokens = [_token(look, tokenizer, place) for place in range(len(look.ids))]
-    heads = look.attention.shape[1]
     data = {
         "figures": _figures(tokens),
         "tokens": tokens,
         "vocabulary": look.logits.shape[1],
         "windows": look.windows,
-        "heads": heads,
+        "heads": look.attention.shape[1],
         "layer": layer,
         "head": head,
         "attention": base64.b64encode(packed(look.attention)).decode(),
@@ -80,8 +79,6 @@ def _token(look: Look, tokenizer: Tokenizer, place: int) -> dict[str, Any]:
 
 def _figures(tokens: list[dict[str, Any]]) -> str:
     nats = [-math.log(max(token["p"], 1e-300)) for token in tokens if token["p"] is not None]
-    if not nats:
-        return "no token of which to say how likely it was"
     mean = sum(nats) / len(nats)
     return f"{len(nats):,} tokens, {mean:.3f} nats each: perplexity {math.exp(mean):,.1f}"
 
