@@ -1,5 +1,6 @@
 """A trained model in Python: what `gptjax.load` gives, and what the terminal's verbs are made of."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -10,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gptjax.config import Config, LayoutConfig
+from gptjax.config import Config, LayoutConfig, TrainConfig
 from gptjax.data.chat import is_chat, require_no_other
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.engine import Engine, Request
+from gptjax.infer.look import Look, require_room
 from gptjax.infer.prepare import DTYPES, apart, prepared, unrolled
 from gptjax.infer.sampling import Sampling
 from gptjax.model.attention import Mask, visible
-from gptjax.model.gpt import GPT, Parallelism, forward
+from gptjax.model.gpt import GPT, Parallelism, forward, layer_mask
 from gptjax.model.int8 import widened
 from gptjax.model.loss import logits
 from gptjax.parallel.network import Network
-from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.mesh import MESH_AXES, make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain
 from gptjax.stages.launch import prepare
@@ -36,7 +38,8 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
     """The model of a run folder, or of a Hugging Face directory with GPT-2 or GPT-Neo.
 
     layout: how it lies on the attached devices; None is the only one, or of several the heads over as many as divide
-    them. weights: auto (the type that it computes in), float32, bfloat16 or int8. slots: replies in progress at once.
+    them; one without a -1 takes the first so many, so that LayoutConfig(fsdp=1) is a single one. weights: auto (the
+    type that it computes in), float32, bfloat16 or int8. slots: replies in progress at once.
 
     Raises gptjax.errors.UserError, in one line, for what is neither or is broken.
     """
@@ -61,13 +64,15 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
 
 
 def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:
-    count, heads = jax.device_count(), config.model.num_heads
+    devices, heads = jax.devices(), config.model.num_heads
     if layout is None:
-        if count == 1:
-            return None
-        layout = LayoutConfig(data=-1, fsdp=1, tensor=int(np.gcd(count, heads)))
-    config = replace(config, layout=layout)
-    return Layout(make_mesh(config), rule_table(config.layout))
+        layout = LayoutConfig(data=-1, fsdp=1, tensor=math.gcd(len(devices), heads))
+    degrees = [getattr(layout, name) for name in MESH_AXES]
+    if -1 not in degrees:
+        devices = devices[: math.prod(degrees)]
+    train = TrainConfig(batch_size=len(devices))  # that of the training has no say here
+    mesh = make_mesh(replace(config, layout=layout, train=train), devices)
+    return Layout(mesh, rule_table(layout)) if len(devices) > 1 else None
 
 
 def _places(network: Network) -> Any:
@@ -154,22 +159,43 @@ class Model:
         """Each token of a text, and its log-probability in nats after those before it; the first token's stands after
         the end of another text."""
         ids = self.tokenizer.encode(text)
-        before = [*self.tokenizer.begin] or [self.tokenizer.eot]
-        request = Request([*before, *ids], 0, prompt_logprobs=True)
-        (reply,) = self.engine.run([request])
+        before = self._before
+        (reply,) = self.engine.run([Request([*before, *ids], 0, prompt_logprobs=True)])
         values = reply.prompt_logprobs[len(before) - 1 :]
         return [(self.tokenizer.decode([i], inside=True), value) for i, value in zip(ids, values, strict=True)]
 
-    def attention(self, text: str, layer: int, head: int) -> np.ndarray:
+    @property
+    def _before(self) -> list[int]:
+        """What a text of its own stands after."""
+        return [*self.tokenizer.begin] or [self.tokenizer.eot]
+
+    def attention(self, text: str | Sequence[int], layer: int, head: int) -> np.ndarray:
         """float32 [T, T]: what each token (row) takes from each of those before it and itself, of a text's T tokens as
-        the model sees them."""
+        the model sees them, or of token ids."""
+        self.require_head(layer, head)
+        ids = self.stage.prompt(text) if isinstance(text, str) else np.asarray(text, np.int32)
+        self._check_length(len(ids))
+        return np.asarray(self._attention(self.params, self._padded(ids))[layer, head, : len(ids), : len(ids)])
+
+    def require_head(self, layer: int, head: int) -> None:
+        """Raises UserError for a layer or a head that it has not."""
         model = self.stage.config.model
         for name, value, size in (("layer", layer, model.num_layers), ("head", head, model.num_heads)):
             if not 0 <= value < size:
                 raise UserError(f"{name} = {value}: the model has {size}, 0 to {size - 1}")
-        ids = self.stage.prompt(text)
+
+    def look(self, text: str) -> Look:
+        """What it makes of each token of a text, which stands after the end of another as for `score`: for
+        `gptjax.infer.look.page`. Raises UserError for an empty text, and for one that is too long for a page."""
+        model, ids = self.stage.config.model, self.tokenizer.encode(text).tolist()
+        if not ids:
+            raise UserError("text: empty; give some to look at")
+        ids = [*self._before, *ids]
         self._check_length(len(ids))
-        return np.asarray(self._attention(self.params, self._padded(ids))[layer, head, : len(ids), : len(ids)])
+        require_room(len(ids), model.num_layers, model.num_heads)
+        seen = np.asarray(self._attention(self.params, self._padded(np.asarray(ids, np.int32))))
+        windows = [layer_mask(model, kind).window for kind in model.layer_kinds]
+        return Look(ids, len(self._before), self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
 
     def _check_length(self, length: int) -> None:
         if not 0 < length <= self.context:

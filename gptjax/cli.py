@@ -17,6 +17,7 @@ VERBS = (
     "train",
     "sample",
     "chat",
+    "look",
     "convert",
     "report",
     "data",

@@ -598,7 +598,7 @@ def test_a_model_with_more_ids_than_its_tokenizer_samples_only_those(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_vocabulary(tmp_path / "a", 2000)
-    assert cli.run(["sample", str(folder), "--tokens", "60", "--temperature", "9", "--prompt", "a"]) == 0
+    assert cli.run(["sample", str(folder), "--tokens", "60", "--roll", "--temperature", "9", "--prompt", "a"]) == 0
     assert len(capsys.readouterr().out) > 15  # each of 60 ids has a name, a byte or a part of a character
     assert cli.run(["convert", str(folder), str(tmp_path / "b")]) == 0
     assert cli.run(["convert", str(tmp_path / "b"), str(tmp_path / "c")]) == 0

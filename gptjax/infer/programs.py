@@ -246,5 +246,5 @@ def _tops(scores: Array) -> tuple[Array, Array]:
 
 def key_of(seed: int, sample: int) -> np.ndarray:
     """uint32 [2]: the random numbers of a request's sample, with which each token's place is then mixed."""
-    words = np.random.SeedSequence([seed, sample]).generate_state(2)
+    words = np.random.SeedSequence(seed, spawn_key=(sample,)).generate_state(2)
     return words.astype(np.uint32)

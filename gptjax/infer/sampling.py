@@ -48,17 +48,18 @@ class Sampling:
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty = {self.repetition_penalty}: must be above 0; 1 is none")
         for name in ("presence_penalty", "frequency_penalty"):
-            require(name, getattr(self, name), -1e4, 1e4)
+            require(name, getattr(self, name), -10_000, 10_000)
         for token, value in self.logit_bias.items():
-            if math.isnan(value):
-                raise UserError(f"logit_bias = {{{token}: {value}}}: must be a number; -100 bans a token")
+            if not value <= 1e4:  # an infinite one would make every other score none
+                raise UserError(f"logit_bias = {{{token}: {value}}}: must be at most 10,000; -inf bans a token")
 
 
 def require(name: str, value: float, low: float, high: float) -> None:
     """Raises UserError for a value outside [low, high], infinite or no number."""
-    if not low <= value <= high or math.isinf(value):
-        nearest = f"; nearest {low if value < low else high:g}" if math.isfinite(value) else ""
-        raise UserError(f"{name} = {value}: must lie in {low:g} to {high:g}{nearest}")
+    if not low <= value <= high or value == math.inf:
+        near = low if value < low else high
+        remedy = f"; nearest {near:,}" if value == value and near < math.inf else ""
+        raise UserError(f"{name} = {value}: must lie in {low:,} to {high:,}{remedy}")
 
 
 class Knobs(NamedTuple):

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -59,14 +60,19 @@ class _Bytes:
         self._pieces = tokenizer.pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A prompt of ids may end inside a character, which the reply then completes.
-        before = b"".join(self._pieces[int(i)] for i in prompt[-4:])
-        self._decoder.decode(before[-3:] if len(before) > 3 else before)
+        self._decoder.decode(b"".join(self._pieces[int(i)] for i in prompt[-4:])[-3:])
+        self._cut = self._decoder.getstate()[0] != b""
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._pieces[token])
+        text = self._decoder.decode(self._pieces[token])
+        if self._cut and text:
+            self._cut = False
+            return text.removeprefix("\ufffd")  # the reply did not complete it, and it is the prompt's
+        return text
 
     def end(self) -> str:
-        return self._decoder.decode(b"", True)
+        """Nothing: what is left is a part of a character."""
+        return ""
 
 
 class _Joined:
@@ -82,12 +88,17 @@ class _Joined:
     def add(self, token: int) -> str:
         self._ids.append(token)
         text = self._decode(self._ids, inside=True)
-        if text.endswith("\ufffd") or not text.startswith(self._shown):
+        if text.endswith("\ufffd"):  # perhaps the beginning of a character
             return ""
-        more = text[len(self._shown) :]
+        more = self._after(text)
         self._ids = self._ids[-self.BEFORE :]
         self._shown = self._decode(self._ids, inside=True)
         return more
 
     def end(self) -> str:
-        return self._decode(self._ids, inside=True)[len(self._shown) :]
+        return self._after(self._decode(self._ids, inside=True).rstrip("\ufffd"))
+
+    def _after(self, text: str) -> str:
+        """What a text has beyond the one before; the two part earlier where a character of that is whole only now."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._shown, text, strict=False))
+        return text[len([*same]) :]
