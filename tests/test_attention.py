@@ -259,6 +259,7 @@ def test_a_named_backend_that_cannot_serve_raises(name: str, need: Need, message
         ({"length": 1000}, "model.seq_len = 1000 is not a multiple of 128"),
         ({"segments": True}, "it cannot keep documents apart"),
         ({"context": 2}, "it cannot split the sequence"),
+        ({"deterministic": True}, "it does not run in a deterministic step"),
     ],
 )
 def test_limits_of_cudnn(change: dict, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,8 +355,6 @@ def test_only_a_passed_self_test_is_remembered(tmp_path: Path, capsys: pytest.Ca
     whole = path.read_bytes()
     (key,) = json.loads(whole)
     assert jax.__version__ in key
-    # A kernel that passed may still have no deterministic form (cuDNN's in jaxlib 0.11.2).
-    assert "no execution plans" in selftest.remembered(path, broken, replace(about, deterministic=True))
     assert not capsys.readouterr().err
     for damaged in (whole[: len(whole) // 2], b"", b"\xff", b"{}", b'{"of an older version": "raised out of memory"}'):
         path.write_bytes(damaged)

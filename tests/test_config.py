@@ -200,7 +200,7 @@ def test_words_that_are_no_command(words: list[str], message: str) -> None:
 
 def test_a_value_may_look_like_a_flag() -> None:
     made = arguments.read("sample", Sample, ["x", "--prompt", "--a.b", "--seed=7"])
-    assert (made.prompt, made.seed) == ("--a.b", 7)
+    assert (made.prompt, made.seed) == (("--a.b",), 7)
     train = arguments.read("train", Train, ["c.py", "--data.source", "--odd", "--train.seed=3", "--distributed"])
     assert (train.config, train.distributed) == ("c.py", True)
     assert train.overrides == ("--data.source", "--odd", "--train.seed=3")

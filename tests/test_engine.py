@@ -45,8 +45,8 @@ def model(name: str) -> tuple[GPT, dict]:
 
 @cache
 def engine(name: str) -> Engine:
-    """Few rows, short chunks: every border is met."""
-    return Engine(*model(name), slots=3, steps=2, chunk=16)
+    """Few rows, short chunks: every border is met; in one of them several prompts share a call."""
+    return Engine(*model(name), slots=3, steps=2, chunk=64 if name == "scanned" else 16)
 
 
 @cache
@@ -94,6 +94,14 @@ def test_every_length_of_prompt(name: str) -> None:
         assert reply.reason == "length"
         assert len(reply.request.prompt) + len(reply.tokens) == T + 1  # the last token needs no place
         assert_equal(name, reply)
+
+
+def test_the_programs_of_accelerators() -> None:
+    """They read so many slots, and scatter; here on a CPU, not on one of them."""
+    runner = Engine(*model("both"), slots=3, steps=2, chunk=16)
+    runner._on_cpu = False
+    for reply in runner.run([Request(prompt(n, n), 6, how, seed=n) for n in (1, 17, 30, T) for how in (GREEDY, WARM)]):
+        assert_equal("both", reply)
 
 
 asked = st.tuples(

@@ -5,6 +5,7 @@ few tokens in every row that goes; see `Engine.step`. What a request gives does 
 """
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,9 @@ from gptjax.model.loss import IGNORED
 from gptjax.sharding.rules import Layout
 
 SHARED = 16  # tokens that a prefix must have to be worth a copy
-SIZES = (16, 32, 64, 128, 256, 512)  # tokens of a prompt in one call
+SIZES = (16, 64, 256)  # tokens of a prompt in one call; each is a program for 1, 4 and 16 prompts
 WASTE = 1.25  # a larger call that is so little too large is better than two
+FEW_SIZES = (64, 512)  # on accelerators, where padding is cheaper than another program
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,7 @@ class Engine:
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
         self._on_cpu = jax.default_backend() == "cpu"
+        self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
         self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
@@ -356,10 +359,10 @@ class Engine:
             for number, taken in filling
             if taken.reply.request.prompt_logprobs == scored and ends[number] - taken.filled <= size
         ] or filling[:1]
-        batch = batch[: max(1, self.chunk // size)]
+        batch = batch[: max(1, min(self.chunk, self._sizes[-1]) // size)]
         if filling[0] not in batch:
             batch = filling[:1]
-        count = 1 << (len(batch) - 1).bit_length()
+        count = 4 ** math.ceil(math.log(len(batch), 4)) if self._on_cpu else max(1, self._sizes[-1] // size)
         tokens, targets = np.zeros((count, size), np.int32), np.full((count, size), IGNORED, np.int32)
         numbers, counts = np.full(count, self.programs.rows, np.int32), np.zeros(count, np.int32)
         for i, (number, taken) in enumerate(batch):
@@ -367,7 +370,8 @@ class Engine:
             end = min(start + size, ends[number])
             tokens[i, : end - start], targets[i, : end - start] = prompt[start:end], prompt[start + 1 : end + 1]
             numbers[i], counts[i] = number, end - start
-        read = self._read(max(taken.filled for _, taken in batch))
+        before = max(taken.filled for _, taken in batch)
+        read = 0 if self._on_cpu else self.capacity if before else 1
         asked = targets if scored else None
         self._state, scores = self.programs.fill(self._params, self._state, tokens, numbers, counts, asked, read)
         scores = jax.device_get(scores)
@@ -381,8 +385,9 @@ class Engine:
 
     def _size(self, tokens: int) -> int:
         """The size of a call for so many tokens of a prompt."""
-        sizes = [size for size in SIZES if size <= self.chunk] or [self.chunk]
-        fits = [size for size in sizes if tokens <= size <= max(WASTE * tokens, sizes[0])]
+        sizes = self._sizes
+        most = max(WASTE * tokens, sizes[0]) if self._on_cpu else self.chunk
+        fits = [size for size in sizes if tokens <= size <= most]
         return fits[0] if fits else max(size for size in sizes if size <= max(tokens, sizes[0]))
 
     def _keep(self, number: int, taken: _Taken) -> None:
@@ -400,9 +405,7 @@ class Engine:
 
     def _read(self, longest: int) -> int:
         """Slots that a program reads: of a few sizes, so that there are few programs. On a CPU it sees for itself."""
-        if self._on_cpu:
-            return 0
-        return min(max(128, 1 << (longest - 1).bit_length()), self.capacity) if longest else 1
+        return 0 if self._on_cpu else min(max(128, 1 << (longest - 1).bit_length()), self.capacity)
 
     # Replies
 

@@ -35,6 +35,8 @@ def refuse(need: Need) -> str | None:
         return f"head size {need.head_dim} is not a multiple of 8 up to {most}"
     if need.length % TILE:
         return f"model.seq_len = {need.length} is not a multiple of {TILE}"
+    if need.deterministic:  # jaxlib 0.11.2 ends the step with an IndexError, whatever else its options are
+        return "it does not run in a deterministic step (train.deterministic)"
     if need.segments:
         return "it cannot keep documents apart (segments)"
     return refuse_split(need)
