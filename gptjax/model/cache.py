@@ -8,6 +8,7 @@ slot holds follows from how many tokens went in, so none is stored.
 Letters beside the model's: N rows of the cache, R slots of a row.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
     return jax.tree.map(one, cache)
 
 
+@partial(jax.jit, static_argnames=("mask", "scale", "read"))  # traced once for all layers of a kind
 def attend_cached(
     q: Array, k: Array, v: Array, cache: tuple[Array, Array], unit: Any, at: At, mask: Mask, scale: float, read: int
 ) -> tuple[Array, tuple[Array, Array]]:
