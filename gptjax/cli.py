@@ -16,6 +16,7 @@ from gptjax.terminal import show_anything
 VERBS = (
     "train",
     "sample",
+    "eval",
     "convert",
     "report",
     "data",

@@ -187,11 +187,7 @@ def restore_params(run: Path, abstract: Any, *, best: bool = False) -> Any:
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
-    folder = (run / FOLDER).absolute()
-    saved = json.loads(first(lambda: json.dumps(saved_steps(folder))))
-    if not saved:
-        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
-    step = folder / first(lambda: str((lowest(evaluated(run), saved) if best else None) or saved[0]))
+    step = (run / FOLDER).absolute() / str(chosen_step(run, best=best))
     try:
         restored, _ = intact(step, {"params": abstract}, part="params/")
     except Damaged as error:
@@ -199,6 +195,21 @@ def restore_params(run: Path, abstract: Any, *, best: bool = False) -> Any:
             f"checkpoint {step} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
         ) from error
     return restored["params"]
+
+
+def chosen_step(run: Path, *, best: bool = False) -> int:
+    """The step of the newest checkpoint of a run, or of the `best` if any was evaluated; the same on every process.
+
+    Raises UserError where there is none.
+    """
+
+    def choose() -> str:
+        saved = saved_steps((run / FOLDER).absolute())
+        return str((lowest(evaluated(run), saved) if best else None) or saved[0]) if saved else ""
+
+    if not (step := first(choose)):
+        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
+    return int(step)
 
 
 def saved_steps(folder: Path, make: bool = False) -> list[int]:
