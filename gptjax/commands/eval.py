@@ -1,5 +1,6 @@
 """`gptjax eval PATH...`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +13,9 @@ from gptjax.errors import UserError
 
 if TYPE_CHECKING:
     from gptjax.data.sources import TextSource
-    from gptjax.evaluate.figures import Figure, Measure
+    from gptjax.evaluate.figures import Measure
+
+COUNTS = ("documents", "tokens", "questions", "shots")
 
 
 @frozen
@@ -107,33 +110,29 @@ class Command:
 
     @property
     def _text_key(self) -> str:
-        """Names what makes other figures."""
-        local = Path(self.text).name or self.text
-        return " ".join([local, *[self.split] * (self.split != "train"), *[f"stride {self.stride}"] * bool(self.stride)])
+        """The text, and what makes other figures of it."""
+        parts = [self.split] * (self.split != "train") + [f"stride {self.stride}"] * bool(self.stride)
+        return _named(Path(self.text).name or self.text, parts)
 
     def _task_key(self, name: str) -> str:
-        parts = [f"{self.shots} shots"] * (self.shots >= 0) + [f"first {self.limit}"] * bool(self.limit)
-        return " ".join([name, *([f"({', '.join(parts)})"] if parts else [])])
+        return _named(name, [f"{self.shots} shots"] * (self.shots >= 0) + [f"first {self.limit}"] * bool(self.limit))
 
 
-def _lines(key: str, measure: "Measure") -> list[str]:
+def _named(name: str, parts: list[str]) -> str:
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def _lines(key: str, measure: "Measure") -> Iterator[str]:
     """A measure as the terminal shows it."""
     from gptjax.evaluate.page import number
 
-    counts = ", ".join(
-        f"{value:,} {name}" for name, value in measure.about.items() if name in ("documents", "tokens", "questions")
-    )
-    lines = [f"{key}: {counts}"]
-    lines += [f"  {name:20} {_shown(figure, number)}" for name, figure in measure.figures.items()]
+    about = measure.about
+    yield f"{key}: " + ", ".join(f"{about[name]:,} {name}" for name in COUNTS if name in about)
+    for name, figure in measure.figures.items():
+        interval = "" if figure.low is None or figure.high is None else f"{number(figure.low)} - {number(figure.high)}"
+        yield f"  {name:20} {number(figure.value):>10}   {interval}".rstrip()
     if measure.classes:
-        lines.append(f"  a class is {measure.classes['what']}:")
-        for name, row in measure.classes["rows"].items():
-            parts = "  ".join(f"{part} {number(value)}" for part, value in row.items())
-            lines.append(f"    {name:18} {parts}")
-    return [*lines, f"  intervals: {measure.about['interval']}"]
-
-
-def _shown(figure: "Figure", number: "object") -> str:
-    assert callable(number)
-    interval = f"  [{number(figure.low)}, {number(figure.high)}]" if figure.low is not None else ""
-    return f"{number(figure.value):>10}{interval}"
+        yield f"  by class, which is {measure.classes['what']}:"
+    for name, row in measure.classes.get("rows", {}).items():
+        yield f"    {name:18} " + "  ".join(f"{part} {number(value)}" for part, value in row.items())
+    yield f"  interval: {about['interval']}"

@@ -1,35 +1,45 @@
 """Our engine as a model of lm-evaluation-harness. Imports lm_eval: only `harness` imports it, where it is wanted."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from gptjax.api import Model
+from gptjax.data.rows import PADDING
 from gptjax.errors import UserError
 from gptjax.evaluate.perplexity import Strides
 from gptjax.evaluate.score import Scorer
-from gptjax.infer.engine import Reply, Request
+from gptjax.evaluate.windows import Window
+from gptjax.infer.engine import Reply, Request, common
 from gptjax.infer.sampling import Sampling
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same thing in several words
 DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 REPLY = 256  # tokens of a reply to a task that does not say
 AHEAD = 4  # requests that wait for each row of the engine
+CALL = 512  # tokens in windows that take as long as a request to the engine beside its own tokens
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of both."""
+Scored = tuple[list[int], int]
+"""Ids, and the first of them that is scored."""
 
 
 class EngineLM(TemplateLM):
-    """Log-likelihoods and replies by continuous batching; rolling ones by `Scorer`, in the windows of the harness."""
+    """Replies by continuous batching; log-likelihoods, too, where prompts share much, else by `Scorer` in rows full of
+    them; those of whole texts in the windows of the harness."""
 
     def __init__(self, model: Model, scorer: Scorer | None = None, seed: int = 0) -> None:
         super().__init__()
         self.model, self.scorer, self.seed = model, scorer or Scorer(model), seed
+        self.warned = False
 
     @property
     def eot_token_id(self) -> int:
@@ -49,15 +59,14 @@ class EngineLM(TemplateLM):
         made: list[Any] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: requests[i][1])  # equal beginnings together
         asked = [i for i in order if requests[i][2]]
-        replies = self._run([self._question(requests[i]) for i in asked], "log-likelihoods", disable_tqdm)
-        for i, reply in zip(asked, replies, strict=True):
-            count = len(requests[i][2])
-            tops = reply.prompt_tops[-count:]
-            greedy = all(top[0][0] == token for top, token in zip(tops, requests[i][2], strict=True))
-            made[i] = sum(reply.prompt_logprobs[-count:]), greedy
+        pairs = [self._cut(requests[i]) for i in asked]
+        answers = self._by_engine(pairs, disable_tqdm) if self._worth_sharing(pairs) else self._by_windows(pairs)
+        for i, answer in zip(asked, answers, strict=True):
+            made[i] = answer
         return made
 
-    def _question(self, pair: Pair) -> Request:
+    def _cut(self, pair: Pair) -> Scored:
+        """What of a pair the model sees, and where the continuation begins."""
         _, context, continuation = pair
         if len(continuation) > self.model.context:
             raise UserError(
@@ -65,7 +74,28 @@ class EngineLM(TemplateLM):
                 "task out"
             )
         ids = [*context, *continuation][-(self.model.context + 1) :]
-        return Request(ids, 0, tops=1, prompt_logprobs=True)
+        return ids, len(ids) - len(continuation)
+
+    def _worth_sharing(self, pairs: Sequence[Scored]) -> bool:
+        """Whether the engine, which computes a common beginning once, is faster than windows, which compute all."""
+        new = sum(len(ids) - min(common(ids, last), start - 1) for (last, _), (ids, start) in pairwise(pairs))
+        return new + CALL * len(pairs) < sum(len(ids) for ids, _ in pairs[1:])
+
+    def _by_engine(self, pairs: Sequence[Scored], quiet: bool) -> Iterator[tuple[float, bool]]:
+        asked = [Request(ids, 0, tops=1, prompt_logprobs=True, told_from=start) for ids, start in pairs]
+        for (ids, start), reply in zip(pairs, self._run(asked, "log-likelihoods", quiet), strict=True):
+            likeliest = [top[0][0] for top in reply.prompt_tops]
+            yield sum(reply.prompt_logprobs), likeliest == ids[start:]
+
+    def _by_windows(self, pairs: Sequence[Scored]) -> Iterator[tuple[float, bool]]:
+        def found() -> Iterator[Window]:
+            for number, (ids, start) in enumerate(pairs):
+                every = np.array(ids, np.int32)
+                targets = np.where(np.arange(1, len(ids)) < start, PADDING, every[1:])
+                yield Window(number, every[:-1], targets)
+
+        for nats, hits, targets in zip(*self.scorer.sums(found()), strict=True):
+            yield -float(nats), bool(hits == targets)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Nats of each text, in windows that overlap only at its end."""
@@ -96,7 +126,11 @@ class EngineLM(TemplateLM):
         if unknown := [name for name in how if name not in DRAWN]:
             raise UserError(f"generation_kwargs = {unknown[0]}: not one of {', '.join(('until', *LENGTHS, *DRAWN))}")
         sampling = Sampling(temperature=0.0 if drawn is False else temperature, **how)
-        length = min(int(lengths[0]) if lengths else REPLY, self.model.context // 2)
+        length, most = int(lengths[0]) if lengths else REPLY, self.model.context // 2
+        if length > most and not self.warned:
+            self.warned = True
+            print(f"replies are cut at {most:,} tokens, half the context, not {length:,}", file=sys.stderr)
+        length = min(length, most)
         ids = self.tok_encode(context) or [self.prefix_token_id]
         return Request(
             ids[-(self.model.context - length) :],

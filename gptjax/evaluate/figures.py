@@ -24,8 +24,8 @@ class Figure:
 
     def mapped(self, function: Any) -> "Figure":
         """The same by a rising function."""
-        ends = [None if end is None else function(end) for end in (self.low, self.high)]
-        return Figure(function(self.value), *ends, self.better)
+        low, high = (None if end is None else function(end) for end in (self.low, self.high))
+        return Figure(function(self.value), low, high, self.better)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from gptjax.evaluate.score import Scorer
 TASKS = Path(__file__).parent / "tasks"
 LOCAL = "local_"  # what the names of our own begin with
 EXTRA = "--tasks: lm-evaluation-harness is not installed; pip install 'gptjax[eval]'"
+INTERVAL = (
+    "95%, over questions: Wilson's of zeros and ones, the ratio estimator of perplexities, Student's t of other means, "
+    "bootstrap of macro means"
+)
 SEED = 1234  # of the examples that stand before a question, as the harness draws them
 
 
@@ -48,7 +52,6 @@ def load_tasks(names: Sequence[str], data: str = "", fewshot: int | None = None)
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({why}); its data must be there") from error
     for task in loaded["tasks"].values():
-        task.set_fewshot_seed(SEED)
         if fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", fewshot or 0)
     return loaded
@@ -68,25 +71,32 @@ def run_tasks(model: Model, tasks: Any, limit: int = 0, scorer: Scorer | None = 
 
     from gptjax.evaluate.adapter import EngineLM
 
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(SEED)  # each model meets the same examples
     model.engine.clear()
     found = evaluate(EngineLM(model, scorer), tasks, limit=limit or None, bootstrap_iters=0, log_samples=True)
     model.engine.clear()
-    made = {}
-    for name, task in tasks["tasks"].items():
-        samples = found["samples"][name]
-        about = {
-            "task": name,
-            "questions": len({sample["doc_id"] for sample in samples}),
-            "shots": task.get_config("num_fewshot") or 0,
-            "version": str(task.VERSION),
-            "interval": "95%: Wilson's of zeros and ones, else Student's t or the ratio estimator over questions; "
-            "bootstrap for macro means",
-        }
-        figures = figures_of(found["results"][name], samples, found["higher_is_better"].get(name, {}))
-        choice = _choice(task, samples)
-        figures |= {} if choice is None else choice.figures
-        made[name] = Measure(about, figures, {} if choice is None else choice.classes)
+    made = {name: _measure(name, task, found) for name, task in tasks["tasks"].items()}
+    for name in tasks.get("groups", {}):
+        if name in found["results"]:
+            about = {"task": name, "interval": "none: a mean of tasks"}
+            made[name] = Measure(about, figures_of(found["results"][name], [], found["higher_is_better"].get(name, {})))
     return made
+
+
+def _measure(name: str, task: Any, found: Any) -> Measure:
+    samples = found["samples"][name]
+    about = {
+        "task": name,
+        "questions": len({sample["doc_id"] for sample in samples}),
+        "shots": task.get_config("num_fewshot") or 0,
+        "version": str(task.VERSION),
+        "interval": INTERVAL,
+    }
+    figures = figures_of(found["results"][name], samples, found["higher_is_better"].get(name, {}))
+    choice = _choice(task, [sample for sample in samples if sample["filter"] == samples[0]["filter"]])
+    more = {key: figure for key, figure in choice.figures.items() if key != "accuracy" or "acc" not in figures}
+    return Measure(about, figures | more, choice.classes)
 
 
 def figures_of(results: dict[str, Any], samples: list[Any], higher: dict[str, bool]) -> dict[str, Figure]:
@@ -123,16 +133,17 @@ def _with_interval(metric: str, value: float, each: list[Any], better: Any) -> F
     return Figure(value, figure.low, figure.high, better)
 
 
-def _choice(task: Any, samples: list[Any]) -> Measure | None:
-    """Of a multiple choice what `classification` says; None of any other task, or where not every question has one
+def _choice(task: Any, samples: list[Any]) -> Measure:
+    """Of a multiple choice what `classification` says; nothing of any other task, or where not every question has one
     right answer among as many."""
+    nothing = Measure({}, {})
     if task.OUTPUT_TYPE != "multiple_choice":
-        return None
+        return nothing
     choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
     truth = [_index(task, sample, names) for sample, names in zip(samples, choices, strict=True)]
     count = len(choices[0])
     if any(len(names) != count for names in choices) or any(i is None or not 0 <= i < count for i in truth):
-        return None
+        return nothing
     chosen = [int(np.argmax([nats for nats, _ in sample["filtered_resps"][:count]])) for sample in samples]
     fixed = all(names == choices[0] for names in choices)
     names = [str(name) for name in choices[0]] if fixed else [f"candidate {i + 1}" for i in range(count)]

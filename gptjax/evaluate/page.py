@@ -14,11 +14,12 @@ PAGE = "index.html"
 NAMES = {
     "loss": "loss, nats per token",
     "bits_per_byte": "bits per byte",
-    "accuracy": "accuracy",
+    "acc": "accuracy",
     "macro_precision": "precision, macro",
     "macro_recall": "recall, macro",
     "macro_f1": "F1, macro",
 }
+OF_TOKENS = ("loss", "perplexity", "accuracy")  # compare only where tokens are the same
 PARTS = {"f1": "F1", "count": "questions"}
 STYLE = """
 :root { color-scheme: light dark; --line: #d8d8d8; --soft: #6a6a6a; --best: #0a6b3d; --back: #fff; --text: #1c1c1c }
@@ -29,9 +30,10 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem
 h1 { font-size: 1.4rem } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem 1.2rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { font-weight: 600 } tbody th { font-weight: 400 } td, thead th + th { text-align: right; white-space: nowrap }
-.part th { font-weight: 600; padding-top: 1.4rem } small, .soft { color: var(--soft); font-size: .82rem }
-.best { color: var(--best); font-weight: 600 } td small { display: block; font-weight: 400 }
+th { font-weight: 600 } tbody th { font-weight: 400; white-space: nowrap } td, thead th + th { text-align: right; white-space: nowrap }
+.part th { font-weight: 600; padding-top: 1.4rem; white-space: normal }
+small, .soft { color: var(--soft); font-size: .82rem; font-weight: 400 } small { display: block }
+.best { color: var(--best); font-weight: 600 }
 details { margin: 1rem 0 } summary { cursor: pointer }
 """
 
@@ -45,11 +47,11 @@ def write(out: Path, results: Sequence[Result]) -> Path:
 def page(results: Sequence[Result]) -> str:
     """The page as text."""
     keys = list(dict.fromkeys(key for result in results for key in result.measures))
-    heads = "".join(f"<th>{_text(result.name)}<br><small>{_size(result.model)}</small></th>" for result in results)
-    body = "\n".join(part for key in keys for part in _rows(key, results))
-    tables = "\n".join(_classes(key, result) for key in keys for result in results if key in result.measures)
     sizes = {result.model["vocab_size"] for result in results}
-    warning = " These models have vocabularies of different sizes." if len(sizes) > 1 else ""
+    heads = "".join(f"<th>{_text(result.name)}{_size(result.model)}</th>" for result in results)
+    body = "\n".join(part for key in keys for part in _rows(key, results, len(sizes) == 1))
+    tables = "\n".join(_classes(key, result) for key in keys for result in results if key in result.measures)
+    warning = "; these models have different ones" if len(sizes) > 1 else ""
     paths = "".join(f"<li>{_text(result.name)}: {_text(result.model['path'])}</li>" for result in results)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -58,24 +60,25 @@ def page(results: Sequence[Result]) -> str:
 <div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-<p class="soft">Below each value the 95% interval; green is the best of a row. Loss, perplexity and accuracy of a text
-compare models with one tokenizer, bits per byte any.{warning}</p>
+<p class="soft">Below each value its 95% interval; green is the best of a row. Loss, perplexity and accuracy of a text
+compare models with one tokenizer{warning}. Bits per byte compare any.</p>
 {tables}
 <ul class="soft">{paths}</ul>
 </body></html>
 """
 
 
-def _rows(key: str, results: Sequence[Result]) -> list[str]:
+def _rows(key: str, results: Sequence[Result], one_tokenizer: bool) -> list[str]:
     """The heading of a text or a task, and a row for each of its figures."""
     mine = [result.measures.get(key) for result in results]
     first = next(measure for measure in mine if measure)
     names = list(dict.fromkeys(name for measure in mine if measure for name in measure.figures))
     note = _about(first.about)
-    made = [f'<tr class="part"><th colspan="{len(results) + 1}">{_text(key)}<br><small>{_text(note)}</small></th></tr>']
+    made = [f'<tr class="part"><th colspan="{len(results) + 1}">{_text(key)}<small>{_text(note)}</small></th></tr>']
     for name in names:
         row = [measure.figures.get(name) if measure else None for measure in mine]
-        best = _best([figure for figure in row if figure])
+        comparable = one_tokenizer or name not in OF_TOKENS
+        best = _best([figure for figure in row if figure]) if comparable else None
         cells = "".join(_cell(figure, figure is not None and figure.value == best) for figure in row)
         arrow = {"lower": " ↓", "higher": " ↑"}.get(next(figure for figure in row if figure).better, "")
         made.append(f"<tr><th>{_text(NAMES.get(name, name.replace('_', ' ')))}{arrow}</th>{cells}</tr>")
@@ -83,9 +86,9 @@ def _rows(key: str, results: Sequence[Result]) -> list[str]:
 
 
 def _best(figures: Sequence[Figure]) -> float | None:
-    """The value to point out; None where nothing is compared."""
+    """The value to point out; None where nothing is compared or all are equal."""
     values = [figure.value for figure in figures if math.isfinite(figure.value)]
-    if len(values) < 2 or not figures[0].better:
+    if len(set(values)) < 2 or not figures[0].better:
         return None
     return min(values) if figures[0].better == "lower" else max(values)
 
@@ -103,6 +106,8 @@ def number(value: float) -> str:
     """Four figures, and never an exponent where a number can be read."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "not a number"
+    if isinstance(value, int):
+        return f"{value:,}"
     if abs(value) >= 1e6:
         return f"{value:.3g}"
     return f"{value:,.{max(0, min(4, 3 - math.floor(math.log10(abs(value)))))}f}" if value else "0"
@@ -135,7 +140,8 @@ def _classes(key: str, result: Result) -> str:
 def _size(model: dict[str, Any]) -> str:
     count = model["parameters"]
     parameters = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
-    return f"{parameters} parameters, context {model['context']:,}, {model['vocab_size']:,} ids, {_text(model['dtype'])}"
+    facts = f"{parameters} parameters, {model['dtype']}", f"context {model['context']:,}, {model['vocab_size']:,} ids"
+    return "".join(f"<small>{_text(fact)}</small>" for fact in facts)
 
 
 def _text(value: object) -> str:

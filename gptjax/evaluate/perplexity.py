@@ -61,8 +61,8 @@ def perplexity(
 ) -> Measure:
     """Measure a text. The tokens of each document are scored once each, the first after the end of another text; the
     end itself is not scored. Raises UserError for a stride that cannot be, and where no document has a token."""
-    strides, sizes, empty = Strides(model, stride), [], 0
-    step, total = strides.step, source.num_bytes
+    strides, total, empty = Strides(model, stride), source.num_bytes, 0
+    step, sizes = strides.step, list[int]()
 
     def found() -> Iterator[Window]:
         nonlocal empty

@@ -50,6 +50,8 @@ class Request:
     """How many of the likeliest tokens to tell beside each one."""
     prompt_logprobs: bool = False
     """Tell also what the prompt's own tokens were worth."""
+    told_from: int = 1
+    """The first of the prompt's tokens that is told of; those before it may come from what prompts share."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -57,8 +59,15 @@ class Request:
         require("max_tokens", self.max_tokens, 0, 2**31 - 1)
         require("seed", self.seed, 0, 2**64 - 1)
         require("logprobs", self.tops, 0, TOPS)
+        require("told_from", self.told_from, 1, len(self.prompt))
         if len(self.stop_tokens) > STOPS:
             raise UserError(f"stop_tokens: {len(self.stop_tokens)} ids; at most {STOPS}")
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the prompt that may lie in a cache before: not the last, which the first draw feeds, and none with
+        a successor that is to be told of."""
+        return (self.told_from if self.prompt_logprobs else len(self.prompt)) - 1
 
 
 @dataclass(eq=False)
@@ -73,7 +82,7 @@ class Reply:
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of each, the likeliest tokens and their log-probabilities."""
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Of the prompt's second token and all that follow."""
+    """Of the prompt's token `told_from`, the second unless asked, and all that follow."""
     prompt_tops: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: str = ""
     """Why it is over: stop (a token or a string that ends it), length (its limit, or the context is full),
@@ -100,6 +109,11 @@ class _Taken:
     @property
     def goal(self) -> int:
         return len(self.reply.request.prompt) - 1
+
+    @property
+    def told(self) -> bool:
+        """Whether the next tokens that go in have successors to be told of."""
+        return self.reply.request.prompt_logprobs and self.filled >= self.reply.request.shared
 
 
 class Engine:
@@ -179,7 +193,7 @@ class Engine:
     def submit(self, request: Request) -> Reply:
         """Take a request. Raises UserError where it does not fit the context, or names a token that is not there."""
         length, size = len(request.prompt), self.model.config.vocab_size
-        if length > self.capacity:
+        if length > self.capacity + (request.max_tokens == 0):  # the last is only looked at where nothing is drawn
             raise UserError(f"prompt: {length} tokens; the context holds {self.capacity}")
         wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
         if wrong:
@@ -239,9 +253,9 @@ class Engine:
         for reply in list(self._waiting):
             if not self._free:
                 return
-            prompt, goal = reply.request.prompt, len(reply.request.prompt) - 1
-            source, shared = self._best(prompt[:goal], reply.request.prompt_logprobs)
-            if self._worth_waiting(prompt, shared) and not reply.request.prompt_logprobs:
+            prompt = reply.request.prompt
+            source, shared = self._best(prompt[: reply.request.shared])
+            if self._worth_waiting(reply.request, shared):
                 continue
             self._waiting.remove(reply)
             number = source if source in self._free and shared else self._emptiest()
@@ -255,9 +269,9 @@ class Engine:
         """The first free row whose cache nobody would miss, else the first."""
         return next((number for number in self._free if not self._held[number]), self._free[0])
 
-    def _best(self, prompt: Sequence[int], fresh: bool) -> tuple[int, int]:
+    def _best(self, prompt: Sequence[int]) -> tuple[int, int]:
         """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
-        if fresh or not self.reuse:
+        if not self.reuse:
             return -1, 0
         found = [(self._usable(number, prompt), number) for number in range(len(self._held))]
         shared, number = max(found, key=lambda pair: (pair[0], -pair[1]))
@@ -269,14 +283,14 @@ class Engine:
         shared = common(held, prompt)
         return shared if len(held) <= self._ring or shared == len(held) else 0
 
-    def _worth_waiting(self, prompt: Sequence[int], shared: int) -> bool:
+    def _worth_waiting(self, request: Request, shared: int) -> bool:
         """Whether a prompt that goes in right now will leave more of this one in its cache."""
         if not self.reuse:
             return False
-        goal = len(prompt) - 1
+        prompt, goal = request.prompt, request.shared
         for taken in self._taken.values():
             other = taken.reply.request.prompt
-            if taken.filled < taken.goal and not taken.reply.request.prompt_logprobs:
+            if taken.filled < taken.goal:
                 will = min(common(other[: taken.goal], prompt[:goal]), goal)
                 exact = taken.goal <= self._ring or will == taken.goal or will == self._mark(taken)
                 if exact and will >= max(shared, taken.filled, SHARED) + 1:
@@ -286,7 +300,7 @@ class Engine:
     def _mark(self, taken: _Taken) -> int:
         """Where a prompt parts from the others that are known, if that lies ahead: there it is worth keeping."""
         prompt, goal = taken.reply.request.prompt, taken.goal
-        if not self.reuse or not self._store or taken.reply.request.prompt_logprobs:
+        if not self.reuse or not self._store or not taken.reply.request.shared:
             return 0
         parts = {min(common(other, prompt), goal) for other in self._recent if other is not prompt}
         return max((at for at in parts if at >= SHARED and taken.filled < at), default=0)
@@ -336,13 +350,11 @@ class Engine:
         filling = [(number, taken) for number, taken in self._taken.items() if taken.filled < taken.goal]
         if not filling:
             return
-        ends = {number: self._mark(taken) or taken.goal for number, taken in filling}
+        ends = {number: self._end_of_call(taken) for number, taken in filling}
         size = self._size(ends[filling[0][0]] - filling[0][1].filled)
-        scored = filling[0][1].reply.request.prompt_logprobs
+        scored = filling[0][1].told
         batch = [
-            (number, taken)
-            for number, taken in filling
-            if taken.reply.request.prompt_logprobs == scored and ends[number] - taken.filled <= size
+            (number, taken) for number, taken in filling if taken.told == scored and ends[number] - taken.filled <= size
         ] or filling[:1]
         batch = batch[: max(1, self.chunk // size)]
         if filling[0] not in batch:
@@ -367,6 +379,11 @@ class Engine:
                 self._keep(number, taken)
             else:
                 self._start(number, taken, going=True)
+
+    def _end_of_call(self, taken: _Taken) -> int:
+        """Where a call on a prompt ends at the latest."""
+        end, shared = self._mark(taken) or taken.goal, taken.reply.request.shared
+        return min(end, shared) if taken.filled < shared else end
 
     def _size(self, tokens: int) -> int:
         """The size of a call for so many tokens of a prompt."""
