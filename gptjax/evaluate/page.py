@@ -30,7 +30,8 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem
 h1 { font-size: 1.4rem } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem 1.2rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { font-weight: 600 } tbody th { font-weight: 400; white-space: nowrap } td, thead th + th { text-align: right; white-space: nowrap }
+th { font-weight: 600 } tbody th { font-weight: 400; white-space: nowrap }
+td, thead th + th { text-align: right; white-space: nowrap }
 .part th { font-weight: 600; padding-top: 1.4rem; white-space: normal }
 small, .soft { color: var(--soft); font-size: .82rem; font-weight: 400 } small { display: block }
 .best { color: var(--best); font-weight: 600 }
