@@ -431,11 +431,13 @@ def test_a_run_and_the_directory_it_is_made_of_are_worth_the_same(
 ) -> None:
     run = tmp_path / "run"
     assert cli.run(["convert", str(folders["neo"]), str(run)]) == 0
-    assert cli.run(["eval", str(run), str(folders["neo"]), "--text", str(texts), *cached]) == 0
+    assert cli.run(["eval", str(run / "checkpoints" / "0"), str(folders["neo"]), "--text", str(texts), *cached]) == 0
     ours, theirs = (results.load(tmp_path / "eval" / name) for name in ("run-0.json", "neo.json"))
     assert (ours.name, ours.model["step"], theirs.model["step"]) == ("run step 0", 0, None)
     for name, figure in ours.measures["texts.jsonl"].figures.items():
         assert figure.value == pytest.approx(theirs.measures["texts.jsonl"].figures[name].value, rel=1e-6)
+    with pytest.raises(UserError, match="no checkpoint 7; it has 0"):
+        cli.run(["eval", str(run / "checkpoints" / "7"), "--text", str(texts), *cached])
     for file in (run / "checkpoints" / "0").rglob("d/*"):
         file.write_bytes(b"no")
     with pytest.raises(UserError, match="damaged"):

@@ -23,7 +23,7 @@ class Command:
     """Measure trained models by a text, by tasks, or by both, and compare them on one page."""
 
     paths: Annotated[tuple[str, ...], Positional("PATH")]
-    """Run folders or Hugging Face directories."""
+    """Run folders, checkpoints in them (RUN/checkpoints/STEP) or Hugging Face directories."""
     text: str = ""
     """A text for loss, perplexity, bits per byte and next-token accuracy: what data.source takes."""
     split: str = "train"

@@ -16,6 +16,7 @@ from gptjax.convert.huggingface import is_huggingface
 from gptjax.errors import UserError
 from gptjax.evaluate.figures import Figure, Measure
 from gptjax.files import json_text, read_json, write_whole
+from gptjax.stages.weights import run_and_step
 from gptjax.train.checkpoint import chosen_step
 
 FORMAT = 1
@@ -36,10 +37,12 @@ class Result:
 
 def about(model: Model) -> dict[str, Any]:
     """What is known of a model that is evaluated; of a run the step of its checkpoint."""
-    path, train, config = Path(model.path), model.stage.config.train, model.stage.config.model
+    train, config = model.stage.config.train, model.stage.config.model
+    run, step = run_and_step(model.path)
+    path = Path(run)
     return {
         "path": str(path.absolute()),
-        "step": None if is_huggingface(path) else chosen_step(path, best=train.keep_best),
+        "step": None if is_huggingface(path) else chosen_step(path, best=train.keep_best, step=step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "context": config.seq_len,
         "vocab_size": config.vocab_size,
@@ -95,4 +98,4 @@ def _measure(values: dict[str, Any]) -> Measure:
 
 def folder_of(paths: Sequence[str], out: str) -> Path:
     """Where results go: the folder that is named, or `eval` beside the first model's."""
-    return Path(out) if out else Path(paths[0]).absolute().parent / "eval"
+    return Path(out) if out else Path(run_and_step(paths[0])[0]).absolute().parent / "eval"
