@@ -17,8 +17,7 @@ TASKS = Path(__file__).parent / "tasks"
 LOCAL = "local_"  # what the names of our own begin with
 EXTRA = "--tasks: lm-evaluation-harness is not installed; pip install 'gptjax[eval]'"
 INTERVAL = (
-    "95%, over questions: Wilson's of zeros and ones, the ratio estimator of perplexities, Student's t of other means, "
-    "bootstrap of macro means"
+    "95% over questions: Wilson's, or of perplexities the ratio estimator with Student's t; bootstrap of macro means"
 )
 SEED = 1234  # of the examples that stand before a question, as the harness draws them
 

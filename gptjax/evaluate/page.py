@@ -116,7 +116,7 @@ def number(value: float) -> str:
 
 def _about(values: dict[str, Any]) -> str:
     """What was measured, in words."""
-    shown = {name: value for name, value in values.items() if name in ("documents", "tokens", "questions", "shots")}
+    shown = {name: value for name, value in values.items() if name in ("documents", "questions", "shots")}
     counts = [f"{value:,} {name}" for name, value in shown.items()]
     stride = [f"stride {values['stride']:,}"] if "stride" in values else []
     return ", ".join([*counts, *stride, f"interval: {values['interval']}"])

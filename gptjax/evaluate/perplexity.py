@@ -96,7 +96,7 @@ def perplexity(
         "empty": empty,
         "tokens": int(sums.targets.sum()),
         "bytes": sum(sizes),
-        "interval": "95%, ratio estimator over documents with Student's t"
+        "interval": "95% over documents: ratio estimator with Student's t"
         if len(sizes) > 1
         else "none: it takes two documents or more",
     }
