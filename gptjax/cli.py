@@ -16,6 +16,7 @@ from gptjax.terminal import show_anything
 VERBS = (
     "train",
     "sample",
+    "chat",
     "eval",
     "convert",
     "report",
@@ -24,6 +25,7 @@ VERBS = (
     "plan",
     "bench attention",
     "bench data",
+    "bench generate",
     "bench layouts",
     "bench single",
 )

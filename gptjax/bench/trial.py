@@ -53,7 +53,7 @@ def facts_of_devices(config: Config, timeout: float, distributed: bool = False) 
 
     Raises UserError where it finds nothing.
     """
-    answer = _in_process({"what": "facts", "config": to_json(config), "distributed": distributed}, timeout)
+    answer = in_process({"what": "facts", "config": to_json(config), "distributed": distributed}, timeout)
     if answer["status"] != "ok":
         raise UserError(f"bench: the devices could not be measured: {answer['reason']}")
     return answer
@@ -62,22 +62,22 @@ def facts_of_devices(config: Config, timeout: float, distributed: bool = False) 
 def measure(config: Config, steps: int, timeout: float, distributed: bool = False) -> dict[str, Any]:
     """What `_steps` finds, with status ok; else status out of memory, timeout or failed, with the reason."""
     job = {"what": "steps", "config": to_json(config), "steps": steps, "distributed": distributed}
-    return _in_process(job, timeout)
+    return in_process(job, timeout)
 
 
 def measure_single(config: Config, steps: int, timeout: float, **extras: Any) -> dict[str, Any]:
     """`measure` on the first device alone, with the Extras that are named."""
     job = {"what": "steps", "config": to_json(config), "steps": steps, "extras": asdict(Extras(**extras))}
-    return _in_process(job, timeout)
+    return in_process(job, timeout)
 
 
 def measure_peer(script: Path, config: Config, steps: int, timeout: float) -> dict[str, Any]:
     """The same work by another program: it reads the job and answers in the same form."""
     job = {"config": json.loads(to_json(config)), "micro_batch_size": config.micro_batch_size, "steps": steps}
-    return _in_process(job, timeout, (sys.executable, str(script)))
+    return in_process(job, timeout, (sys.executable, str(script)))
 
 
-def _in_process(job: dict[str, Any], timeout: float, command: tuple[str, ...] | None = None) -> dict[str, Any]:
+def in_process(job: dict[str, Any], timeout: float, command: tuple[str, ...] | None = None) -> dict[str, Any]:
     try:  # subprocess.run kills the child at a timeout and at Ctrl-C alike
         done = subprocess.run(
             command or COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=timeout

@@ -16,9 +16,7 @@ from gptjax.evaluate.score import Scorer
 TASKS = Path(__file__).parent / "tasks"
 LOCAL = "local_"  # what the names of our own begin with
 EXTRA = "--tasks: lm-evaluation-harness is not installed; pip install 'gptjax[eval]'"
-INTERVAL = (
-    "95% over questions: Wilson's, or of perplexities the ratio estimator with Student's t; bootstrap of macro means"
-)
+INTERVAL = "95% over questions: Wilson's, or the ratio estimator with Student's t; of macro means bootstrap"
 SEED = 1234  # of the examples that stand before a question, as the harness draws them
 
 

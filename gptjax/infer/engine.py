@@ -105,6 +105,8 @@ class _Taken:
     """Tokens of the prompt that lie in its cache; all but the last go there, which the first draw feeds."""
     left: int
     """Tokens that it may draw."""
+    mark: int
+    """Where on its way its cache is copied for others; 0 for nowhere."""
 
     @property
     def goal(self) -> int:
@@ -114,6 +116,11 @@ class _Taken:
     def told(self) -> bool:
         """Whether the next tokens that go in have successors to be told of."""
         return self.reply.request.prompt_logprobs and self.filled >= self.reply.request.shared
+
+    @property
+    def end_of_call(self) -> int:
+        """How far into the prompt the next call goes at most."""
+        return min(at for at in (self.mark, self.reply.request.shared, self.goal) if at > self.filled)
 
 
 class Engine:
@@ -164,7 +171,10 @@ class Engine:
     @property
     def _state(self) -> Slots:
         if self._slots is None:
-            self._slots = self.programs.empty()
+            empty = self.programs.empty()
+            # Where the parameters are, and held there as what programs give back is: else they compile once more.
+            there = None if self.programs.layout else jax.tree.leaves(self._params)[0].sharding
+            self._slots = jax.device_put(empty, there) if there else empty
         return self._slots
 
     @_state.setter
@@ -255,7 +265,7 @@ class Engine:
                 return
             prompt = reply.request.prompt
             source, shared = self._best(prompt[: reply.request.shared])
-            if self._worth_waiting(reply.request, shared):
+            if self._worth_waiting(prompt[: reply.request.shared], shared):
                 continue
             self._waiting.remove(reply)
             number = source if source in self._free and shared else self._emptiest()
@@ -283,32 +293,38 @@ class Engine:
         shared = common(held, prompt)
         return shared if len(held) <= self._ring or shared == len(held) else 0
 
-    def _worth_waiting(self, request: Request, shared: int) -> bool:
-        """Whether a prompt that goes in right now will leave more of this one in its cache."""
+    def _worth_waiting(self, prompt: Sequence[int], shared: int) -> bool:
+        """Whether a prompt that goes in right now will leave more of what this one may share in its cache."""
         if not self.reuse:
             return False
-        prompt, goal = request.prompt, request.shared
         for taken in self._taken.values():
             other = taken.reply.request.prompt
-            if taken.filled < taken.goal:
-                will = min(common(other[: taken.goal], prompt[:goal]), goal)
-                exact = taken.goal <= self._ring or will == taken.goal or will == self._mark(taken)
-                if exact and will >= max(shared, taken.filled, SHARED) + 1:
+            if taken.filled < taken.goal and taken.reply.request.shared:
+                will = common(other[: taken.goal], prompt)
+                if self._ring < taken.goal != will:  # of a ring that goes round only copies can be gone on from
+                    will = taken.mark if taken.filled < taken.mark <= will else 0
+                if will > max(shared, SHARED - 1):
                     return True
         return False
 
-    def _mark(self, taken: _Taken) -> int:
-        """Where a prompt parts from the others that are known, if that lies ahead: there it is worth keeping."""
-        prompt, goal = taken.reply.request.prompt, taken.goal
-        if not self.reuse or not self._store or not taken.reply.request.shared:
-            return 0
-        parts = {min(common(other, prompt), goal) for other in self._recent if other is not prompt}
-        return max((at for at in parts if at >= SHARED and taken.filled < at), default=0)
+    def _mark(self, prompt: Sequence[int], shared: int) -> int:
+        """Where the beginning of a prompt is worth keeping for others: where that spares the most tokens. 0 where
+        nothing does."""
+        parts = self._parts(prompt, self._recent)
+        ahead = [at for at in parts if shared < at < len(prompt) - 1]
+        return max(ahead, key=lambda at: at * sum(other >= at for other in parts), default=0)
+
+    def _parts(self, prompt: Sequence[int], others: Iterable[Sequence[int]]) -> list[int]:
+        """Tokens that a prompt has in common with each of the others, as far as those go into a cache."""
+        found = [min(common(other, prompt), len(other) - 1) for other in others if other is not prompt]
+        return [at for at in found if at >= SHARED]
 
     def _take(self, number: int, reply: Reply, shared: int) -> None:
         request = reply.request
         left = min(request.max_tokens, self.capacity - len(request.prompt) + 1)
-        self._taken[number] = taken = _Taken(reply, shared, left)
+        keeps = self.reuse and self._store and request.shared
+        mark = self._mark(request.prompt, shared) if keeps else 0
+        self._taken[number] = taken = _Taken(reply, shared, left, mark)
         self._start(number, taken, going=taken.filled == taken.goal)
 
     def _start(self, number: int, taken: _Taken, *, going: bool) -> None:
@@ -350,7 +366,7 @@ class Engine:
         filling = [(number, taken) for number, taken in self._taken.items() if taken.filled < taken.goal]
         if not filling:
             return
-        ends = {number: self._end_of_call(taken) for number, taken in filling}
+        ends = {number: taken.end_of_call for number, taken in filling}
         size = self._size(ends[filling[0][0]] - filling[0][1].filled)
         scored = filling[0][1].told
         batch = [
@@ -375,15 +391,9 @@ class Engine:
             _note(taken.reply, scores, i, int(counts[i]))
             self._held[number] += tokens[i, : counts[i]].tolist()
             taken.filled += int(counts[i])
-            if taken.filled < taken.goal:
-                self._keep(number, taken)
-            else:
+            self._keep(number, taken)
+            if taken.filled == taken.goal:
                 self._start(number, taken, going=True)
-
-    def _end_of_call(self, taken: _Taken) -> int:
-        """Where a call on a prompt ends at the latest."""
-        end, shared = self._mark(taken) or taken.goal, taken.reply.request.shared
-        return min(end, shared) if taken.filled < shared else end
 
     def _size(self, tokens: int) -> int:
         """The size of a call for so many tokens of a prompt."""
@@ -392,13 +402,15 @@ class Engine:
         return fits[0] if fits else max(size for size in sizes if size <= max(tokens, sizes[0]))
 
     def _keep(self, number: int, taken: _Taken) -> None:
-        """A copy of a row at the point where its prompt parts from others."""
-        parts = {common(other, taken.reply.request.prompt) for other in self._recent}
-        if taken.filled in parts and self._mark(taken) != taken.filled and self._store and self.reuse:
-            if any(self._held[kept] == self._held[number] for kept in self._store):
-                return
-            target = self._store.popleft()
-            self._store.append(target)
+        """A copy of a row at the point where its prompt parts from others; at its end from those that wait."""
+        if not self.reuse or not self._store or not taken.reply.request.shared:
+            return
+        waiting = [reply.request.prompt for reply in self._waiting] if taken.filled == taken.goal else []
+        if taken.filled != taken.mark and taken.filled not in self._parts(taken.reply.request.prompt, waiting):
+            return
+        if all(self._held[kept] != self._held[number] for kept in self._store):
+            self._store.rotate(-1)
+            target = self._store[-1]
             self._state = self.programs.copy(self._state, np.int32(number), np.int32(target))
             self._held[target] = list(self._held[number])
 

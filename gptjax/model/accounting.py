@@ -31,6 +31,13 @@ def mean_keys(kind: str, seq_len: int, window: int) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
+def cache_bytes(config: ModelConfig, rows: int, capacity: int, itemsize: int) -> int:
+    """Of keys and values of so many texts of up to `capacity` tokens: 2 D for each token that a layer keeps, all of
+    them where it is dense, the last W where it is banded."""
+    kept = (min(config.window, capacity) if kind == "banded" else capacity for kind in config.layer_kinds)
+    return 2 * rows * config.embed_dim * sum(kept) * itemsize
+
+
 def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None) -> float:
     """Model FLOPs of forward and backward per token, counting causality and the band exactly.
 

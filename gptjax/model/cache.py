@@ -68,7 +68,8 @@ def attend_cached(
     ([B, T, H, K], cache).
 
     `unit` says whose keys and values of the stacked ones. `read` is how many slots to read, at least those that are
-    occupied (a program for each); 0 reads what is occupied by the longest of the rows, block by block (one program).
+    occupied (a program for each); 0, for CPUs, reads what is occupied by the longest of the rows, in a loop (one
+    program), which an accelerator would leave for the host at each turn.
     """
     keys, values = cache
     size = keys.shape[3]
@@ -98,7 +99,11 @@ def attend_cached(
 
         soft = jax.lax.fori_loop(0, (jnp.minimum(longest, size) + width - 1) // width, block, soft)
     out = jnp.moveaxis(soft.value / soft.total[..., None], 1, 2).astype(q.dtype)
-    return out, (_put(keys, k, unit, at), _put(values, v, unit, at))
+    # What is read is read before it is written: without this dependence, which always holds, the compiler would copy
+    # the whole cache to be sure.
+    at = at._replace(num_new=jnp.where(jnp.min(soft.total) > 0, at.num_new, 0))
+    put = _put if read else _put_one_by_one
+    return out, (put(keys, k, unit, at), put(values, v, unit, at))
 
 
 def _within(mask: Mask, distance: Array) -> Array:
@@ -156,9 +161,24 @@ def _slots(leaf: Array, unit: Any, rows: Array | None, count: int, offset: Any, 
 
 def _put(leaf: Array, new: Array, unit: Any, at: At) -> Array:
     """[U, N, H, R, K] with [B, H, T, K] in its slots; of more tokens than slots the last ones."""
-    size, length = leaf.shape[3], new.shape[2]
-    number = jnp.arange(length)
+    size, number = leaf.shape[3], jnp.arange(new.shape[2])
     kept = (number < at.num_new[:, None]) & (number >= at.num_new[:, None] - size)
     slots = jnp.where(kept, (at.start[:, None] + number) % size, size)  # beyond the last: dropped
     rows = jnp.arange(len(new)) if at.rows is None else at.rows
     return leaf.at[unit, rows[:, None], :, slots].set(jnp.moveaxis(new, 2, 1).astype(leaf.dtype), mode="drop")
+
+
+def _put_one_by_one(leaf: Array, new: Array, unit: Any, at: At) -> Array:
+    """The same in place: for a scatter XLA's CPU backend copies the array (jaxlib 0.10.2)."""
+    size, new = leaf.shape[3], new.astype(leaf.dtype)
+
+    def row(i: Array, leaf: Array) -> Array:
+        target = i if at.rows is None else at.rows[i]
+
+        def token(j: Array, leaf: Array) -> Array:
+            fresh = jax.lax.dynamic_slice(new, (i, 0, j, 0), (1, new.shape[1], 1, new.shape[3]))
+            return jax.lax.dynamic_update_slice(leaf, fresh[None], (unit, target, 0, (at.start[i] + j) % size, 0))
+
+        return jax.lax.fori_loop(jnp.maximum(at.num_new[i] - size, 0), at.num_new[i], token, leaf)
+
+    return jax.lax.fori_loop(0, len(new), row, leaf)

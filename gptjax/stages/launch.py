@@ -261,7 +261,7 @@ def prepare(config: Config) -> None:
     sys.unraisablehook = _without_late_errors
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.train.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         compilation_cache.reset_cache()  # JAX looks once for a cache, at the first program of the process
 
 
