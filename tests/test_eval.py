@@ -320,17 +320,6 @@ def test_what_is_greedy_is_said_to_be(ours: Any, gpt2: api.Model, monkeypatch: p
         assert [greedy for _, greedy in found] == [True, False, True] and found[2][0] == 0
 
 
-def test_a_prompt_that_is_scored_from_the_middle_goes_on_from_what_others_share(gpt2: api.Model) -> None:
-    from gptjax.infer.engine import Engine, Request
-
-    engine = Engine(gpt2.stage.network.decoder, gpt2.params, slots=2, capacity=T, layout=gpt2.stage.layout)
-    before = [7, 8, 9, 1, 2, 3, 4]
-    prompts = [[*before, 10 + i, 20 + i] for i in range(5)]
-    whole = [engine.run([Request(p, 0, prompt_logprobs=True)])[0].prompt_logprobs[6:] for p in prompts]
-    shared = engine.run([Request(p, 0, prompt_logprobs=True, told_from=7) for p in prompts])
-    np.testing.assert_allclose([reply.prompt_logprobs for reply in shared], whole, atol=1e-5)
-
-
 def test_whole_texts_equal_those_of_transformers(ours: Any, peer: Any) -> None:
     requests = [(text,) for text in (*TEXTS, "")]
     found = ours.loglikelihood_rolling(asked("loglikelihood_rolling", *requests), disable_tqdm=True)

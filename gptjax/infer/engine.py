@@ -158,7 +158,7 @@ class Engine:
         self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
-        self._recent: deque[Sequence[int]] = deque(maxlen=32)
+        self._recent: deque[Request] = deque(maxlen=32)
         self.clear()
 
     def clear(self) -> None:
@@ -213,7 +213,7 @@ class Engine:
             raise ValueError("stop strings need an engine with a tokenizer")
         request = replace(request, prompt=[int(i) for i in request.prompt])
         reply = Reply(request, stream=stream)
-        self._recent.append(request.prompt)
+        self._recent.append(request)
         if request.max_tokens == 0 and not request.prompt_logprobs:
             self._end(reply, "length")
         else:
@@ -314,9 +314,9 @@ class Engine:
         ahead = [at for at in parts if shared < at < len(prompt) - 1]
         return max(ahead, key=lambda at: at * sum(other >= at for other in parts), default=0)
 
-    def _parts(self, prompt: Sequence[int], others: Iterable[Sequence[int]]) -> list[int]:
-        """Tokens that a prompt has in common with each of the others, as far as those go into a cache."""
-        found = [min(common(other, prompt), len(other) - 1) for other in others if other is not prompt]
+    def _parts(self, prompt: Sequence[int], others: Iterable[Request]) -> list[int]:
+        """Tokens that a prompt has in common with each of the others, as far as those may share them."""
+        found = [min(common(other.prompt, prompt), other.shared) for other in others if other.prompt is not prompt]
         return [at for at in found if at >= SHARED]
 
     def _take(self, number: int, reply: Reply, shared: int) -> None:
@@ -405,7 +405,7 @@ class Engine:
         """A copy of a row at the point where its prompt parts from others; at its end from those that wait."""
         if not self.reuse or not self._store or not taken.reply.request.shared:
             return
-        waiting = [reply.request.prompt for reply in self._waiting] if taken.filled == taken.goal else []
+        waiting = [reply.request for reply in self._waiting] if taken.filled == taken.goal else []
         if taken.filled != taken.mark and taken.filled not in self._parts(taken.reply.request.prompt, waiting):
             return
         if all(self._held[kept] != self._held[number] for kept in self._store):
