@@ -468,7 +468,7 @@ def test_what_cannot_be_measured_is_one_line(
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt" in refused(["--text", str(tmp_path / "empty.txt")])
     assert "no such" in refused(["--text", str(tmp_path / "gone.txt")]).lower()
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "gpt2.json").write_text("{}")
     assert "gpt2.json" in refused(["--text", str(texts)])
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

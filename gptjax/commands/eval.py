@@ -63,14 +63,14 @@ class Command:
         source = self._source() if self.text else None
         tasks = load_tasks(self.tasks, self.data, None if self.shots < 0 else self.shots) if self.tasks else None
         out = results.folder_of(self.paths, self.out)
-        files = []
+        files, earlier = list[Path](), results.earlier(out)
         for path in self.paths:
             model, measures = self._measure(path, source, tasks)
             files.append(results.save(out, model, measures))
             print(f"{path} -> {files[-1]}")
             for key, measure in measures.items():
                 print("\n".join(_lines(key, measure)))
-        every = [*files, *sorted(set(out.glob("*.json")) - set(files))]
+        every = dict.fromkeys([*files, *earlier])
         print(page.write(out, [results.load(file) for file in every]))
 
     def _source(self) -> "TextSource":

@@ -24,7 +24,9 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 REPLY = 256  # tokens of a reply to a task that does not say
 AHEAD = 4  # requests that wait for each row of the engine
-CALL = 512  # tokens in windows that take as long as a request to the engine beside its own tokens
+# A request to the engine takes about 7 ms beside its own tokens. In windows that is 75 tokens of a model of a million
+# parameters on two cores, as measured, and would be 2,000 of GPT-2 at 300,000 tokens a second.
+CALL = 512
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, and the ids of both."""

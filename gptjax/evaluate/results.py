@@ -76,6 +76,19 @@ def save(out: Path, model: dict[str, Any], measures: dict[str, Measure]) -> Path
     return file
 
 
+def earlier(out: Path) -> list[Path]:
+    """The files that a folder holds, which is made where there is none. Raises UserError where it cannot be, or holds
+    other JSON: now, not after hours of evaluation."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+    files = sorted(out.glob("*.json"))
+    for file in files:
+        load(file)
+    return files
+
+
 def load(file: Path) -> Result:
     """A file that `save` wrote. Raises UserError for any other."""
     values = read_json(file, REMEDY)
