@@ -18,6 +18,7 @@ VERBS = (
     "sample",
     "chat",
     "look",
+    "eval",
     "convert",
     "report",
     "data",

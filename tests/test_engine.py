@@ -167,6 +167,26 @@ def test_prompts_are_scored() -> None:
     assert (reply.reason, reply.tokens, len(reply.prompt_tops)) == ("length", [], 39)
 
 
+@pytest.mark.parametrize("name", ["dense", "both"])
+def test_prompts_that_are_scored_from_the_middle_share_what_stands_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As continuations of one context are, of which the longest is one token more than the context holds."""
+    runner, found = engine(name), []
+    best = runner._best
+    monkeypatch.setattr(runner, "_best", lambda ids: found.append(best(ids)) or found[-1])
+    context = prompt(30, 9)
+    asked = [[*context, *prompt(n, n)] for n in (1, 2, 5, 17, T - 29)]
+    replies = runner.run([Request(ids, 0, tops=1, prompt_logprobs=True, told_from=30) for ids in asked])
+    for ids, reply in zip(asked, replies, strict=True):
+        padded = np.zeros((1, T), np.int32)
+        padded[0, : len(ids)] = ids[:T]
+        whole = np.asarray(jax.nn.log_softmax(scores(name)(padded)))[29 : len(ids) - 1]
+        np.testing.assert_allclose(reply.prompt_logprobs, whole[np.arange(len(whole)), ids[30:]], atol=1e-4)
+        assert [pairs[0][0] for pairs in reply.prompt_tops] == whole.argmax(-1).tolist()
+    assert sum(shared == 29 for _, shared in found) >= 4  # all but the first
+
+
 @pytest.mark.parametrize("layout", [LayoutConfig(data=2, fsdp=1, tensor=4), LayoutConfig(data=2, fsdp=2, tensor=2)])
 def test_layouts_give_the_same_text(layout: LayoutConfig) -> None:
     config = Config(name="x", model=MODELS["both"], data=DataConfig(), layout=layout)

@@ -52,6 +52,8 @@ class Request:
     """How many of the likeliest tokens to tell beside each one."""
     prompt_logprobs: bool = False
     """Tell also what the prompt's own tokens were worth."""
+    told_from: int = 1
+    """The first of the prompt's tokens that is told of; those before it may come from what prompts share."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -59,8 +61,15 @@ class Request:
         require("max_tokens", self.max_tokens, 0, 2**31 - 1)
         require("seed", self.seed, 0, 2**64 - 1)
         require("logprobs", self.tops, 0, TOPS)
+        require("told_from", self.told_from, 1, len(self.prompt))
         if len(self.stop_tokens) > STOPS:
             raise UserError(f"stop_tokens: {len(self.stop_tokens)} ids; at most {STOPS}")
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the prompt that may lie in a cache before: not the last, which the first draw feeds, and none with
+        a successor that is to be told of."""
+        return (self.told_from if self.prompt_logprobs else len(self.prompt)) - 1
 
 
 @dataclass(eq=False)
@@ -75,7 +84,7 @@ class Reply:
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of each, the likeliest tokens and their log-probabilities."""
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Of the prompt's second token and all that follow."""
+    """Of the prompt's token `told_from`, the second unless asked, and all that follow."""
     prompt_tops: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: str = ""
     """Why it is over: stop (a token or a string that ends it), length (its limit, or the context is full),
@@ -104,6 +113,16 @@ class _Taken:
     @property
     def goal(self) -> int:
         return len(self.reply.request.prompt) - 1
+
+    @property
+    def told(self) -> bool:
+        """Whether the next tokens that go in have successors to be told of."""
+        return self.reply.request.prompt_logprobs and self.filled >= self.reply.request.shared
+
+    @property
+    def end_of_call(self) -> int:
+        """How far into the prompt the next call goes at most."""
+        return min(at for at in (self.mark, self.reply.request.shared, self.goal) if at > self.filled)
 
 
 class Engine:
@@ -142,7 +161,7 @@ class Engine:
         self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
-        self._recent: deque[Sequence[int]] = deque(maxlen=32)
+        self._recent: deque[Request] = deque(maxlen=32)
         self.clear()
 
     def clear(self) -> None:
@@ -187,7 +206,7 @@ class Engine:
     def submit(self, request: Request) -> Reply:
         """Take a request. Raises UserError where it does not fit the context, or names a token that is not there."""
         length, size = len(request.prompt), self.model.config.vocab_size
-        if length > self.capacity:
+        if length > self.capacity + (request.max_tokens == 0):  # the last is only looked at where nothing is drawn
             raise UserError(f"prompt: {length} tokens; the context holds {self.capacity}")
         wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
         if wrong:
@@ -197,7 +216,7 @@ class Engine:
             raise ValueError("stop strings need an engine with a tokenizer")
         request = replace(request, prompt=[int(i) for i in request.prompt])
         reply = Reply(request, stream=stream)
-        self._recent.append(request.prompt)
+        self._recent.append(request)
         if request.max_tokens == 0 and not request.prompt_logprobs:
             self._end(reply, "length")
         else:
@@ -247,9 +266,9 @@ class Engine:
         for reply in list(self._waiting):
             if not self._free:
                 return
-            prompt, goal = reply.request.prompt, len(reply.request.prompt) - 1
-            source, shared = self._best(prompt[:goal], reply.request.prompt_logprobs)
-            if self._worth_waiting(prompt, shared) and not reply.request.prompt_logprobs:
+            prompt = reply.request.prompt
+            source, shared = self._best(prompt[: reply.request.shared])
+            if self._worth_waiting(prompt[: reply.request.shared], shared):
                 continue
             self._waiting.remove(reply)
             number = source if source in self._free and shared else self._emptiest()
@@ -263,9 +282,9 @@ class Engine:
         """The first free row whose cache nobody would miss, else the first."""
         return next((number for number in self._free if not self._held[number]), self._free[0])
 
-    def _best(self, prompt: Sequence[int], fresh: bool) -> tuple[int, int]:
+    def _best(self, prompt: Sequence[int]) -> tuple[int, int]:
         """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
-        if fresh or not self.reuse:
+        if not self.reuse:
             return -1, 0
         found = [(self._usable(number, prompt), number) for number in range(len(self._held))]
         shared, number = max(found, key=lambda pair: (pair[0], -pair[1]))
@@ -278,14 +297,13 @@ class Engine:
         return shared if len(held) <= self._ring or shared == len(held) else 0
 
     def _worth_waiting(self, prompt: Sequence[int], shared: int) -> bool:
-        """Whether a prompt that goes in right now will leave more of this one in its cache."""
+        """Whether a prompt that goes in right now will leave more of what this one may share in its cache."""
         if not self.reuse:
             return False
-        goal = len(prompt) - 1
         for taken in self._taken.values():
             other = taken.reply.request.prompt
-            if taken.filled < taken.goal and not taken.reply.request.prompt_logprobs:
-                will = common(other[: taken.goal], prompt[:goal])
+            if taken.filled < taken.goal and taken.reply.request.shared:
+                will = common(other[: taken.goal], prompt)
                 if self._ring < taken.goal != will:  # of a ring that goes round only copies can be gone on from
                     will = taken.mark if taken.filled < taken.mark <= will else 0
                 if will > max(shared, SHARED - 1):
@@ -299,15 +317,15 @@ class Engine:
         ahead = [at for at in parts if shared < at < len(prompt) - 1]
         return max(ahead, key=lambda at: at * sum(other >= at for other in parts), default=0)
 
-    def _parts(self, prompt: Sequence[int], others: Iterable[Sequence[int]]) -> list[int]:
-        """Tokens that a prompt has in common with each of the others, as far as those go into a cache."""
-        found = [min(common(other, prompt), len(other) - 1) for other in others if other is not prompt]
+    def _parts(self, prompt: Sequence[int], others: Iterable[Request]) -> list[int]:
+        """Tokens that a prompt has in common with each of the others, as far as those may share them."""
+        found = [min(common(other.prompt, prompt), other.shared) for other in others if other.prompt is not prompt]
         return [at for at in found if at >= SHARED]
 
     def _take(self, number: int, reply: Reply, shared: int) -> None:
         request = reply.request
         left = min(request.max_tokens, self.capacity - len(request.prompt) + 1)
-        keeps = self.reuse and self._store and not request.prompt_logprobs
+        keeps = self.reuse and self._store and request.shared
         mark = self._mark(request.prompt, shared) if keeps else 0
         self._taken[number] = taken = _Taken(reply, shared, left, mark)
         self._start(number, taken, going=taken.filled == taken.goal)
@@ -351,13 +369,11 @@ class Engine:
         filling = [(number, taken) for number, taken in self._taken.items() if taken.filled < taken.goal]
         if not filling:
             return
-        ends = {n: taken.mark if taken.filled < taken.mark else taken.goal for n, taken in filling}
+        ends = {number: taken.end_of_call for number, taken in filling}
         size = self._size(ends[filling[0][0]] - filling[0][1].filled)
-        scored = filling[0][1].reply.request.prompt_logprobs
+        scored = filling[0][1].told
         batch = [
-            (number, taken)
-            for number, taken in filling
-            if taken.reply.request.prompt_logprobs == scored and ends[number] - taken.filled <= size
+            (number, taken) for number, taken in filling if taken.told == scored and ends[number] - taken.filled <= size
         ] or filling[:1]
         batch = batch[: max(1, min(self.chunk, self._sizes[-1]) // size)]
         if filling[0] not in batch:
@@ -392,9 +408,9 @@ class Engine:
 
     def _keep(self, number: int, taken: _Taken) -> None:
         """A copy of a row at the point where its prompt parts from others; at its end from those that wait."""
-        if not self.reuse or not self._store or taken.reply.request.prompt_logprobs:
+        if not self.reuse or not self._store or not taken.reply.request.shared:
             return
-        waiting = [reply.request.prompt for reply in self._waiting] if taken.filled == taken.goal else []
+        waiting = [reply.request for reply in self._waiting] if taken.filled == taken.goal else []
         if taken.filled != taken.mark and taken.filled not in self._parts(taken.reply.request.prompt, waiting):
             return
         if all(self._held[kept] != self._held[number] for kept in self._store):

@@ -1,6 +1,8 @@
 """Cross-entropy and log-probabilities of a tied head without the full logits, forward or backward."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +25,34 @@ def _accumulate(x: Array) -> jnp.dtype:
 def log_probs(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
     """Each target's log-probability in nats, float32 [..., T], by the `logits` that the sampler draws from; 0 where it
     is IGNORED. What anyone reads or compares; shapes and `chunk` as for `cross_entropy`."""
+    return _by_chunk(_log_prob, hidden, embedding, targets, vocab_size, chunk)
+
+
+def judged(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> tuple[Array, Array]:
+    """`log_probs`, and whether each target is the likeliest id, bool [..., T]; False where it is IGNORED."""
+
+    def judge(scores: Array, y: Array) -> tuple[Array, Array]:
+        return _log_prob(scores, y), jnp.argmax(scores, axis=-1) == y
+
+    return _by_chunk(judge, hidden, embedding, targets, vocab_size, chunk)
+
+
+def _log_prob(scores: Array, targets: Array) -> Array:
+    return jnp.where(targets == IGNORED, 0, _picked(scores, targets) - jax.nn.logsumexp(scores, axis=-1))
+
+
+def _by_chunk(
+    judge: Callable[[Array, Array], Any], hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int
+) -> Any:
+    """What `judge` makes of logits and targets [..., c], for all T."""
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(x: Array, y: Array) -> Array:
-        scores = logits(x, embedding, vocab_size)
-        return jnp.where(y == IGNORED, 0, _picked(scores, y) - jax.nn.logsumexp(scores, axis=-1))
+    def one_chunk(x: Array, y: Array) -> Any:
+        return judge(logits(x, embedding, vocab_size), y)
 
     chunks = jax.lax.map(lambda part: one_chunk(*part), _split(hidden, targets, chunk))
     *lead, length = targets.shape
-    return jnp.moveaxis(chunks, 0, -2).reshape(*lead, -1)[..., :length]
+    return jax.tree.map(lambda part: jnp.moveaxis(part, 0, -2).reshape(*lead, -1)[..., :length], chunks)
 
 
 def _picked(scores: Array, targets: Array) -> Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gptjax.config import Config
@@ -92,6 +93,13 @@ class Network:
             parts = (len(targets), ways, -1)
             hidden, targets = hidden.reshape(*parts, hidden.shape[-1]), targets.reshape(parts)
         return hidden, embedding, targets
+
+    def in_order(self, values: Array) -> Array:
+        """[b, T] in the order of the rows, of what was made of each target of `before_head`."""
+        if self._ways == 1:
+            return values
+        flat = values.reshape(len(values), -1)
+        return flat[:, np.argsort(context.order(flat.shape[1], self._ways))]
 
     @property
     def _ways(self) -> int:

@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.model.lora import is_adapter, merge
 from gptjax.parallel.network import Network
 from gptjax.stages import stage_class
-from gptjax.train.checkpoint import restore_params
+from gptjax.train.checkpoint import FOLDER, restore_params
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.parts import join, split
 from gptjax.train.run import open_run, same_base, saved_tokenizer
@@ -82,7 +82,8 @@ def _grown(embedding: Array, size: int, model: ModelConfig) -> Array:
 
 
 def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
-    """The config and the tokenizer of a run folder or of a Hugging Face directory, whose weights are not looked at.
+    """The config and the tokenizer of a run folder, a checkpoint in it (RUN/checkpoints/STEP) or a Hugging Face
+    directory, whose weights are not looked at.
 
     Raises UserError for what is neither, or is broken.
     """
@@ -90,8 +91,17 @@ def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
     if is_huggingface(folder):
         config = finetune_config(folder)
         return config, partial(load_tokenizer, config.data.tokenizer)
-    run, config = open_run(path)
+    run, config = open_run(run_and_step(path)[0])
     return config, partial(saved_tokenizer, run)
+
+
+def run_and_step(path: str) -> tuple[str, int | None]:
+    """The run folder of a path, and the step where that is RUN/checkpoints/STEP; None for the checkpoint that the run
+    itself stands for."""
+    folder = Path(path)
+    if folder.parent.name == FOLDER and folder.name.isdigit():
+        return str(folder.parents[1]), int(folder.name)
+    return path, None
 
 
 def open_weights(path: str) -> Weights:
@@ -100,7 +110,8 @@ def open_weights(path: str) -> Weights:
     if is_huggingface(folder):
         return Weights(path, config, _same(config.model), tokenizer, open_directory(folder).load)
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
-    load = partial(_load_adapted if config.adapter else _load_run, folder, config)
+    run, step = run_and_step(path)
+    load = partial(_load_adapted if config.adapter else _load_run, Path(run), config, step)
     return Weights(path, plain(config), same, tokenizer, load)
 
 
@@ -116,11 +127,11 @@ def plain(config: Config) -> Config:
     return replace(config, lora=LoRAConfig()) if isinstance(config, SFTConfig) else config
 
 
-def _load_run(run: Path, config: Config, model: ModelConfig, places: Any) -> Any:
-    return restore_params(run, places, best=config.train.keep_best)
+def _load_run(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:
+    return restore_params(run, places, best=config.train.keep_best, step=step)
 
 
-def _load_adapted(run: Path, config: Config, model: ModelConfig, places: Any) -> Any:
+def _load_adapted(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:
     """The base of a run, and what it has learned merged into it."""
     assert config.adapter
     one = jax.tree.leaves(places)[0].sharding
@@ -128,7 +139,8 @@ def _load_adapted(run: Path, config: Config, model: ModelConfig, places: Any) ->
     every = nn.unbox(jax.eval_shape(Network(config, platform).init, jax.random.key(0)))
     learned = split(every, is_adapter)[1]
     whole = one.update(spec=PartitionSpec()) if isinstance(one, NamedSharding) else one
-    adapters = restore_params(run, placed(learned, jax.tree.map(lambda _: whole, learned)), best=config.train.keep_best)
+    shapes = placed(learned, jax.tree.map(lambda _: whole, learned))
+    adapters = restore_params(run, shapes, best=config.train.keep_best, step=step)
     base = load_base(run, config, first_weights(config), places)
     merged = jax.jit(partial(merge, config=config.adapter), out_shardings=jax.tree.map(lambda p: p.sharding, places))
     return merged(join(base, adapters))

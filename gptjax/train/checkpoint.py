@@ -181,24 +181,36 @@ def lowest(losses: dict[int, float], steps: Iterable[int]) -> int | None:
     return min(sorted(set(steps) & losses.keys()), key=losses.__getitem__, default=None)
 
 
-def restore_params(run: Path, abstract: Any, *, best: bool = False) -> Any:
-    """The trained parameters alone of the newest checkpoint of a run, or of the `best` if any was evaluated, laid out
-    as the shardings of `abstract` say.
+def restore_params(run: Path, abstract: Any, *, best: bool = False, step: int | None = None) -> Any:
+    """The trained parameters alone of the checkpoint of a run that `chosen_step` says, laid out as the shardings of
+    `abstract` say.
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
-    folder = (run / FOLDER).absolute()
-    saved = json.loads(first(lambda: json.dumps(saved_steps(folder))))
-    if not saved:
-        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
-    step = folder / first(lambda: str((lowest(evaluated(run), saved) if best else None) or saved[0]))
+    folder = (run / FOLDER).absolute() / str(chosen_step(run, best=best, step=step))
     try:
-        restored, _ = intact(step, {"params": abstract}, part="params/")
+        restored, _ = intact(folder, {"params": abstract}, part="params/")
     except Damaged as error:
         raise UserError(
-            f"checkpoint {step} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
+            f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
         ) from error
     return restored["params"]
+
+
+def chosen_step(run: Path, *, best: bool = False, step: int | None = None) -> int:
+    """The `step` that is asked for, or that of the newest checkpoint of a run, or of the `best` if any was evaluated;
+    the same on every process.
+
+    Raises UserError where there is no such checkpoint.
+    """
+    saved = json.loads(first(lambda: json.dumps(saved_steps((run / FOLDER).absolute()))))
+    if not saved:
+        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
+    if step is not None:
+        if step not in saved:
+            raise UserError(f"{run}: no checkpoint {step}; it has {', '.join(map(str, saved))}")
+        return step
+    return int(first(lambda: str((lowest(evaluated(run), saved) if best else None) or saved[0])))
 
 
 def saved_steps(folder: Path, make: bool = False) -> list[int]:
