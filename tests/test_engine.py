@@ -208,7 +208,14 @@ def test_other_parameters_between_two_rounds() -> None:
     programs = runner.programs
     before = programs.fill._cache_size(), programs.decode._cache_size()
     runner.params = params
-    (reply,) = runner.run([request])
+    (reply,) = runner.run([request])  # nothing of what the other parameters left
+    assert_equal("both", reply)
+    half = runner.submit(Request(prompt(20, 2), 20, GREEDY))
+    runner.step()
+    runner.step()
+    runner.params = jax.tree.map(jnp.copy, params)
+    (reply,) = runner.run([request])  # beside a row that was half done
+    assert half.reason == "length"
     assert_equal("both", reply)
     assert (programs.fill._cache_size(), programs.decode._cache_size()) == before
 

@@ -170,6 +170,7 @@ class Engine:
             self.cancel(reply)
         self._slots: Slots | None = None
         self._held: list[list[int]] = [[] for _ in range(self.programs.rows)]  # the tokens in each row's cache
+        self._stale: set[int] = set()  # rows that other parameters have a part in: nothing goes on from them
 
     @property
     def _state(self) -> Slots:
@@ -192,12 +193,7 @@ class Engine:
     def params(self, params: Any) -> None:
         """Others from now on, also for what is half done. What prompts shared is forgotten."""
         self._params = params
-        self._forget()
-
-    def _forget(self) -> None:
-        for number in range(len(self._held)):
-            if number not in self._taken:
-                self._held[number] = []
+        self._stale |= set(range(len(self._held)))
 
     @property
     def busy(self) -> bool:
@@ -276,11 +272,13 @@ class Engine:
             if shared and source != number:
                 self._state = self.programs.copy(self._state, np.int32(source), np.int32(number))
             self._held[number] = list(prompt[:shared])
+            self._stale.discard(number)
             self._take(number, reply, shared)
 
     def _emptiest(self) -> int:
         """The first free row whose cache nobody would miss, else the first."""
-        return next((number for number in self._free if not self._held[number]), self._free[0])
+        empty = (number for number in self._free if not self._held[number] or number in self._stale)
+        return next(empty, self._free[0])
 
     def _best(self, prompt: Sequence[int]) -> tuple[int, int]:
         """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
@@ -292,7 +290,7 @@ class Engine:
 
     def _usable(self, number: int, prompt: Sequence[int]) -> int:
         """How many tokens of a row another prompt can go on from: of one in which a ring went round all or none."""
-        held = self._held[number]
+        held = [] if number in self._stale else self._held[number]
         shared = common(held, prompt)
         return shared if len(held) <= self._ring or shared == len(held) else 0
 
@@ -300,9 +298,9 @@ class Engine:
         """Whether a prompt that goes in right now will leave more of what this one may share in its cache."""
         if not self.reuse:
             return False
-        for taken in self._taken.values():
+        for number, taken in self._taken.items():
             other = taken.reply.request.prompt
-            if taken.filled < taken.goal and taken.reply.request.shared:
+            if number not in self._stale and taken.filled < taken.goal and taken.reply.request.shared:
                 will = common(other[: taken.goal], prompt)
                 if self._ring < taken.goal != will:  # of a ring that goes round only copies can be gone on from
                     will = taken.mark if taken.filled < taken.mark <= will else 0
@@ -408,16 +406,17 @@ class Engine:
 
     def _keep(self, number: int, taken: _Taken) -> None:
         """A copy of a row at the point where its prompt parts from others; at its end from those that wait."""
-        if not self.reuse or not self._store or not taken.reply.request.shared:
+        if not self.reuse or not self._store or not taken.reply.request.shared or number in self._stale:
             return
         waiting = [reply.request for reply in self._waiting] if taken.filled == taken.goal else []
         if taken.filled != taken.mark and taken.filled not in self._parts(taken.reply.request.prompt, waiting):
             return
-        if all(self._held[kept] != self._held[number] for kept in self._store):
+        if all(self._held[kept] != self._held[number] or kept in self._stale for kept in self._store):
             self._store.rotate(-1)
             target = self._store[-1]
             self._state = self.programs.copy(self._state, np.int32(number), np.int32(target))
             self._held[target] = list(self._held[number])
+            self._stale.discard(target)
 
     def _read(self, longest: int) -> int:
         """Slots that a program reads: of a few sizes, so that there are few programs. On a CPU it sees for itself."""
