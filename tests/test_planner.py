@@ -33,6 +33,7 @@ from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, need
 from gptjax.planner.explain import diff, explain
 from gptjax.planner.place import place
 from gptjax.planner.plan import Row, Settings, for_compiler, plan
+from gptjax.planner.report import decoding
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
 from gptjax.planner.traffic import traffic
 from gptjax.sharding.mesh import MESH_AXES
@@ -394,6 +395,13 @@ def test_a_step_is_never_faster_than_its_arithmetic(six: Config) -> None:
     for candidate in finalists(search(six, pod), 8):
         assert candidate.estimate.step_seconds == pytest.approx(sum(candidate.estimate.seconds.values()))
         assert candidate.estimate.step_seconds > floor
+
+
+def test_the_cache_of_generation_is_in_the_plan() -> None:
+    """GPT-3 175B by hand: 4 bytes x 96 x 12,288 a token, and the half of its layers that are banded keep 256."""
+    said = decoding(load_config(str(CONFIGS / "gpt3_175b.py"), []), "tpu")
+    dense = 4 * 96 * 12288 * 2048 / 1e6
+    assert f"{dense * (1 + 256 / 2048) / 2:,.1f} MB, {dense:,.1f} MB were all layers dense" in said
 
 
 def test_explain_names_axes_rules_and_bytes(six: Config) -> None:

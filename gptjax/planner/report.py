@@ -10,6 +10,8 @@ from rich.table import Table
 
 from gptjax.config import Config
 from gptjax.config.fields import walk
+from gptjax.model.accounting import cache_bytes
+from gptjax.model.gpt import compute_dtype
 from gptjax.planner.plan import Plan, Row
 from gptjax.planner.traffic import Transfer
 
@@ -71,7 +73,19 @@ def headline(plan: Plan) -> str:
         f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
         f"{found.refused.total():,} do not divide; compiler: {plan.compiler}"
         + (f"\ndays: {plan.endless}" if plan.endless else "")
+        + f"\n{decoding(plan.config, plan.topology.chip.platform)}"
     )
+
+
+def decoding(config: Config, platform: str) -> str:
+    """What generation will keep of a text of the whole context, over all devices that its heads are split over."""
+    model = config.model
+    width = compute_dtype(model, platform).itemsize
+    kept, dense = (
+        cache_bytes(m, 1, m.seq_len, width) for m in (model, dataclasses.replace(model, attention_pattern=("dense",)))
+    )
+    saved = f", {dense / 1e6:,.1f} MB were all layers dense" if kept < dense else ""
+    return f"generation: keys and values of a text of {model.seq_len:,} tokens are {kept / 1e6:,.1f} MB{saved}"
 
 
 def details(row: Row) -> str:
