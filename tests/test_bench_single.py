@@ -403,3 +403,10 @@ def test_the_peer_is_the_same_model(tiny: Config) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "gptjax" / "bench" / "results").glob("single-*.json")), ids=str)
 def test_the_readme_shows_what_was_measured(path: Path) -> None:
     assert markdown(json.loads(path.read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_a_child_that_fails_says_why() -> None:
+    """The line of the error, and not what JAX puts behind it."""
+    note = "--------------------\nFor simplicity, JAX has removed its internal frames from the traceback.\n"
+    answer = trial._died(1, f"Traceback\n  File\nValueError: too wide\n{note}")
+    assert answer == {"status": "failed", "reason": "exit status 1: ValueError: too wide"}

@@ -33,6 +33,7 @@ from gptjax.train.step import init_state
 
 COMMAND = (sys.executable, "-m", "gptjax.bench.trial")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "MemoryError")
+JAX_NOTE = ("----", "For simplicity, JAX has removed")  # what it puts behind an error
 LINE = 300  # characters of an error that a table and a JSON row keep
 
 
@@ -91,7 +92,8 @@ def in_process(job: dict[str, Any], timeout: float, command: tuple[str, ...] | N
 
 def _died(status: int, errors: str) -> dict[str, Any]:
     """The answer for a child that gave none. Linux ends whatever has taken too much memory by SIGKILL."""
-    lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+    said = [line for line in errors.splitlines() if line.strip() and not line.startswith(JAX_NOTE)]
+    lines = said or ["no message"]
     by = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     telling = [line for line in lines if any(word in line for word in OUT_OF_MEMORY)]
     if telling or status == -signal.SIGKILL:
