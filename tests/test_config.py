@@ -175,7 +175,7 @@ def test_a_number_is_taken_within_its_bounds_and_else_refused_in_one_line(leaf: 
         (["sample", "x", "--samples", "0"], "--samples 0: must be positive; nearest 1"),
         (["sample", "x", "--temperature", "nan"], "--temperature nan: expected a number"),
         (["sample", "x", "--top-p", "0"], "--top-p 0.0: must lie in (0, 1]"),
-        (["sample", "x", "--seed", str(2**63)], "must lie in 0..4294967295"),
+        (["sample", "x", "--seed", str(2**64)], "must lie in 0..18446744073709551615"),
         (["sample", "x", "--smaples", "3"], "--smaples: gptjax sample has no such argument; did you mean --samples?"),
         (["sample", "x", "--prompt"], "--prompt: a value is missing"),
         (["sample", "x", "--prompt", "--seed", "1"], "--prompt: a value is missing, before --seed"),

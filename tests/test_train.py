@@ -555,7 +555,7 @@ def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
         (("train", "--resume", "configs"), "not a run folder"),
         (("sample", "nowhere"), "not a run folder"),
         (("sample", "RUN", "--top-p", "0"), "--top-p 0.0: must lie in (0, 1]"),
-        (("sample", "RUN", "--prompt", ""), "--prompt '': must not be empty"),
+        (("sample", "RUN", "--prompt", "a" * 17), "prompt: 17 tokens; the context holds 16"),
         (("report", "nowhere"), "not a run folder"),
         (("report", "RUN", "--loud"), "--loud: gptjax report has no such argument"),
     ],
