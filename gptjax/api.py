@@ -159,13 +159,13 @@ class Model:
         """Each token of a text, and its log-probability in nats after those before it; the first token's stands after
         the end of another text."""
         ids = self.tokenizer.encode(text)
-        before = self._before
+        before = self.before
         (reply,) = self.engine.run([Request([*before, *ids], 0, prompt_logprobs=True)])
         values = reply.prompt_logprobs[len(before) - 1 :]
         return [(self.tokenizer.decode([i], inside=True), value) for i, value in zip(ids, values, strict=True)]
 
     @property
-    def _before(self) -> list[int]:
+    def before(self) -> list[int]:
         """What a text of its own stands after."""
         return [*self.tokenizer.begin] or [self.tokenizer.eot]
 
@@ -190,12 +190,12 @@ class Model:
         model, ids = self.stage.config.model, self.tokenizer.encode(text).tolist()
         if not ids:
             raise UserError("text: empty; give some to look at")
-        ids = [*self._before, *ids]
+        ids = [*self.before, *ids]
         self._check_length(len(ids))
         require_room(len(ids), model.num_layers, model.num_heads)
         seen = np.asarray(self._attention(self.params, self._padded(np.asarray(ids, np.int32))))
         windows = [layer_mask(model, kind).window for kind in model.layer_kinds]
-        return Look(ids, len(self._before), self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
+        return Look(ids, len(self.before), self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
 
     def _check_length(self, length: int) -> None:
         if not 0 < length <= self.context:

@@ -18,7 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +49,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED.parent.name}/{SHARED.name} folder beside the clone")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """More of PyTorch's only wait for each other in models of a test's size, and for what computes beside it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

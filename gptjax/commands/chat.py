@@ -53,10 +53,11 @@ class Command:
                 history = list(first)
                 continue
             history.append(Message("user", words))
-            if not self._fit(model, history, len(first)):
+            prompt = self._fit(model, history, len(first))
+            if prompt is None:
                 history.pop()
                 continue
-            reply = self._reply(model, history, turn)
+            reply = self._reply(model, prompt, turn)
             turn += 1
             if reply.strip():
                 history.append(Message("assistant", reply))
@@ -76,31 +77,29 @@ class Command:
             raise UserError("standard input: no UTF-8; convert it")
         return line
 
-    def _fit(self, model: "Model", history: "list[Message]", fixed: int) -> bool:
-        """Forget the oldest turns until a reply has room. False where the last one alone leaves none."""
+    def _fit(self, model: "Model", history: "list[Message]", fixed: int) -> list[int] | None:
+        """The ids of a conversation, whose oldest turns are forgotten until a reply has room; None where the last turn
+        alone leaves none."""
         from gptjax.stages import SFT
 
         assert isinstance(model.stage, SFT)
         room, before = model.context - self._length(model), len(history)
-        while len(model.stage.chat.prompt(history)) > room:
+        while len(prompt := model.stage.chat.prompt(history)) > room:
             if len(history) <= fixed + 1:
                 print(f"(too long: a turn may take {room} of the context's {model.context} tokens)")
-                return False
+                return None
             del history[fixed : fixed + 2]
         if len(history) < before:
             print(f"(forgot the oldest {before - len(history)} turns)")
-        return True
+        return prompt.tolist()
 
     def _length(self, model: "Model") -> int:
         return min(self.tokens, model.context // 2)
 
-    def _reply(self, model: "Model", history: "list[Message]", turn: int) -> str:
-        from gptjax.stages import SFT
-
-        assert isinstance(model.stage, SFT)
+    def _reply(self, model: "Model", prompt: list[int], turn: int) -> str:
         shown = ""
         pieces = model.stream(
-            model.stage.chat.prompt(history).tolist(),
+            prompt,
             seed=self.seed,
             sample=turn,
             max_tokens=self._length(model),

@@ -33,14 +33,9 @@ class Strides:
             raise UserError(f"--stride {self.stride}: the context holds {length} tokens; nearest {nearest}")
         return self.stride or max(length // 2, 1)
 
-    @property
-    def before(self) -> tuple[int, ...]:
-        """What a text's first token comes after: what its publisher puts there, or the end of another text."""
-        return self.model.tokenizer.begin or (self.model.tokenizer.eot,)
-
     def over(self, owner: int, text: str) -> Iterator[Window]:
         """The windows of one text."""
-        return windows(owner, self.model.tokenizer.encode(text), self.before, self.model.context, self.step)
+        return windows(owner, self.model.tokenizer.encode(text), self.model.before, self.model.context, self.step)
 
 
 def documents(source: TextSource) -> Iterator[str]:

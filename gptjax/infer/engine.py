@@ -454,8 +454,7 @@ class Engine:
             reply.tokens.append(token)
             reply.logprobs.append(float(drawn.logprob[i, number]))
             if request.tops:
-                pairs = zip(drawn.top_tokens[i, number], drawn.top_logprobs[i, number], strict=True)
-                reply.tops.append([(int(t), float(p)) for t, p in pairs][: request.tops])
+                reply.tops.append(_pairs(drawn.top_tokens[i, number], drawn.top_logprobs[i, number], request.tops))
             if token in request.stop_tokens:
                 self._end(reply, "stop")
             elif reply.stream:
@@ -491,8 +490,12 @@ def _note(reply: Reply, scores: Scores | None, row: int, count: int) -> None:
     reply.prompt_logprobs += scores.logprob[row, :count].tolist()
     if reply.request.tops:
         for tokens, values in zip(scores.top_tokens[row, :count], scores.top_logprobs[row, :count], strict=True):
-            pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-            reply.prompt_tops.append([*pairs][: reply.request.tops])
+            reply.prompt_tops.append(_pairs(tokens, values, reply.request.tops))
+
+
+def _pairs(tokens: Any, values: Any, count: int) -> list[tuple[int, float]]:
+    """The first so many of a position's likeliest tokens, with their log-probabilities."""
+    return [*zip(tokens[:count].tolist(), values[:count].tolist(), strict=True)]
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
