@@ -228,7 +228,7 @@ class Engine:
             self._waiting.remove(reply)
         for number, taken in list(self._taken.items()):
             if taken.reply is reply:
-                self._state = self.programs.rest(self._state, np.int32(number))
+                self._rest(number)
                 self._release(number)
 
     def run(self, requests: Iterable[Request]) -> list[Reply]:
@@ -326,10 +326,17 @@ class Engine:
         keeps = self.reuse and self._store and request.shared
         mark = self._mark(request.prompt, shared) if keeps else 0
         self._taken[number] = taken = _Taken(reply, shared, left, mark)
-        self._start(number, taken, going=taken.filled == taken.goal)
+        if taken.filled == taken.goal:
+            self._start(number, taken)
+        else:
+            self._rest(number)
 
-    def _start(self, number: int, taken: _Taken, *, going: bool) -> None:
-        """Tell the devices whose row it is; `going` once the prompt lies in the cache."""
+    def _rest(self, number: int) -> None:
+        """Tell the devices that a row draws nothing, and what lies in its cache."""
+        self._state = self.programs.rest(self._state, np.int32(number), np.int32(len(self._held[number])))
+
+    def _start(self, number: int, taken: _Taken) -> None:
+        """Tell the devices whose row it is, once the prompt lies in the cache."""
         request, size = taken.reply.request, self.model.config.padded_vocab_size
         bias = self._bias.copy()
         for token, value in request.sampling.logit_bias.items():
@@ -340,7 +347,7 @@ class Engine:
         stops[: len(request.stop_tokens)] = request.stop_tokens
         row = Row(
             token=np.int32(request.prompt[-1]),  # type: ignore[arg-type]
-            left=np.int32(taken.left if going else 0),  # type: ignore[arg-type]
+            left=np.int32(taken.left),  # type: ignore[arg-type]
             key=key_of(request.seed, request.sample),  # type: ignore[arg-type]
             drawn=np.int32(request.drawn),  # type: ignore[arg-type]
             tops=np.bool_(request.tops > 0),  # type: ignore[arg-type]
@@ -351,7 +358,7 @@ class Engine:
             stops=stops,  # type: ignore[arg-type]
         )
         self._state = self.programs.admit(self._state, np.int32(number), row, np.int32(taken.filled))
-        if going and taken.left == 0:
+        if taken.left == 0:
             self._end(taken.reply, "length")
             self._release(number)
 
@@ -395,7 +402,7 @@ class Engine:
             taken.filled += int(counts[i])
             self._keep(number, taken)
             if taken.filled == taken.goal:
-                self._start(number, taken, going=True)
+                self._start(number, taken)
 
     def _size(self, tokens: int) -> int:
         """The size of a call for so many tokens of a prompt."""
@@ -460,7 +467,7 @@ class Engine:
             elif reply.stream:
                 reply.stream.add(token)
                 if reply.stream.stopped:
-                    self._state = self.programs.rest(self._state, np.int32(number))
+                    self._rest(number)
                     self._end(reply, "stop")
             if not reply.reason and len(reply.tokens) == taken.left:
                 self._end(reply, "length")

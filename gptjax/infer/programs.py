@@ -141,11 +141,11 @@ class Programs:
 
     @cached_property
     def rest(self) -> Any:
-        """jit of (slots, number): a row's request is over."""
+        """jit of (slots, number, start): a row draws nothing; in its cache lie `start` tokens."""
 
-        def rest(slots: Slots, number: Array) -> Slots:
+        def rest(slots: Slots, number: Array, start: Array) -> Slots:
             rows = slots.rows._replace(left=slots.rows.left.at[number].set(0))
-            return slots._replace(rows=rows)
+            return slots._replace(rows=rows, start=slots.start.at[number].set(start))
 
         return self._jit(rest, donate_argnums=0)
 
