@@ -55,10 +55,7 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
     config = replace(config, layout=layout or config.layout)
     network = Network(config, jax.default_backend(), place)
     params = source.load(config.model, _places(network))
-    cpu, model = network.platform == "cpu", config.model
-    if cpu:
-        config = replace(config, model=unrolled(model))
-    finish = jax.jit(lambda p: prepared(apart(p, model) if cpu else p, weights, network.plain_model.dtype))
+    finish = jax.jit(partial(prepared, weights=weights, dtype=network.plain_model.dtype))
     stage = kind(config, network.platform, place, kind.fit_tokenizer(config, tokenizer))
     return Model(path, stage, finish(params), slots)
 

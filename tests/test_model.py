@@ -26,8 +26,9 @@ from gptjax.model.attention import reference
 from gptjax.model.cache import At, Cache, empty_cache
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
-from gptjax.model.gpt import GPT, Parallelism, forward, look_up, multiply
+from gptjax.model.gpt import GPT, Parallelism, forward, look_up
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
+from gptjax.model.products import multiply
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -25,7 +25,7 @@ from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.files import json_text
 from gptjax.infer.engine import Engine, Request
-from gptjax.infer.prepare import prepared, unrolled
+from gptjax.infer.prepare import prepared
 from gptjax.infer.sampling import Sampling
 from gptjax.model.accounting import cache_bytes
 from gptjax.parallel.network import Network
@@ -133,9 +133,7 @@ def _median(rows: list[Row], name: str, work: str, field: str) -> float | None:
 def _child() -> None:
     job = json.loads(sys.stdin.read())
     config = from_json(job["config"])
-    cpu = jax.default_backend() == "cpu"
-    model = unrolled(config.model) if cpu else config.model
-    network = Network(replace(config, model=model), jax.default_backend())
+    network = Network(config, jax.default_backend())
     engine = Engine(network.decoder, _params(network, job["weights"]), slots=job["slots"], steps=job["steps"])
     dtype = network.decoder.dtype
     bounds = limits(dtype) | {"reads": _read_rate()}
@@ -161,7 +159,7 @@ def measured(engine: Engine, work: Work, clock: Callable[[], float] = time.perf_
     """Tokens per second of all requests together, seconds to the first token of each and between the others."""
     rng, size = np.random.default_rng(0), engine.model.config.vocab_size
     greedy = Sampling(0.0)
-    engine.params = engine.params  # nothing to share with the last time
+    engine.forget()  # nothing to share with the last time
     started = clock()
     replies = [engine.submit(Request(rng.integers(0, size, p).tolist(), o, greedy)) for p, o in work]
     first: dict[int, float] = {}

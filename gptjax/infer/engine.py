@@ -7,7 +7,7 @@ few tokens in every row that goes; see `Engine.step`. What a request gives does 
 import bisect
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
+from gptjax.infer.prepare import for_cpu
 from gptjax.infer.programs import STOPS, TOPS, Programs, Row, Scores, Slots, key_of
 from gptjax.infer.sampling import Knobs, Sampling, require
 from gptjax.infer.text import TextStream
@@ -148,15 +149,18 @@ class Engine:
         chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share."""
         config = model.config
         self.capacity = min(capacity or config.seq_len, config.seq_len)
-        self.model, self.slots, self.steps, self.chunk = model, slots, steps, chunk
+        self.slots, self.steps, self.chunk = slots, steps, chunk
         self.tokenizer, self.reuse = tokenizer, True
         ways = layout.ways(layout.rules["batch"]) if layout else 1
         rows = -(-(slots + prefixes) // ways) * ways
-        self.programs = Programs(model, rows, self.capacity, layout)
-        self._params = params
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._arrange: Callable[[Any], Any] | None = None
+        if self._on_cpu and layout is None:
+            model, self._arrange = for_cpu(model)
+        self.model, self.programs = model, Programs(model, rows, self.capacity, layout)
+        self._params = self._arranged(params)
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
-        self._on_cpu = jax.default_backend() == "cpu"
         self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
         self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
@@ -187,13 +191,21 @@ class Engine:
 
     @property
     def params(self) -> Any:
+        """As its programs read them, on a CPU a second copy."""
         return self._params
 
     @params.setter
     def params(self, params: Any) -> None:
         """Others from now on, also for what is half done. What prompts shared is forgotten."""
-        self._params = params
+        self._params = self._arranged(params)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let no later prompt go on from what earlier ones left in the caches."""
         self._stale |= set(range(len(self._held)))
+
+    def _arranged(self, params: Any) -> Any:
+        return self._arrange(params) if self._arrange and params is not None else params
 
     @property
     def busy(self) -> bool:
@@ -250,11 +262,14 @@ class Engine:
             self.cancel(reply)
 
     def step(self) -> None:
-        """One round."""
+        """One round. Rows that speak never wait for more than one call of prompts; rows that are yet to begin wait
+        until all prompts that have a row are in, since a step costs little more for many rows than for one."""
         self._admit()
         self._fill()
         self._admit()  # what waited for a prefix
-        self._decode()
+        speaking = any(taken.reply.tokens for taken in self._taken.values())
+        if speaking or all(taken.filled == taken.goal for taken in self._taken.values()):
+            self._decode()
 
     # Rows and prefixes
 

@@ -1,6 +1,7 @@
-"""Parameters as an engine holds them: in the type that is computed in, or in 8 bits, and apart by layer where that
-pays."""
+"""Parameters as they are read for inference: in the type that is computed in, or in 8 bits; and as a CPU decodes with
+them fastest."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,13 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from gptjax.config import ModelConfig
-from gptjax.model.int8 import quantised
+from gptjax.model.gpt import GPT
+from gptjax.model.int8 import INPUTS, Int8, quantised
+from gptjax.model.lora import merge
+from gptjax.sharding.rules import leaf_name
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def unrolled(config: ModelConfig) -> ModelConfig:
-    """The model with its layers one by one: on a CPU a scan would copy each layer's weights for every token."""
+    """The model with its layers one by one."""
     return replace(config, scan_layers=False)
 
 
@@ -39,3 +43,29 @@ def prepared(params: Any, weights: str, dtype: jnp.dtype) -> Any:
 
 def _narrowed(leaf: Array, dtype: jnp.dtype) -> Array:
     return leaf.astype(dtype) if leaf.ndim > 1 else leaf
+
+
+def for_cpu(model: GPT) -> tuple[GPT, Callable[[Any], Any]]:
+    """A model as a CPU decodes with it fastest, and what arranges trained parameters for it: adapters merged, layers
+    one by one (a scan would copy each layer's weights for every token), matrices with their outputs first."""
+    config, flips = model.config, not model.config.fp8
+    how = replace(model.parallelism, merge_qkv=True, outputs_first=flips)
+
+    def arrange(params: Any) -> Any:
+        plain = apart(merge(params, model.lora) if model.lora else params, config)
+        return jax.tree_util.tree_map_with_path(_outputs_first, plain, is_leaf=_is_int8) if flips else plain
+
+    return model.clone(config=unrolled(config), parallelism=how, lora=None), jax.jit(arrange)
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, Int8)
+
+
+def _outputs_first(path: Any, leaf: Any) -> Any:
+    """[*in, *out] as [*out, *in], where it is a layer's matrix."""
+    words = leaf_name(path).split("/")
+    if words[-1] != "kernel":
+        return leaf
+    ins = range(INPUTS[words[-2]])
+    return jax.tree.map(lambda part: jnp.moveaxis(part, ins, range(-len(ins), 0)), leaf)

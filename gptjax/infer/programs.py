@@ -205,7 +205,7 @@ class Programs:
         live = rows.left > 0
         at = At(start, live.astype(jnp.int32))
         hidden, embedding, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
-        scores = logits(hidden[:, 0], embedding, config.vocab_size)
+        scores = logits(hidden[:, 0], embedding, config.vocab_size, model.parallelism.outputs_first)
         keys = jax.vmap(lambda key, number: jax.random.fold_in(jax.random.wrap_key_data(key), number))
         token = draw(scores, rows.knobs, rows.bias, rows.counts, rows.seen, keys(rows.key, rows.drawn))
         normal = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)

@@ -79,27 +79,35 @@ def attend_cached(
     here = first + jnp.arange(q.shape[1])  # [B, T]
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q * scale, k, v))  # [B, H, T, K]
 
-    def from_slots(soft: "_Softmax", offset: Any, width: int, fresh: Any) -> "_Softmax":
-        """Those of `width` slots from `offset` on, of which the ones before `fresh` have been seen."""
+    def join(soft: "_Softmax", some: tuple[Array, ...], offset: Any, width: int, fresh: Any = 0) -> "_Softmax":
+        """With `width` slots from `offset` on, of which the ones before `fresh` have been seen, of some of the rows."""
+        q, first, here, rows = some
         index = offset + jnp.arange(width)
         place = (first - 1) - (first - 1 - index) % size  # the last that went into each slot: [B, width]
         seen = (place >= 0) & (index >= fresh)
         seen = seen[:, None] & _within(mask, here[:, :, None] - place[:, None])  # [B, T, width]
-        old_k, old_v = (_slots(leaf, unit, at.rows, len(q), offset, width) for leaf in (keys, values))
+        old_k, old_v = (_slots(leaf, unit, rows, offset, width) for leaf in (keys, values))
         return soft.join(q, old_k, old_v, seen)
 
     distance = here[:, :, None] - here[:, None]
     soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance))
+    every = q, first, here, jnp.arange(len(q)) if at.rows is None else at.rows
     if read:
-        soft = from_slots(soft, 0, min(read, size), 0)
+        soft = join(soft, every, 0, min(read, size))
     else:
         width = min(BLOCK, size)
-        longest = jnp.max(jnp.where(at.num_new > 0, at.start, 0))
+        blocks = (jnp.minimum(jnp.where(at.num_new > 0, at.start, 0), size) + width - 1) // width  # [B]
 
-        def block(i: Array, soft: "_Softmax") -> "_Softmax":
-            return from_slots(soft, jnp.minimum(i * width, size - width), width, i * width)
+        def one_row(i: Array, soft: "_Softmax") -> "_Softmax":
+            own, mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), (soft, every))
 
-        soft = jax.lax.fori_loop(0, (jnp.minimum(longest, size) + width - 1) // width, block, soft)
+            def block(j: Array, own: "_Softmax") -> "_Softmax":
+                return join(own, mine, jnp.minimum(j * width, size - width), width, j * width)
+
+            own = jax.lax.fori_loop(0, blocks[i], block, own)
+            return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i, 0), soft, own)
+
+        soft = jax.lax.fori_loop(0, len(q), one_row, soft)
     out = jnp.moveaxis(soft.value / soft.total[..., None], 1, 2).astype(q.dtype)
     # What is read is read before it is written: without this dependence, which always holds, the compiler would copy
     # the whole cache to be sure.
@@ -147,18 +155,14 @@ def _weigh(weights: Array, v: Array) -> Array:
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
 
-def _slots(leaf: Array, unit: Any, rows: Array | None, count: int, offset: Any, width: int) -> Array:
+def _slots(leaf: Array, unit: Any, rows: Array, offset: Any, width: int) -> Array:
     """[B, H, width, K] of [U, N, H, R, K]."""
     _, _, heads, _, dim = leaf.shape
 
-    def of(row: Any, many: int) -> Array:
-        return jax.lax.dynamic_slice(leaf, (unit, row, 0, offset, 0), (1, many, heads, width, dim))[0]
+    def of(row: Array) -> Array:
+        return jax.lax.dynamic_slice(leaf, (unit, row, 0, offset, 0), (1, 1, heads, width, dim))[0, 0]
 
-    if rows is None:
-        return of(0, count)
-    if count == 1:
-        return of(rows[0], 1)
-    return jax.vmap(lambda row: of(row, 1)[0])(rows)
+    return of(rows[0])[None] if len(rows) == 1 else jax.vmap(of)(rows)
 
 
 def _put(leaf: Array, new: Array, unit: Any, at: At) -> Array:

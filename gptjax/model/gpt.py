@@ -6,7 +6,6 @@ Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,12 +18,11 @@ from gptjax.config import LoRAConfig, ModelConfig
 from gptjax.model.attention import KEPT, Attend, Mask
 from gptjax.model.cache import At, Cache, attend_cached
 from gptjax.model.dropout import dropout, token_keys
-from gptjax.model.fp8 import BACKWARD, FORWARD, Scaled, dot_general, quantise
 from gptjax.model.kernels import blockwise
 from gptjax.model.lora import NAME as ADAPTER
 from gptjax.model.lora import LowRank, LowRankTable
+from gptjax.model.products import Axes, Product
 
-Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
 RESIDUAL: Axes = ("batch", "residual_length", None)
 OUTSIDE: Axes = ("rows", "residual_length", None)
@@ -48,7 +46,10 @@ class Parallelism:
     then keeps the rows where they are."""
     merge_qkv: bool = False
     """Queries, keys and values from one product: where heads are split over devices, the gradient that three products
-    send back would be summed over them three times."""
+    send back would be summed over them three times; and in decoding, where a third of the matrix would be copied for
+    each of three (a CPU decodes GPT-2 124M in 27 ms a token, and in 45 so)."""
+    outputs_first: bool = False
+    """Matrices lie as [*out, *in], and have no gradients; see Product."""
     pipeline: Callable[..., Array] | None = None
     """Runs the stacked units in place of a scan; see parallel.pipeline."""
     read: int = 0
@@ -102,52 +103,6 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def multiply(x: Array, kernel: Array, num_in: int, merge_rows: bool, fp8: bool) -> Array:
-    """x [..., *in] times kernel [*in, *out] over the num_in axes of `in`: [..., *out], one plain product.
-
-    The gradient is spelled out for the form of one product alone: the weight's is [rows, in]ᵀ [rows, out], where
-    autodiff contracts several axes and transposes, which costs a fifth of a step of width 256 on CPU. Without
-    `merge_rows` the weight's gradient contracts the axes of rows one by one. With `fp8` all three products are in
-    float8.
-    """
-    return _multiply_forward(x, kernel, num_in, merge_rows, fp8)[0]
-
-
-def _last(x: Array, count: int) -> tuple[int, ...]:
-    return tuple(range(x.ndim - count, x.ndim))
-
-
-def _multiply_forward(
-    x: Array, kernel: Array, num_in: int, merge_rows: bool, fp8: bool
-) -> tuple[Array, tuple[Scaled, Scaled]]:
-    dims = (_last(x, num_in), tuple(range(num_in))), ((), ())
-    a, b = (quantise(y, FORWARD) if fp8 else Scaled(y) for y in (x, kernel))
-    return dot_general(a, b, dims, x.dtype), (a, b)
-
-
-def _multiply_backward(
-    num_in: int, merge_rows: bool, fp8: bool, saved: tuple[Scaled, Scaled], grad: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    out = quantise(grad, BACKWARD) if fp8 else Scaled(grad)
-    shape = kernel.values.shape
-    ins, outs = shape[:num_in], shape[num_in:]
-    contracted = _last(grad, len(outs)), tuple(range(num_in, len(shape)))
-    grad_x = dot_general(out, kernel, (contracted, ((), ())), grad.dtype)
-    lead = (-1,) if merge_rows else grad.shape[: grad.ndim - len(outs)]
-    rows = x.reshape(*lead, *ins), out.reshape(*lead, *outs)  # heads apart: merged, a split of them would be gathered
-    axes = tuple(range(len(lead)))
-    return grad_x, dot_general(*rows, ((axes, axes), ((), ())), grad.dtype)
-
-
-multiply.defvjp(_multiply_forward, _multiply_backward)
-
-
-Product = Callable[[Array, Array, int], Array]
-"""`multiply` for a layout and a number format."""
-
-
 def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, product: Product) -> Array:
     """The product in the dtype of x, plus the bias [*out]."""
     out = product(x, kernel.astype(x.dtype), num_in)
@@ -168,7 +123,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", named(nn.initializers.normal(self.std), self.axes), self.shape)
+        shape, axes = self.product.lie(self.shape, self.axes, self.num_in)
+        kernel = self.param("kernel", named(nn.initializers.normal(self.std), axes), shape)
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
         bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
         out = affine(x, kernel, bias, self.num_in, self.product)
@@ -192,7 +148,8 @@ class Heads(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, ...]:
         out_shape, out_axes = (3, self.num_heads, self.head_dim), (None, "heads", "head_dim")
         shape, axes = (x.shape[-1], *out_shape), ("embed", *out_axes)
-        kernel = self.param("kernel", named(nn.initializers.normal(0.02), axes), shape)
+        size, names = self.product.lie(shape, axes, 1)
+        kernel = self.param("kernel", named(nn.initializers.normal(0.02), names), size)
         biases: Any = (None,) * 3
         if self.has_bias:
             biases = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
@@ -223,7 +180,7 @@ class Block(nn.Module):
         """x [B, T, D]; cache and at only in decoding: (keys, values) of all units, and where x stands; noise [B, T]
         only with dropout: the tokens' keys; unit, layer: which of the U and of the L this is."""
         c, constrain = self.config, self.parallelism.constrain
-        product = partial(multiply, merge_rows=self.parallelism.merge_rows, fp8=c.fp8)
+        product = Product(self.parallelism.merge_rows, c.fp8, self.parallelism.outputs_first)
 
         def linear(shape: tuple[int, ...], axes: Axes, num_in: int, std: float, name: str) -> Linear:
             return Linear(shape, axes, num_in, std, product, _beside(self.lora, name), name=name)

@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gptjax.model.products import multiply_outputs_first
+
 IGNORED = -1
 """Target id of a position that does not count."""
 
 
-def logits(hidden: Array, embedding: Array, vocab_size: int) -> Array:
-    """hidden [..., D], embedding [V', D] -> float32 [..., V'] with padded ids at -inf."""
-    scores = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=_accumulate(hidden))
+def logits(hidden: Array, embedding: Array, vocab_size: int, outputs_first: bool = False) -> Array:
+    """hidden [..., D], embedding [V', D] -> float32 [..., V'] with padded ids at -inf. outputs_first: for a CPU that
+    decodes; see products.Product."""
+    accumulate = _accumulate(hidden)
+    if outputs_first:
+        scores = multiply_outputs_first(hidden, embedding, 1, accumulate)
+    else:
+        scores = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=accumulate)
     return jnp.where(jnp.arange(embedding.shape[0]) < vocab_size, scores, -jnp.inf)
 
 

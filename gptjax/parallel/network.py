@@ -53,14 +53,13 @@ class Network:
             layout = pipeline.inside(layout)
         attend = context.on_mesh(attend, layout)
         merge_qkv = layout.mesh.shape["tensor"] > 1
-        how = Parallelism(attend, layout.constrain, self._ways == 1, merge_qkv, stages)
+        how = Parallelism(attend, layout.constrain, self._ways == 1, merge_qkv, pipeline=stages)
         return self.plain_model.clone(parallelism=how)
 
     @cached_property
     def decoder(self) -> GPT:
         """The same function for decoding, which pins its activations to the layout by itself (infer.programs)."""
-        merge_qkv = self.layout is not None and self.layout.mesh.shape["tensor"] > 1
-        return self.plain_model.clone(parallelism=Parallelism(merge_qkv=merge_qkv))
+        return self.plain_model.clone(parallelism=Parallelism(merge_qkv=True))
 
     @cached_property
     def plain_model(self) -> GPT:
