@@ -71,7 +71,7 @@ def run(config: Config, options: Options, out: Path) -> str:
     rows: list[Row] = []
     for turn in range(options.rounds):
         for weights in options.weights:
-            job = {"config": to_json(config), "weights": weights, "workloads": jobs, **asdict(options)}
+            job = {**asdict(options), "config": to_json(config), "weights": weights, "workloads": jobs}
             rows.append(_side(weights, turn, job, options.timeout, COMMAND))
         if options.peer:
             job = {"config": json.loads(to_json(config)), "workloads": jobs}

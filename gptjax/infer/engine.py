@@ -450,33 +450,36 @@ class Engine:
         going = {number: taken for number, taken in self._taken.items() if taken.filled == taken.goal}
         if not going:
             return
-        count = self._rows(max(going) + 1)
         longest = max(len(self._held[number]) for number in going) + self.steps
-        wanted = self._read(min(longest, self.capacity))
-        self._state, drawn = self.programs.decode(self._params, self._state, count, self.steps, wanted)
+        wanted, numbers = self._read(min(longest, self.capacity)), self._numbers(list(going))
+        self._state, drawn = self.programs.decode(self._params, self._state, numbers, self.steps, wanted)
         if not any(taken.reply.request.tops for taken in going.values()):
             drawn = drawn._replace(top_tokens=None, top_logprobs=None)
         drawn = jax.device_get(drawn)
-        for number, taken in going.items():
-            self._take_in(number, taken, drawn)
+        for i, (number, taken) in enumerate(going.items()):
+            place = number if numbers is None else i
+            self._take_in(number, taken, jax.tree.map(lambda x, place=place: x[:, place], drawn))
 
-    def _rows(self, least: int) -> int:
-        """Rows that a program decodes: on a CPU, where they cost, a power of two; elsewhere all."""
-        if not self._on_cpu or self.programs.layout is not None:
-            return self.programs.rows
-        return min(1 << (least - 1).bit_length(), self.programs.rows)
+    def _numbers(self, going: list[int]) -> np.ndarray | None:
+        """Rows that a program decodes: on a CPU, where each costs, those that go, up to a power of two; elsewhere,
+        where a program more costs more, all."""
+        if self._arrange is None:
+            return None
+        count = 1 << (len(going) - 1).bit_length()
+        return np.array(going + [self.programs.rows] * (count - len(going)), np.int32)
 
     def _take_in(self, number: int, taken: _Taken, drawn: Any) -> None:
+        """What a row drew, each [steps]."""
         reply, request = taken.reply, taken.reply.request
-        live = int(drawn.live[:, number].sum())
+        live = int(drawn.live.sum())
         last = (reply.tokens or request.prompt)[-1:]
-        made = drawn.token[:live, number].tolist()
+        made = drawn.token[:live].tolist()
         self._held[number] += [*last, *made][:live]
         for i, token in enumerate(made):
             reply.tokens.append(token)
-            reply.logprobs.append(float(drawn.logprob[i, number]))
+            reply.logprobs.append(float(drawn.logprob[i]))
             if request.tops:
-                reply.tops.append(_pairs(drawn.top_tokens[i, number], drawn.top_logprobs[i, number], request.tops))
+                reply.tops.append(_pairs(drawn.top_tokens[i], drawn.top_logprobs[i], request.tops))
             if token in request.stop_tokens:
                 self._end(reply, "stop")
             elif reply.stream:

@@ -189,21 +189,27 @@ class Programs:
 
     @cached_property
     def decode(self) -> Any:
-        """jit of (params, slots, B, steps, read) -> (slots, Drawn): that many tokens in each of the first B rows."""
+        """jit of (params, slots, numbers [B] or None for all, steps, read) -> (slots, Drawn): that many tokens in each
+        of these rows. The number of a row that is not there is N."""
 
-        def decode(params: Any, slots: Slots, count: int, steps: int, read: int) -> tuple[Slots, Drawn]:
-            model = self._model(read, count)
-            ready = widened(params, model.dtype)
-            one = partial(self._step, model, ready, count)
-            return jax.lax.scan(lambda now, _: one(now), slots, length=steps)
+        def decode(params: Any, slots: Slots, numbers: Array | None, steps: int, read: int) -> tuple[Slots, Drawn]:
+            model = self._model(read, self.rows if numbers is None else len(numbers))
+            some = slots if numbers is None else self._some(slots, numbers)
+            one = partial(self._step, model, widened(params, model.dtype), numbers)
+            after, drawn = jax.lax.scan(lambda now, _: one(now), some, length=steps)
+            return after if numbers is None else _joined(slots, numbers, after), drawn
 
-        return self._jit(decode, self._known, donate_argnums=1, static_argnums=(2, 3, 4))
+        return self._jit(decode, self._known, donate_argnums=1, static_argnums=(3, 4))
 
-    def _step(self, model: GPT, params: Any, count: int, slots: Slots) -> tuple[Slots, Drawn]:
-        config = model.config
-        rows, start = jax.tree.map(lambda leaf: leaf[:count], (slots.rows, slots.start))
-        live = rows.left > 0
-        at = At(start, live.astype(jnp.int32))
+    def _some(self, slots: Slots, numbers: Array) -> Slots:
+        """With some of the rows alone, beside the cache of all."""
+        rows, start = jax.tree.map(lambda leaf: leaf[numbers], (slots.rows, slots.start))
+        return Slots(slots.cache, start, rows._replace(left=jnp.where(numbers < self.rows, rows.left, 0)))
+
+    def _step(self, model: GPT, params: Any, numbers: Array | None, slots: Slots) -> tuple[Slots, Drawn]:
+        config, start, rows = model.config, slots.start, slots.rows
+        live, count = rows.left > 0, len(start)
+        at = At(start, live.astype(jnp.int32), numbers)
         hidden, embedding, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
         scores = logits(hidden[:, 0], embedding, config.vocab_size, model.parallelism.outputs_first)
         keys = jax.vmap(lambda key, number: jax.random.fold_in(jax.random.wrap_key_data(key), number))
@@ -220,8 +226,7 @@ class Programs:
             drawn=rows.drawn + live,
             counts=rows.counts.at[number, token].add(live.astype(jnp.int32)),
         )
-        every = jax.tree.map(lambda old, new: old.at[:count].set(new), (slots.rows, slots.start), (after, start + live))
-        return Slots(cache, every[1], every[0]), drawn
+        return Slots(cache, start + live, after), drawn
 
     def _model(self, read: int, rows: int) -> GPT:
         how = replace(self.model.parallelism, read=read)
@@ -236,6 +241,15 @@ def _constrain(layout: Layout, rows: int) -> Any:
     ways = layout.ways(layout.rules["batch"])
     batch = layout.rules["batch"] if rows % ways == 0 else ()
     return Layout(layout.mesh, layout.rules | whole | {"batch": batch, "rows": batch}).constrain
+
+
+def _joined(slots: Slots, numbers: Array, some: Slots) -> Slots:
+    """With what decoding changes in some of the rows."""
+    rows = {
+        name: getattr(slots.rows, name).at[numbers].set(getattr(some.rows, name), mode="drop")
+        for name in ("token", "left", "drawn", "counts")
+    }
+    return Slots(some.cache, slots.start.at[numbers].set(some.start, mode="drop"), slots.rows._replace(**rows))
 
 
 def _tops(scores: Array) -> tuple[Array, Array]:

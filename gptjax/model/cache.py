@@ -79,22 +79,22 @@ def attend_cached(
     here = first + jnp.arange(q.shape[1])  # [B, T]
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q * scale, k, v))  # [B, H, T, K]
 
-    def join(soft: "_Softmax", some: tuple[Array, ...], offset: Any, width: int, fresh: Any = 0) -> "_Softmax":
+    def join(soft: "_Softmax", some: tuple[Any, ...], offset: Any, width: int, fresh: Any = 0) -> "_Softmax":
         """With `width` slots from `offset` on, of which the ones before `fresh` have been seen, of some of the rows."""
         q, first, here, rows = some
         index = offset + jnp.arange(width)
         place = (first - 1) - (first - 1 - index) % size  # the last that went into each slot: [B, width]
         seen = (place >= 0) & (index >= fresh)
         seen = seen[:, None] & _within(mask, here[:, :, None] - place[:, None])  # [B, T, width]
-        old_k, old_v = (_slots(leaf, unit, rows, offset, width) for leaf in (keys, values))
+        old_k, old_v = (_slots(leaf, unit, rows, len(q), offset, width) for leaf in (keys, values))
         return soft.join(q, old_k, old_v, seen)
 
     distance = here[:, :, None] - here[:, None]
     soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance))
-    every = q, first, here, jnp.arange(len(q)) if at.rows is None else at.rows
     if read:
-        soft = join(soft, every, 0, min(read, size))
+        soft = join(soft, (q, first, here, at.rows), 0, min(read, size))
     else:
+        every = q, first, here, jnp.arange(len(q)) if at.rows is None else at.rows
         width = min(BLOCK, size)
         blocks = (jnp.minimum(jnp.where(at.num_new > 0, at.start, 0), size) + width - 1) // width  # [B]
 
@@ -112,7 +112,7 @@ def attend_cached(
     # What is read is read before it is written: without this dependence, which always holds, the compiler would copy
     # the whole cache to be sure.
     at = at._replace(num_new=jnp.where(jnp.min(soft.total) > 0, at.num_new, 0))
-    put = _put if read else _put_one_by_one
+    put = _put if read else _put_in_runs
     return out, (put(keys, k, unit, at), put(values, v, unit, at))
 
 
@@ -155,14 +155,18 @@ def _weigh(weights: Array, v: Array) -> Array:
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
 
-def _slots(leaf: Array, unit: Any, rows: Array, offset: Any, width: int) -> Array:
+def _slots(leaf: Array, unit: Any, rows: Array | None, count: int, offset: Any, width: int) -> Array:
     """[B, H, width, K] of [U, N, H, R, K]."""
     _, _, heads, _, dim = leaf.shape
 
-    def of(row: Array) -> Array:
-        return jax.lax.dynamic_slice(leaf, (unit, row, 0, offset, 0), (1, 1, heads, width, dim))[0, 0]
+    def of(row: Any, many: int) -> Array:
+        return jax.lax.dynamic_slice(leaf, (unit, row, 0, offset, 0), (1, many, heads, width, dim))[0]
 
-    return of(rows[0])[None] if len(rows) == 1 else jax.vmap(of)(rows)
+    if rows is None:
+        return of(0, count)
+    if count == 1:
+        return of(rows[0], 1)
+    return jax.vmap(lambda row: of(row, 1)[0])(rows)
 
 
 def _put(leaf: Array, new: Array, unit: Any, at: At) -> Array:
@@ -174,17 +178,29 @@ def _put(leaf: Array, new: Array, unit: Any, at: At) -> Array:
     return leaf.at[unit, rows[:, None], :, slots].set(jnp.moveaxis(new, 2, 1).astype(leaf.dtype), mode="drop")
 
 
-def _put_one_by_one(leaf: Array, new: Array, unit: Any, at: At) -> Array:
-    """The same in place: for a scatter XLA's CPU backend copies the array (jaxlib 0.10.2)."""
-    size, new = leaf.shape[3], new.astype(leaf.dtype)
+def _put_in_runs(leaf: Array, new: Array, unit: Any, at: At) -> Array:
+    """The same in place, for a scatter of which XLA's CPU backend copies the array (jaxlib 0.10.2): a row's tokens lie
+    in one run of slots, or in two where they go round the ring."""
+    size, (_, heads, length, dim) = leaf.shape[3], new.shape
+    width = min(length, size)
+    new = jnp.pad(new.astype(leaf.dtype), ((0, 0), (0, 0), (width, width), (0, 0)))
+    shape = 1, 1, heads, width, dim
 
     def row(i: Array, leaf: Array) -> Array:
         target = i if at.rows is None else at.rows[i]
+        dropped = jnp.maximum(at.num_new[i] - size, 0)  # overwritten at once
+        count, begin = at.num_new[i] - dropped, (at.start[i] + dropped) % size
 
-        def token(j: Array, leaf: Array) -> Array:
-            fresh = jax.lax.dynamic_slice(new, (i, 0, j, 0), (1, new.shape[1], 1, new.shape[3]))
-            return jax.lax.dynamic_update_slice(leaf, fresh[None], (unit, target, 0, (at.start[i] + j) % size, 0))
+        def run(number: Array, leaf: Array) -> Array:
+            at_slot = begin - number * size
+            window = jnp.clip(at_slot, 0, size - width)
+            shift = jnp.clip(at_slot - window, -width, width)  # of the first token in the window
+            fresh = jax.lax.dynamic_slice(new, (i, 0, width + dropped - shift, 0), (1, heads, width, dim))
+            token = jnp.arange(width)[:, None] - shift
+            place = unit, target, 0, window, 0
+            both = jnp.where((token >= 0) & (token < count), fresh[None], jax.lax.dynamic_slice(leaf, place, shape))
+            return jax.lax.dynamic_update_slice(leaf, both, place)
 
-        return jax.lax.fori_loop(jnp.maximum(at.num_new[i] - size, 0), at.num_new[i], token, leaf)
+        return jax.lax.fori_loop(0, jnp.where(count > 0, 1 + (begin + count > size), 0), run, leaf)
 
     return jax.lax.fori_loop(0, len(new), row, leaf)
