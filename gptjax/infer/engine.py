@@ -198,10 +198,6 @@ class Engine:
     def params(self, params: Any) -> None:
         """Others from now on, also for what is half done. What prompts shared is forgotten."""
         self._params = self._arranged(params)
-        self.forget()
-
-    def forget(self) -> None:
-        """Let no later prompt go on from what earlier ones left in the caches."""
         self._stale |= set(range(len(self._held)))
 
     def _arranged(self, params: Any) -> Any:
