@@ -7,6 +7,7 @@ Arrays hold NaN outside the mask, in every test: whatever reads it fails.
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -176,11 +177,10 @@ def test_group_advantages(seed: int, scale_by_std: bool) -> None:
     close(jitted(returns.group_advantages)(scores=scores, scale_by_std=scale_by_std), expected, 2e-6)
 
 
-@given(st.floats(-100, 100, width=32), st.integers(1, 17), st.booleans())
-@settings(max_examples=30)
+@given(st.floats(-100, 100, width=32), st.sampled_from([1, 3, 17]), st.booleans())
 def test_equal_scores_have_no_advantage(score: float, group: int, scale_by_std: bool) -> None:
-    scores = jnp.full((2, group), score, jnp.float32)
-    assert not np.any(returns.group_advantages(scores=scores, scale_by_std=scale_by_std))
+    scores = np.full((2, group), score, np.float32)
+    assert not np.any(jitted(returns.group_advantages)(scores=scores, scale_by_std=scale_by_std))
 
 
 # Losses: plain versions of what a step minimises
@@ -341,9 +341,7 @@ def test_dpo_is_that_of_pytorch(seed: int, mask: np.ndarray, smoothing: float) -
 def our_dpo(logits: jax.Array, ref: jax.Array, tokens: jax.Array, mask: jax.Array, smoothing: float) -> Any:
     """Loss and mean margin of chosen and rejected [2, pairs, T]."""
     ours, theirs = (
-        responses.row_sums(
-            jnp.take_along_axis(jax.nn.log_softmax(x), tokens[..., None], axis=-1)[..., 0], mask=mask
-        )
+        responses.row_sums(jnp.take_along_axis(jax.nn.log_softmax(x), tokens[..., None], axis=-1)[..., 0], mask=mask)
         for x in (logits, ref)
     )
     chosen, rejected = losses.implicit_rewards(logprobs=ours, ref_logprobs=theirs, beta=0.3)
@@ -369,7 +367,7 @@ def test_dpo_begins_at_log_2_and_its_margin_grows() -> None:
         assert not np.any(slope[:, :, :4])
         if len(margins) == 1:
             assert found[0] == pytest.approx(math.log(2), abs=1e-7)
-    assert margins[0] == 0 and all(b > a for a, b in zip(margins, margins[1:], strict=False))
+    assert margins[0] == 0 and all(a < b for a, b in pairwise(margins))
 
 
 def test_figures_of_dpo_leave_out_padded_pairs() -> None:
@@ -411,7 +409,7 @@ def test_micro_batches_add_up(seed: int, mask: np.ndarray) -> None:
 
 
 def test_statistics_do_not_depend_on_where_rows_lie() -> None:
-    """Of arrays cut over eight devices: those of a prompt's replies and of an iteration's tokens are one all the same."""
+    """Arrays are cut over eight devices; of a prompt's replies and an iteration's tokens there is one mean."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(16, 5)).astype(np.float32), rng.random((16, 5)) < 0.7
@@ -428,7 +426,7 @@ def test_statistics_do_not_depend_on_where_rows_lie() -> None:
 
 def test_equal_scores_give_no_gradient() -> None:
     logits = jnp.array(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
-    slope = jax.grad(one_token_loss)(logits, jnp.array([[0, 1, 2, 0]] * 4), jnp.full((4, 4), 0.1))
+    slope = jax.jit(jax.grad(one_token_loss))(logits, jnp.array([[0, 1, 2, 0]] * 4), jnp.full((4, 4), 0.1))
     assert not np.any(slope)
 
 
@@ -481,6 +479,8 @@ def test_beta_moves_by_no_more_than_its_horizon_allows() -> None:
     assert move(kl=0.0, horizon=1000) == pytest.approx(0.2 * (1 - 0.2 * 256 / 1000))
     with pytest.raises(ValueError, match=r"horizon = 50: .* more than 51\.2"):
         move(kl=6.0, horizon=50)
+    with pytest.raises(ValueError, match="kl is not a number"):
+        move(kl=math.nan, horizon=10_000)
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(0, 9), st.integers(1, 8), st.integers(1, 8))
@@ -493,6 +493,13 @@ def test_minibatches_have_every_episode_once(seed: int, iteration: int, epoch: i
     if size > 1:
         with pytest.raises(ValueError):
             order(episodes=count * size + 1)
+
+
+def test_minibatches_of_a_run_that_goes_on_are_those_of_before() -> None:
+    order = partial(control.minibatches, seed=0, episodes=8, size=4)
+    assert order(iteration=0, epoch=0).tolist() == [[7, 4, 2, 6], [5, 0, 1, 3]]
+    assert order(iteration=1, epoch=0).tolist() == [[0, 1, 5, 4], [6, 2, 3, 7]]
+    assert order(iteration=0, epoch=1).tolist() == [[7, 6, 0, 4], [1, 3, 5, 2]]
 
 
 def test_ema() -> None:
@@ -655,9 +662,9 @@ def check_what_was_sampled_is_what_is_scored(scored: Callable) -> None:
         sampled, now = jax.nn.log_softmax(logits / temperature)[..., 0], scored(logits, temperature)[..., 0]
         given = {"logprobs": now, "old_logprobs": sampled, "mask": jnp.array(MASK)}
         assert losses.ratio_error(**given) == 0
-        advantages = jnp.array(np.random.default_rng(1).normal(size=MASK.shape))
+        advantages = np.random.default_rng(1).normal(size=MASK.shape).astype(np.float32)
         loss = losses.policy_loss(**given, advantages=advantages, clip=0.2, count=MASK.sum())
-        assert loss == pytest.approx(-np.mean(advantages[MASK]), abs=1e-6)
+        assert loss == pytest.approx(-float(advantages[MASK].mean()), abs=1e-6)
 
 
 def scored_at_its_temperature(logits: jax.Array, temperature: float) -> jax.Array:
@@ -668,41 +675,58 @@ def scored_at_temperature_1(logits: jax.Array, _: float) -> jax.Array:
     return jax.nn.log_softmax(logits)
 
 
-MISTAKES = [
-    (check_fractions_of_scores_survive, returns.token_rewards, rewards_of_the_dtype_of_tokens),
-    (check_fractions_of_scores_survive, returns.token_rewards, rewards_of_the_dtype_of_logprobs),
-    (check_the_penalty_is_the_log_ratio, returns.token_rewards, rewards_with_k3),
-    (check_the_score_is_at_the_last_real_token, returns.token_rewards, partial(rewards_at_an_index, past=1)),
-    (check_the_score_is_at_the_last_real_token, returns.token_rewards, rewards_at_an_index),
-    (check_padding_may_be_an_end, responses.extent, extent_from_padding),
-    (check_padding_may_be_an_end, responses.extent, extent_of_all_tokens),
-    (check_any_stop_token_ends, responses.extent, extent_of_the_end_of_text),
-    (check_the_end_is_trained, responses.extent, extent_without_the_end),
-    (check_padding_is_no_part_of_whitening, responses.whiten, whiten_everything),
-    (check_padding_is_no_part_of_whitening, responses.whiten, whiten_each_row),
-    (check_a_hard_prompt_is_judged_alone, returns.group_advantages, advantages_of_a_device),
-    (check_a_hard_prompt_is_judged_alone, returns.group_advantages, partial(advantages_of_a_device, devices=4)),
-    (
+token_rewards, extent, whiten, group_advantages = (
+    jitted(function)
+    for function in (returns.token_rewards, responses.extent, responses.whiten, returns.group_advantages)
+)
+MISTAKES: dict[str, tuple[Callable, Callable, Callable]] = {
+    "scores cut to integers": (check_fractions_of_scores_survive, token_rewards, rewards_of_the_dtype_of_tokens),
+    "rewards in bfloat16": (check_fractions_of_scores_survive, token_rewards, rewards_of_the_dtype_of_logprobs),
+    "k3 in the reward": (check_the_penalty_is_the_log_ratio, token_rewards, rewards_with_k3),
+    "score one past the end": (
+        check_the_score_is_at_the_last_real_token,
+        token_rewards,
+        partial(rewards_at_an_index, past=1),
+    ),
+    "score at index -1": (check_the_score_is_at_the_last_real_token, token_rewards, rewards_at_an_index),
+    "mask from the pad id": (check_padding_may_be_an_end, extent, extent_from_padding),
+    "ends in padding and prompt": (check_padding_may_be_an_end, extent, extent_of_all_tokens),
+    "penalty that knows one end": (check_any_stop_token_ends, extent, extent_of_the_end_of_text),
+    "end token dropped": (check_the_end_is_trained, extent, extent_without_the_end),
+    "whitening over padding": (check_padding_is_no_part_of_whitening, whiten, whiten_everything),
+    "whitening each row": (check_padding_is_no_part_of_whitening, whiten, whiten_each_row),
+    "group of all prompts": (check_a_hard_prompt_is_judged_alone, group_advantages, advantages_of_a_device),
+    "group of a device": (
+        check_a_hard_prompt_is_judged_alone,
+        group_advantages,
+        partial(advantages_of_a_device, devices=4),
+    ),
+    "one order for all iterations": (
         check_every_epoch_has_an_order_of_its_own,
         control.minibatches,
         lambda **place: control.minibatches(**place | {"iteration": 0}),
     ),
-    (
+    "one order for all epochs": (
         check_every_epoch_has_an_order_of_its_own,
         control.minibatches,
         lambda **place: control.minibatches(**place | {"epoch": 0}),
     ),
-    (
+    "one minibatch": (
         check_every_epoch_has_an_order_of_its_own,
         control.minibatches,
         lambda **place: control.minibatches(**place).reshape(1, -1),
     ),
-    (check_what_was_sampled_is_what_is_scored, scored_at_its_temperature, scored_at_temperature_1),
-]
+    "scored at another temperature": (
+        check_what_was_sampled_is_what_is_scored,
+        scored_at_its_temperature,
+        scored_at_temperature_1,
+    ),
+}
 
 
-@pytest.mark.parametrize(("check", "ours", "mistaken"), MISTAKES)
-def test_what_others_got_wrong(check: Callable, ours: Callable, mistaken: Callable) -> None:
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_others_got_wrong(mistake: str) -> None:
+    check, ours, theirs = MISTAKES[mistake]
     check(ours)
     with pytest.raises(AssertionError):
-        check(mistaken)
+        check(theirs)

@@ -1,11 +1,16 @@
-"""What changes between iterations, as functions of their arguments alone: the weight of the KL, the order of minibatches
-and the average of the weights. A run that goes on needs a float and the number of its iteration, no hidden state."""
+"""What changes between iterations: the weight of the KL, the order of minibatches, the average of the weights.
 
+They are functions of their arguments alone: a run that goes on needs the last beta and average and its iteration's
+number, and no object with a state of its own.
+"""
+
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 def next_beta(
@@ -16,10 +21,12 @@ def next_beta(
 
     kl, target: nats per response, kl the mean over the iteration's `episodes`; horizon: episodes. A KL that is off by a
     share e, at most `clip`, moves beta by e * episodes / horizon: at 256 and 10,000 by 0.5% an iteration, so scale the
-    horizon to the run. Raises ValueError where one iteration could leave beta at 0 or below.
+    horizon to the run. Raises ValueError where one iteration could leave beta at 0 or below, or the KL is not a number.
     """
     if target is None:
         return beta
+    if math.isnan(kl):
+        raise ValueError("kl is not a number: neither beta nor what was learned since the last iteration would be one")
     if clip * episodes >= horizon:
         raise ValueError(f"horizon = {horizon}: a low KL would turn the sign of beta; more than {clip * episodes:g}")
     error = min(max(kl / target - 1, -clip), clip)
@@ -37,9 +44,13 @@ def minibatches(*, seed: int, iteration: int, epoch: int, episodes: int, size: i
 
 
 def ema(*, average: Any, params: Any, decay: float) -> Any:
-    """The tree of decay * average + (1 - decay) * params in float32: bfloat16 would lose the steps of 0.992."""
-    return jax.tree.map(lambda a, p: _towards(a.astype(jnp.float32), p.astype(jnp.float32), 1 - decay), average, params)
+    """The tree of decay * average + (1 - decay) * params, in float32 whatever they are.
 
+    InstructGPT's decay is 0.992: in bfloat16, of 8 bits, steps of 0.8% would be lost, and the average stand still.
+    """
 
-def _towards(a: jax.Array, b: jax.Array, share: float) -> jax.Array:
-    return a + share * (b - a)
+    def mean(old: Array, new: Array) -> Array:
+        old, new = old.astype(jnp.float32), new.astype(jnp.float32)
+        return old + (1 - decay) * (new - old)
+
+    return jax.tree.map(mean, average, params)

@@ -18,8 +18,8 @@ def policy_loss(
 ) -> Array:
     """PPO's clipped objective with its sign turned, a scalar (Schulman et al., arXiv 1707.06347, equation 7).
 
-    logprobs, old_logprobs: [..., T] in nats, now and when the tokens were drawn; advantages: [..., T]; clip: how far the
-    ratio of both probabilities may lie from 1; count: response tokens of the step.
+    logprobs, old_logprobs: [..., T] in nats, now and when the tokens were drawn; advantages: [..., T]; clip: how far
+    from 1 the ratio of the two probabilities still counts; count: response tokens of the step.
     """
     plain, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip)
     return jnp.sum(jnp.maximum(plain, clipped)) / count

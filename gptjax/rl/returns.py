@@ -20,9 +20,9 @@ def penalised(*, scores: Array, ended: Array, penalty: float) -> Array:
 def token_rewards(*, logprobs: Array, ref_logprobs: Array, scores: Array, mask: Array, beta: float | Array) -> Array:
     """float32 [..., T]: -beta (log pi - log pi_ref) at every response token, and the score at the last one.
 
-    logprobs, ref_logprobs: [..., T] in nats, of the policy that drew the tokens and of the reference; scores: [...], one
-    a response; beta: score per nat (InstructGPT, arXiv 2203.02155, equation 2). The penalty is the log ratio itself, of
-    either sign: k3 is never negative, and as a reward its gradient is not that of the KL.
+    logprobs, ref_logprobs: [..., T] in nats, of the policy that drew the tokens and of the reference; scores: [...] of
+    any dtype, one a response; beta: score per nat (InstructGPT, arXiv 2203.02155, equation 2). The penalty is the log
+    ratio itself, of either sign: k3 is never negative, and as a reward its gradient is not that of the KL.
     """
     penalty = beta * (inside(logprobs, mask=mask) - inside(ref_logprobs, mask=mask))
     is_last = jnp.arange(mask.shape[-1]) == last_index(mask)[..., None]  # nowhere, where a response has no token
