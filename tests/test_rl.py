@@ -408,6 +408,13 @@ def test_micro_batches_add_up(seed: int, mask: np.ndarray) -> None:
         close(sum(parts[1:], parts[0]), float(whole))
 
 
+def test_a_step_in_which_nothing_counts_has_no_loss() -> None:
+    """It is not a number, so that the step is left out (Objective in gptjax/train/step.py), and not 0."""
+    zeros, nothing = jnp.zeros((2, 3)), {"mask": jnp.zeros((2, 3), bool), "clip": 0.2, "count": jnp.float32(0)}
+    assert jnp.isnan(losses.policy_loss(**dict.fromkeys(("logprobs", "old_logprobs", "advantages"), zeros), **nothing))
+    assert jnp.isnan(losses.value_loss(**dict.fromkeys(("values", "old_values", "returns"), zeros), **nothing))
+
+
 def test_statistics_do_not_depend_on_where_rows_lie() -> None:
     """Arrays are cut over eight devices; of a prompt's replies and an iteration's tokens there is one mean."""
     mesh = Mesh(np.array(jax.devices()), ("data",))

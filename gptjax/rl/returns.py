@@ -67,8 +67,8 @@ def group_advantages(*, scores: Array, scale_by_std: bool, eps: float = 1e-4) ->
     `scale_by_std` a prompt whose replies hardly differ does not count as one whose replies do (arXiv 2503.20783).
     """
     scores = scores.astype(jnp.float32)
-    scores -= scores[:, :1]  # else the mean of three times 0.1 is not 0.1, and equal scores would differ from it
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
+    above = scores - scores[:, :1]  # 0 where all are equal: three times 0.1 over 3 need not be 0.1
+    centred = above - jnp.mean(above, axis=-1, keepdims=True)
     if not scale_by_std:
         return centred
     variance = jnp.sum(centred**2, axis=-1, keepdims=True) / max(scores.shape[-1] - 1, 1)
