@@ -1,7 +1,7 @@
 """The arithmetic of PPO, GRPO and DPO against plain loops in float64, and against what others got wrong. Run:
 pytest tests/test_rl.py
 
-Arrays hold NaN outside the mask, in every test: whatever reads it fails.
+Outside the mask random arrays hold NaN: whatever reads it fails.
 """
 
 import math
@@ -26,6 +26,7 @@ MASKS = npst.arrays(bool, (ROWS, LENGTH)).filter(np.any)  # with holes, padding 
 SEEDS = st.integers(0, 2**31)
 SHARES = st.floats(0, 1, width=32)
 STATIC = ("shift_mean", "scale_by_std")
+END, STOP, PAD = 5, 6, 0
 
 
 @cache
@@ -452,6 +453,15 @@ def one_token_loss(logits: jax.Array, drawn: jax.Array, scores: jax.Array) -> ja
     )
 
 
+def test_a_response_that_was_cut_off_can_be_left_out() -> None:
+    tokens = jnp.array([[1, 2, END], [1, 2, 3]])
+    found = responses.extent(tokens=tokens, drawn=jnp.ones_like(tokens, bool), ends=(END,))
+    mask = found.mask & found.ended[:, None]
+    given = {"old_logprobs": jnp.zeros((2, 3)), "ref_logprobs": jnp.ones((2, 3)), "response_advantages": jnp.ones(2)}
+    slope = jax.grad(lambda x: losses.grpo_loss(logprobs=x, **given, mask=mask, clip=0.2, beta=0.04, count=3))
+    assert np.any(slope(jnp.zeros((2, 3))), axis=-1).tolist() == [True, False]
+
+
 def test_grpo_finds_each_prompts_best_token() -> None:
     worth = jnp.array(np.random.default_rng(0).permuted(np.tile(np.arange(5.0), (4, 1)), axis=1))
 
@@ -526,7 +536,6 @@ def test_ema() -> None:
 
 # What others got wrong: each check passes on ours and fails with the mistake put back
 
-END, STOP, PAD = 5, 6, 0
 LOGPROBS = np.array([[-1.0, -2.0, -0.5, np.nan], [-1.5, -0.25, np.nan, np.nan]], np.float32)
 REF_LOGPROBS = np.array([[-1.5, -1.0, -0.75, np.nan], [-1.0, -0.5, np.nan, np.nan]], np.float32)
 MASK = ~np.isnan(LOGPROBS)
