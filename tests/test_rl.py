@@ -7,6 +7,7 @@ Outside the mask random arrays hold NaN: whatever reads it fails.
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -319,12 +320,14 @@ def test_three_estimates_of_one_kl() -> None:
 # DPO against PyTorch
 
 
+@pytest.mark.skipif(not find_spec("torch"), reason="needs the peers extra")
 @pytest.mark.usefixtures("one_torch_thread")
 @FEW
 @given(SEEDS, npst.arrays(bool, (2, 3, LENGTH)), st.sampled_from([0.0, 0.1]))
 def test_dpo_is_that_of_pytorch(seed: int, mask: np.ndarray, smoothing: float) -> None:
     """From logits, of whose tokens those in the mask are responses, to loss and gradient."""
-    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    import torch
+
     rng = np.random.default_rng(seed)
     logits, ref = rng.normal(size=(2, *mask.shape, 7)).astype(np.float32)
     tokens = rng.integers(0, 7, mask.shape)
