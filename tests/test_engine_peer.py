@@ -86,10 +86,16 @@ def test_greedy_texts_of_50_prompts_are_those_of_transformers(pair: tuple[Any, a
             pad_token_id=EOT,
         )[0, len(ids) :].tolist()
         assert reply.tokens == out
-        whole = b"".join(model.tokenizer.pieces[i] for i in out if i != EOT)
-        assert reply.text == codecs.getincrementaldecoder("utf-8")("replace").decode(whole)
+        assert reply.text == shown(b"".join(model.tokenizer.pieces[i] for i in out if i != EOT))
         lengths.add(len(out))
     assert len(lengths) > 3
+
+
+def shown(data: bytes) -> str:
+    """The text less the beginning of a character at its end. For the first two bytes of a surrogate, which begin none,
+    Python's decoder waits all the same."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    return text + "\ufffd\ufffd" if data[-2:-1] == b"\xed" and data[-1] in range(0xA0, 0xC0) else text
 
 
 def test_log_probabilities_of_prompt_and_reply_are_those_of_transformers(pair: tuple[Any, api.Model, Engine]) -> None:
