@@ -65,7 +65,7 @@ def _numbers(records: list[Record], name: str) -> list[float]:
 
 def _figures(record: Record) -> str:
     """An evaluation in words: 2.8712 nats, 3.1021 bits per byte."""
-    figures = {name: value for name, value in record.items() if name not in PLACE}
+    figures = {name: value for name, value in record.items() if name not in PLACE and not isinstance(value, list)}
     words = {"loss": "nats"}
     return ", ".join(f"{_shown(v, '.4f')} {words.get(name, name.replace('_', ' '))}" for name, v in figures.items())
 
