@@ -22,8 +22,8 @@ def validate(config: Config) -> Config:
         _fine_tuning(config)
     if isinstance(config, RewardConfig) and not config.init_from:
         raise UserError(
-            "init_from: empty, and a reward model starts from the run whose replies it is to score, fine-tuned (stage sft) "
-            "or pretrained; name it"
+            "init_from: empty, and a reward model starts from the run whose replies it is to score, fine-tuned (stage "
+            "sft) or pretrained; name it"
         )
     optimizer = config.optimizer
     if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:

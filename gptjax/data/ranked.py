@@ -48,7 +48,7 @@ class Rankings(ExampleSet):
 def open_rankings(
     config: RankingConfig, source: TextSource, chat: ChatFormat, seq_len: int, report: Report = lambda *_: None
 ) -> Rankings:
-    """The rankings of a split. Raises UserError where there are none, and where a prompt has more replies than a row."""
+    """The rankings of a split. Raises UserError where there are none, or one has more replies than a row."""
     size, replies = measure(config, source, chat, lambda text: _sizes(text, chat), report).T
     there, long = replies > 0, size > seq_len
     if (most := replies.max()) > config.max_replies:

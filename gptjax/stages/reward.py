@@ -88,9 +88,7 @@ class Reward(FromExamples[Rankings]):
         tokens = rows.tokens.reshape(-1, rows.tokens.shape[-1])
         return self.scores(params, tokens, rows.last.reshape(-1), key).reshape(rows.ranks.shape)
 
-    def evaluate(
-        self, params: Any, place: Callable[[RankedRows], RankedRows], rows: Sequence[int]
-    ) -> dict[str, Any]:
+    def evaluate(self, params: Any, place: Callable[[RankedRows], RankedRows], rows: Sequence[int]) -> dict[str, Any]:
         """See `pairs.figures`."""
         c = self.config
         batches = eval_batches(self.evaluation, c.micro_batch_size, rows, c.train.eval_batches)
