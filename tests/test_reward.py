@@ -57,13 +57,13 @@ T, K = 32, 4
 
 @pytest.fixture(scope="session")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 prompts with two to four replies, of which more letters a are better, as many are tied."""
+    """400 prompts with two to four replies, of which more vowels are better, as many are tied."""
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("rankings") / "all.jsonl"
     lines = []
     while len(lines) < 400:
-        replies = ["".join(rng.choices("ab", k=4)) for _ in range(rng.randint(2, K))]
-        ranks = [reply.count("b") + 1 for reply in replies]
+        replies = ["".join(rng.choices("aebcd", k=4)) for _ in range(rng.randint(2, K))]
+        ranks = [5 - sum(letter in "ae" for letter in reply) for reply in replies]
         if len(set(ranks)) > 1:
             lines.append(json.dumps({"prompt": f"say {len(lines)}", "replies": replies, "ranks": ranks}))
     path.write_text("\n".join(lines) + "\n")
@@ -437,11 +437,12 @@ def test_figures_of_pairs_are_those_counted_one_by_one() -> None:
 
 @pytest.fixture(scope="session")
 def run(small: RewardConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """To its end, evaluated there."""
+    """To its end, evaluated on the way."""
     folder = tmp_path_factory.mktemp("reward")
     with pytest.MonkeyPatch.context() as patch:
         alone(patch)
-        assert cli.run(["train", as_file(small, folder), "--run", str(folder / "run")]) == 0
+        config = replace(small, train=replace(small.train, eval_interval=20))
+        assert cli.run(["train", as_file(config, folder), "--run", str(folder / "run")]) == 0
     return folder / "run"
 
 
@@ -452,11 +453,12 @@ def alone(patch: pytest.MonkeyPatch) -> None:
 
 def test_a_ranked_task_is_learned_and_its_figures_logged(run: Path, stage: Reward, small: RewardConfig) -> None:
     before, *_, after = records(run, "eval")
-    assert before["step"] == 0 and 0.3 < before["accuracy"] < 0.7
+    assert before["step"] == 0 and before["accuracy"] < 0.8
     assert after["accuracy"] > 0.95 and after["accuracy_low"] < after["accuracy"] <= after["accuracy_high"]
     assert after["loss"] < 0.3 < before["loss"] and after["calibration_error"] < 0.1
     assert records(run, "train")[-1]["tokens"] == 2 * len(stage.training) * K * T
     kept = json.loads((run / "score.json").read_text())
+    assert list(kept) == [str(r["step"]) for r in records(run, "eval")]
     assert kept[str(after["step"])] == {"mean": after["score_mean"], "std": after["score_std"]}
     assert cli.run(["report", str(run)]) in (0, None)
     assert (run / "report.html").is_file()
@@ -569,7 +571,7 @@ def steps(config: RewardConfig, devices: int) -> tuple[list[float], Any]:
 @pytest.fixture(scope="session")
 def steady(small: RewardConfig) -> RewardConfig:
     """An epsilon that keeps Adam from blowing the rounding of a vanishing gradient up; three replies; dropout."""
-    model = replace(small.model, seq_len=16, window=3, dropout=0.1)
+    model = replace(small.model, seq_len=16, attention_pattern=("dense",), dropout=0.1)
     train = replace(small.train, batch_size=16, micro_batch_size=8)
     data = replace(small.data, max_replies=3)
     return replace(small, model=model, train=train, data=data, optimizer=replace(small.optimizer, eps=1e-4))

@@ -61,7 +61,7 @@ def parse(text: str) -> Ranked:
 
 
 def _no_form(names: Sequence[str]) -> str:
-    known = " or ".join(", ".join(form) for form in FORMS)
+    known = " nor ".join(", ".join(form) for form in FORMS)
     return f"neither {known} among its fields {', '.join(names) or 'none'}"
 
 
