@@ -461,7 +461,7 @@ def test_a_ranked_task_is_learned_and_its_figures_logged(run: Path, stage: Rewar
     assert list(kept) == [str(r["step"]) for r in records(run, "eval")]
     assert kept[str(after["step"])] == {"mean": after["score_mean"], "std": after["score_std"]}
     assert cli.run(["report", str(run)]) in (0, None)
-    assert (run / "report.html").is_file()
+    assert (run / "calibration.png").is_file() and (run / "report.html").read_text().count("<img") == 2
 
 
 def test_a_scorer_gives_held_out_replies_mean_0_and_deviation_1(run: Path, stage: Reward) -> None:

@@ -15,8 +15,8 @@ BINS = 10  # of the predicted probability, from 1/2 to 1
 def figures(scores: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
     """scores, ranks [N, K], rank 1 the best and 0 no reply -> by name:
 
-    loss: nats, the mean over prompts of each one's mean over its pairs; score_mean, score_std: of all replies;
-    accuracy: share of pairs whose better reply has the higher score (an equal score is wrong), accuracy_low and _high:
+    loss: nats, the mean over prompts of each one's mean over its pairs; score_mean, score_std: of all replies, shifted
+    by which they are rewards; accuracy: share of pairs whose better reply has the higher score (an equal score is wrong), accuracy_low and _high:
     Wilson's 95% interval of as many independent pairs, too narrow where a prompt has several; accuracy_near, _middle
     and _far: of the third of pairs with the smallest gaps between scores, of the middle and of the largest;
     calibration: [predicted, observed, pairs] of each bin of sigmoid(gap), the predicted probability that the reply with
@@ -32,14 +32,14 @@ def figures(scores: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
     bins = _bins(1 / (1 + np.exp(-size)), right)
     return {
         "loss": float((nats[counts > 0] / counts[counts > 0]).mean()),
-        "score_mean": float(replies.mean()),
-        "score_std": float(replies.std()),
         "accuracy": float(right.mean()),
         "accuracy_low": float(interval.low),
         "accuracy_high": float(interval.high),
         **{f"accuracy_{name}": float(t.mean()) for name, t in zip(TERCILES, thirds, strict=True) if len(t)},
         "calibration_error": sum(count * abs(said - seen) for said, seen, count in bins) / len(right),
         "calibration": bins,
+        "score_mean": float(replies.mean()),
+        "score_std": float(replies.std()),
     }
 
 
