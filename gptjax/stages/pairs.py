@@ -15,12 +15,12 @@ BINS = 10  # of the predicted probability, from 1/2 to 1
 def figures(scores: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
     """scores, ranks [N, K], rank 1 the best and 0 no reply -> by name:
 
-    loss: nats, the mean over prompts of each one's mean over its pairs; score_mean, score_std: of all replies, shifted
-    by which they are rewards; accuracy: share of pairs whose better reply has the higher score (an equal score is wrong), accuracy_low and _high:
-    Wilson's 95% interval of as many independent pairs, too narrow where a prompt has several; accuracy_near, _middle
-    and _far: of the third of pairs with the smallest gaps between scores, of the middle and of the largest;
-    calibration: [predicted, observed, pairs] of each bin of sigmoid(gap), the predicted probability that the reply with
-    the higher score is the better one; calibration_error: the mean over pairs of |predicted - observed| of their bins.
+    loss: nats, the mean over prompts of each one's mean over its pairs; accuracy: share of pairs whose better reply has
+    the higher score (an equal score is wrong); accuracy_low, _high: Wilson's 95% interval of as many independent pairs,
+    too narrow where a prompt has several; accuracy_near, _middle, _far: of the third of pairs with the smallest gaps
+    between scores, of the next and of the largest; calibration: [predicted, observed, pairs] of each bin of
+    sigmoid(|gap|), the predicted probability that the reply with the higher score is the better one; calibration_error:
+    the mean over pairs of |predicted - observed| of their bins; score_mean, score_std: of all replies.
     """
     scores, better = scores.astype(np.float64), is_better(ranks)
     gaps = scores[:, :, None] - scores[:, None, :]

@@ -1,5 +1,6 @@
 """Reward model: a decoder with a scalar head that learns which of a prompt's replies people prefer."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +109,8 @@ class Reward(FromExamples[Rankings]):
     def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
         """Writes SCORES, whole, by which `scorer` shifts this step's scores."""
         path = run / SCORES
+        if not math.isfinite(figures["score_mean"]):  # which ends the run
+            return
         known = read_json(path, "remove it, and the next evaluation writes it anew") if path.exists() else {}
         known[str(step)] = {"mean": figures["score_mean"], "std": figures["score_std"]}
         try:
