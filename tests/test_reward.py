@@ -368,7 +368,9 @@ def test_records_are_rankings_or_left_out_for_a_reason(row: Any, kept: Any) -> N
             Ranking("refuse").document(row, "here:1")
 
 
-def test_what_is_left_out_is_counted_and_nothing_left_is_one_line(small: RewardConfig, tmp_path: Path) -> None:
+def test_what_is_left_out_is_counted_and_nothing_left_is_one_line(
+    small: RewardConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = [{"prompt": "Hi", "replies": ["a", "b"], "ranks": ranks} for ranks in ([1, 1], [1], [1, 2, 3])]
     good = [{"prompt": f"Hi {i}", "replies": ["a", "b"], "ranks": [1, 2]} for i in range(20)]
     path = tmp_path / "rankings.jsonl"
@@ -377,6 +379,10 @@ def test_what_is_left_out_is_counted_and_nothing_left_is_one_line(small: RewardC
     found = made(replace(small, data=data)).training
     assert len(found) == 20
     assert found.left_out == Counter({"all replies tied": 1, "other numbers of replies and of ranks": 2})
+    cli.run(["data", as_file(replace(small, data=data), tmp_path)])
+    out = capsys.readouterr().out
+    assert "20 prompts with 40 ranked replies" in out and "[rank 1] a\n[rank 2] b" in out
+    assert "2 left out: other numbers of replies and of ranks" in out
     path.write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(
         UserError, match=r"all of its 3 records are dropped, the first for: all replies tied; mend them$"
@@ -588,9 +594,9 @@ def single(steady: RewardConfig) -> tuple[list[float], Any]:
         LayoutConfig(fsdp=8),
         LayoutConfig(data=4, fsdp=1, tensor=2),
         pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.slow),
-        pytest.param(LayoutConfig(data=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),
     ],
-    ids=["fsdp8", "data4_tensor2", "fsdp2_context4", "data2_fsdp2_tensor2_sequence"],
+    ids=["fsdp8", "data4_tensor2", "fsdp2_context4", "pipeline2_fsdp2_tensor2_sequence"],
 )
 def test_a_layout_learns_what_one_device_does(
     layout: LayoutConfig, steady: RewardConfig, single: tuple[list[float], Any]
