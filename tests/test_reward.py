@@ -614,6 +614,14 @@ def test_the_head_is_sharded_by_the_table_and_stays_in_float32(steady: RewardCon
     assert [*layout.shardings(boxed)["score"]["kernel"].spec] == ["fsdp"]
     shapes = jax.eval_shape(lambda p: narrow(p, jnp.dtype("bfloat16")), nn.unbox(boxed))
     assert shapes["score"]["kernel"].dtype == jnp.float32 and shapes["embedding"].dtype == jnp.bfloat16
+    halved = Reward(replace(steady, model=replace(steady.model, dtype="bfloat16")), "cpu")
+    assert halved.network.plain_model.dtype == jnp.bfloat16
+    scores, loss = jax.eval_shape(
+        lambda p, r: (halved._scores_of_rows(p, r, None), halved.loss(p, r, halved.counts(r), None)),
+        nn.unbox(boxed),
+        halved.random_rows(0, (2,)),
+    )
+    assert (scores.shape, scores.dtype, loss.dtype) == ((2, 3), jnp.float32, jnp.float32)
 
 
 # Before a run
