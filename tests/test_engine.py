@@ -286,3 +286,25 @@ def test_cancelled_anywhere_and_the_others_unharmed() -> None:
 def test_common_beginnings(a: list[int], b: list[int]) -> None:
     n = common(a, b)
     assert a[:n] == b[:n] and (a[n : n + 1] != b[n : n + 1] or n == min(len(a), len(b)))
+
+
+@pytest.mark.parametrize("name", ["fill", "decode", "rest"])
+def test_cut_off_in_a_call_that_has_taken_the_caches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C there: all that was asked ends, and the next request is answered as ever."""
+    runner, doomed = engine("both"), [Request(prompt(20, 1), 9, GREEDY), Request(prompt(3, 2), 9, WARM)]
+    runner.clear()
+    replies = [runner.submit(request) for request in doomed]
+    real = getattr(runner.programs, name)
+
+    def interrupted(*arguments: object) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(runner.programs), name, interrupted)  # where cached_property keeps it
+        with pytest.raises(KeyboardInterrupt):
+            while runner.busy:
+                runner.step()
+    assert {reply.reason for reply in replies} == {"cancelled"} and not runner.busy
+    (reply,) = runner.run([Request(prompt(20, 1), 9, GREEDY)])
+    assert_equal("both", reply)

@@ -225,6 +225,13 @@ def test_the_prompt_is_not_searched(by_bytes: Engine) -> None:
 pieces_of_text = st.text(st.sampled_from("ab.é東😀\ufffd"), max_size=12)
 
 
+def test_half_a_surrogate_is_no_half_character() -> None:
+    """No byte can complete it, for which Python's decoder waits all the same."""
+    stream = TextStream(BYTES)
+    assert [stream.add(byte) for byte in b"a\xed\xa0"] == ["a", "", ""]
+    assert stream.end() == "\ufffd\ufffd" and stream.text == "a\ufffd\ufffd"
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_any_text_in_any_pieces(data: st.DataObject) -> None:
@@ -358,6 +365,8 @@ def test_a_bias_forces_and_bans(small: Engine) -> None:
     bans = dict.fromkeys(range(256), -math.inf)
     (only,) = small.run([Request([*b"abc"], 8, Sampling(5.0, 7, 0.9, logit_bias=bans))])
     assert set(only.tokens) <= set(range(256, 261))
+    with pytest.raises(UserError, match="logit_bias: of -inf for every token; leave one that may be drawn"):
+        small.submit(Request([*b"abc"], 8, Sampling(logit_bias=dict.fromkeys(range(261), -math.inf))))
 
 
 def programs(engine: Engine) -> int:

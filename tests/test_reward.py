@@ -40,7 +40,8 @@ from gptjax.data.sources import build
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
-from gptjax.model.scalar import last_places, ranking_nats
+from gptjax.model.scalar import ranking_nats
+from gptjax.rl.responses import extent
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Base, Reward, launch, stage_class
@@ -244,7 +245,6 @@ def test_a_prompts_loss_is_the_mean_over_its_pairs_whatever_their_number(count: 
 
 
 END, PAD = 7, 0
-TEXT = [3, 4, 5, END, 1, 2]  # the prompt is the first two
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,18 @@ TEXT = [3, 4, 5, END, 1, 2]  # the prompt is the first two
     [([END, PAD, PAD, PAD], 0), ([4, END, PAD, PAD], 1), ([4, 5, 6, END], 3), ([4, 5, 6, 4], 3), ([4, 5, PAD, PAD], 1)],
 )
 @pytest.mark.parametrize("pad", [PAD, END])
-def test_a_score_is_read_at_the_first_end_or_the_last_token(reply: list[int], place: int, pad: int) -> None:
-    """Ends first, in the middle, last and absent; an end in the prompt is none of the reply's; padding is as an end."""
+def test_a_score_is_read_at_the_first_end_or_the_last_token(
+    reply: list[int], place: int, pad: int, params: Any, scored: Any
+) -> None:
+    """Ends first, in the middle, last and absent, in the prompt and as padding: what a rollout calls a response's last
+    token is where a ranked reply of the same tokens is read, and what is behind it changes no bit."""
     length = next((i for i, token in enumerate(reply) if token == PAD), 4)
-    tokens = np.array([[3, END, *reply[:length], *[pad] * (4 - length)]])
-    found = last_places(tokens, np.array([2]), np.array([2 + length]), (END,))
-    assert found.tolist() == [2 + place] and found.dtype == jnp.int32
+    tokens = np.array([[3, END, *reply[:length], *[pad] * (4 - length)]], np.int32)
+    drawn = (np.arange(6) >= 2) & (np.arange(6) < 2 + length)
+    last = extent(tokens=jnp.asarray(tokens), drawn=jnp.asarray(drawn[None]), ends=(END,)).last
+    assert last.tolist() == [2 + place] and last.dtype == jnp.int32
+    cut = np.where(np.arange(6) > 2 + place, 9, tokens)
+    assert np.array_equal(scored(params, tokens, last), scored(params, cut, last))
 
 
 def test_what_stands_behind_the_last_token_changes_no_bit(params: Any, scored: Any) -> None:

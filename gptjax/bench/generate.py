@@ -41,6 +41,8 @@ class Options:
 
     weights: tuple[str, ...] = ("auto",)
     """How parameters are held, each a row."""
+    workloads: tuple[str, ...] = ()
+    """Those to run of `workloads`; empty is all."""
     slots: int = 16
     steps: int = 4
     """Tokens that are decoded between two looks."""
@@ -67,7 +69,7 @@ def run(config: Config, options: Options, out: Path) -> str:
     """Measure, write OUT/generate.json; the table as text. Raises UserError where nothing can be measured."""
     if options.peer and not Path(options.peer).is_file():
         raise UserError(f"--peer {options.peer}: no such file; name a script such as tests/peers/generate_torch.py")
-    jobs = workloads(config)
+    jobs = _chosen(workloads(config), options.workloads)
     rows: list[Row] = []
     for turn in range(options.rounds):
         for weights in options.weights:
@@ -82,6 +84,13 @@ def run(config: Config, options: Options, out: Path) -> str:
     result = {"benchmark": "generate", **about, "config": config.name, "settings": asdict(options), "rows": rows}
     save(result, out / "generate.json")
     return f"{table(result)}\n\n{out / 'generate.json'}"
+
+
+def _chosen(every: dict[str, Work], names: tuple[str, ...]) -> dict[str, Work]:
+    for name in names:
+        if name not in every:
+            raise UserError(f"--workloads {name}: choose from {', '.join(every)}")
+    return {name: every[name] for name in names or every}
 
 
 def _side(name: str, turn: int, job: dict[str, Any], timeout: float, command: tuple[str, ...]) -> Row:
@@ -137,12 +146,12 @@ def _child() -> None:
     engine = Engine(network.decoder, _params(network, job["weights"]), slots=job["slots"], steps=job["steps"])
     dtype = network.decoder.dtype
     bounds = limits(dtype) | {"reads": _read_rate()}
-    answers = {}
+    answers, rng = {}, np.random.default_rng(0)  # one for all: no prompt begins as another
     for name, work in job["workloads"].items():
         started = time.perf_counter()
-        measured(engine, work)  # compiles
+        measured(engine, work, rng)  # compiles
         warm = time.perf_counter() - started
-        answers[name] = measured(engine, work) | {"warm_s": warm} | _shares(engine, work, bounds)
+        answers[name] = measured(engine, work, rng) | {"warm_s": warm} | _shares(engine, work, bounds)
         answers[name] = _judged(answers[name])
     programs = engine.programs
     count = sum(jitted._cache_size() for jitted in (programs.fill, programs.decode, programs.admit, programs.copy))
@@ -155,11 +164,11 @@ def _params(network: Network, weights: str) -> Any:
     return make(jax.random.key(0))
 
 
-def measured(engine: Engine, work: Work, clock: Callable[[], float] = time.perf_counter) -> Row:
+def measured(
+    engine: Engine, work: Work, rng: np.random.Generator, clock: Callable[[], float] = time.perf_counter
+) -> Row:
     """Tokens per second of all requests together, seconds to the first token of each and between the others."""
-    rng, size = np.random.default_rng(0), engine.model.config.vocab_size
-    greedy = Sampling(0.0)
-    engine.forget()  # nothing to share with the last time
+    size, greedy = engine.model.config.vocab_size, Sampling(0.0)
     started = clock()
     replies = [engine.submit(Request(rng.integers(0, size, p).tolist(), o, greedy)) for p, o in work]
     first: dict[int, float] = {}

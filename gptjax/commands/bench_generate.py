@@ -22,6 +22,8 @@ class Command:
     """Folder for the results."""
     weights: tuple[str, ...] = ("auto",)
     """How parameters are held, each a row: auto, float32, bfloat16, int8."""
+    workloads: tuple[str, ...] = ()
+    """Which of them: one, sixteen, mixed, long; empty is all."""
     slots: Positive = 16
     """Replies in progress at once."""
     steps: Positive = 4
@@ -38,5 +40,5 @@ class Command:
         """Measure, write, and print the table."""
         from gptjax.bench.generate import Options, run
 
-        flags = self.weights, self.slots, self.steps, self.peer, self.rounds, self.timeout
+        flags = self.weights, self.workloads, self.slots, self.steps, self.peer, self.rounds, self.timeout
         print(run(load_config(self.config, [*self.overrides]), Options(*flags), self.out))

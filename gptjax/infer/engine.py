@@ -8,6 +8,7 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,7 +163,7 @@ class Engine:
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
         self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
-        self._free, self._store = list(range(slots)), deque(range(slots, slots + prefixes))
+        self._store = deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
         self._recent: deque[Request] = deque(maxlen=32)
@@ -171,7 +172,10 @@ class Engine:
     def clear(self) -> None:
         """End all requests and give the memory of their caches back until the next one comes."""
         for reply in [*self._waiting, *(taken.reply for taken in self._taken.values())]:
-            self.cancel(reply)
+            self._end(reply, "cancelled")
+        self._waiting.clear()
+        self._taken.clear()
+        self._free = list(range(self.slots))
         self._slots: Slots | None = None
         self._held: list[list[int]] = [[] for _ in range(self.programs.rows)]  # the tokens in each row's cache
         self._stale: set[int] = set()  # rows that other parameters have a part in: nothing goes on from them
@@ -198,10 +202,6 @@ class Engine:
     def params(self, params: Any) -> None:
         """Others from now on, also for what is half done. What prompts shared is forgotten."""
         self._params = self._arranged(params)
-        self.forget()
-
-    def forget(self) -> None:
-        """Let no later prompt go on from what earlier ones left in the caches."""
         self._stale |= set(range(len(self._held)))
 
     def _arranged(self, params: Any) -> Any:
@@ -219,6 +219,8 @@ class Engine:
         wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
         if wrong:
             raise UserError(f"token {wrong[0]}: outside the vocabulary, 0 to {size - 1}")
+        if not np.isfinite(self._biases(request)).any():
+            raise UserError("logit_bias: of -inf for every token; leave one that may be drawn")
         stream = TextStream(self.tokenizer, request.prompt, request.stop) if self.tokenizer else None
         if request.stop and stream is None:
             raise ValueError("stop strings need an engine with a tokenizer")
@@ -240,8 +242,9 @@ class Engine:
             self._waiting.remove(reply)
         for number, taken in list(self._taken.items()):
             if taken.reply is reply:
-                self._rest(number)
-                self._release(number)
+                with self._whole():
+                    self._rest(number)
+                    self._release(number)
 
     def run(self, requests: Iterable[Request]) -> list[Reply]:
         """All of them, to their ends."""
@@ -264,12 +267,23 @@ class Engine:
     def step(self) -> None:
         """One round. Rows that speak never wait for more than one call of prompts; rows that are yet to begin wait
         until all prompts that have a row are in, since a step costs little more for many rows than for one."""
-        self._admit()
-        self._fill()
-        self._admit()  # what waited for a prefix
-        speaking = any(taken.reply.tokens for taken in self._taken.values())
-        if speaking or all(taken.filled == taken.goal for taken in self._taken.values()):
-            self._decode()
+        with self._whole():
+            self._admit()
+            self._fill()
+            self._admit()  # what waited for a prefix
+            speaking = any(taken.reply.tokens for taken in self._taken.values())
+            if speaking or all(taken.filled == taken.goal for taken in self._taken.values()):
+                self._decode()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is cut off in the middle, as by Ctrl-C, may have given the caches away and got none back: everything
+        ends then, and the engine begins anew."""
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
 
     # Rows and prefixes
 
@@ -353,9 +367,6 @@ class Engine:
     def _start(self, number: int, taken: _Taken) -> None:
         """Tell the devices whose row it is, once the prompt lies in the cache."""
         request, size = taken.reply.request, self.model.config.padded_vocab_size
-        bias = self._bias.copy()
-        for token, value in request.sampling.logit_bias.items():
-            bias[token] += value
         seen = np.zeros(size, bool)
         seen[list(request.prompt)] = True
         stops = np.full(STOPS, -1, np.int32)
@@ -367,7 +378,7 @@ class Engine:
             drawn=np.int32(request.drawn),  # type: ignore[arg-type]
             tops=np.bool_(request.tops > 0),  # type: ignore[arg-type]
             knobs=Knobs.of(request.sampling),
-            bias=bias,  # type: ignore[arg-type]
+            bias=self._biases(request),  # type: ignore[arg-type]
             counts=np.zeros(size, np.int32),  # type: ignore[arg-type]
             seen=seen,  # type: ignore[arg-type]
             stops=stops,  # type: ignore[arg-type]
@@ -497,6 +508,13 @@ class Engine:
         reply.reason = reason
         if reply.stream:
             reply.stream.end()
+
+    def _biases(self, request: Request) -> np.ndarray:
+        """float32 [V']: what a request adds to the logits."""
+        bias = self._bias.copy()
+        for token, value in request.sampling.logit_bias.items():
+            bias[token] += value
+        return bias
 
     def _allowed(self) -> np.ndarray:
         """float32 [V']: 0 for ids that may be drawn, -inf for those that stand for nothing."""

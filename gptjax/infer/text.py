@@ -64,15 +64,25 @@ class _Bytes:
         self._cut = self._decoder.getstate()[0] != b""
 
     def add(self, token: int) -> str:
-        text = self._decoder.decode(self._pieces[token])
+        return self._own(self._decoder.decode(self._pieces[token]))
+
+    def end(self) -> str:
+        """Of what is left nothing, where it is a part of a character. The first two bytes of a surrogate are none, for
+        which the decoder nevertheless waits."""
+        left = self._decoder.getstate()[0]
+        try:
+            left.decode()
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                return self._own(left.decode(errors="replace"))
+        return ""
+
+    def _own(self, text: str) -> str:
+        """Less what stands for a character that the prompt began."""
         if self._cut and text:
             self._cut = False
             return text.removeprefix("\ufffd")  # the reply did not complete it, and it is the prompt's
         return text
-
-    def end(self) -> str:
-        """Nothing: what is left is a part of a character."""
-        return ""
 
 
 class _Joined:

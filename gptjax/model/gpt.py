@@ -349,6 +349,15 @@ class GPT(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             (x, cache), _ = scanned(*settings, name="units")((x, cache), at, segments, noise, jnp.arange(units))
+        elif at is not None:  # traced once for all units, which is most of what the start of an engine takes
+            one_unit = Unit(*settings, parent=None)
+
+            @jax.jit
+            def go(weights: Any, x: Array, cache: Cache, at: At, number: Any) -> tuple[Array, Cache]:
+                return one_unit.apply({"params": weights}, (x, cache), at, None, None, number)[0]
+
+            for i in range(units):
+                x, cache = go(self.variables["params"][f"unit_{i}"], x, cache, at, i)
         else:
             for i in range(units):
                 (x, cache), _ = unit(*settings, name=f"unit_{i}")((x, cache), at, segments, noise, i)

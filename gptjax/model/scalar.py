@@ -40,18 +40,6 @@ def read(head: Any, hidden: Array, here: Array) -> Array:
     return jnp.sum(chosen * head["kernel"].astype(jnp.float32), axis=-1) + head["bias"].astype(jnp.float32)
 
 
-def last_places(tokens: Array, begins: Array, lengths: Array, ends: tuple[int, ...]) -> Array:
-    """Where replies are scored, int32 [B]: at the first token of `ends` that a reply has, else at its last token.
-
-    tokens [B, T]; a reply is tokens [begins, lengths) of its row. What stands behind the first end, or at `lengths` and
-    after, is not looked at, so an id of padding may be one of `ends`.
-    """
-    places = jnp.arange(tokens.shape[1])
-    inside = (places >= begins[:, None]) & (places < lengths[:, None])
-    ended = inside & jnp.isin(tokens, jnp.asarray(ends))
-    return jnp.where(ended.any(-1), jnp.argmax(ended, axis=-1), lengths - 1).astype(jnp.int32)
-
-
 def ranking_nats(scores: Array, ranks: Array) -> Array:
     """InstructGPT's loss of each prompt (arXiv 2203.02155, equation 1), float32 [...]: the mean over pairs of replies
     whose ranks differ of -log sigmoid(score of the better - score of the worse); 0 where there is no pair.

@@ -30,7 +30,8 @@ class Scorer:
 
     score: Score
     """(params, tokens int32 [B, T], last int32 [B]) -> float32 [B]: of texts in the chat format, from the left, each
-    read at the place of its last token (see model.scalar.last_places). A pure function, to be part of a program."""
+    read at the place of its last token (of a reply that was drawn, `rl.responses.extent(...).last`). A pure function,
+    to be part of a program."""
     params: Any
     tokenizer: Tokenizer
     """Whoever is scored must have the same."""
