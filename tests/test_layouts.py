@@ -18,7 +18,7 @@ from gptjax.config import Config, LayoutConfig, SFTConfig, to_json
 from gptjax.config.load import load_config
 from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
-from gptjax.model.accounting import num_params
+from gptjax.model.accounting import num_params, scalar_params
 from gptjax.model.gpt import GPT, forward
 from gptjax.model.loss import log_probs
 from gptjax.planner.bill import read
@@ -356,7 +356,8 @@ def test_shipped_config(path: Path, tmp_path: Path) -> None:
     state = abstract_state(config, task)
     model = config.model
     padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(model) + padding
+    head = 0 if config.predicts else scalar_params(model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(model) + padding + head
     assert layout.replicated(state) == []
     kernel = layout.shardings(state).params
     for leaf in jax.tree.leaves(kernel):

@@ -79,6 +79,9 @@ class Toy:
         self.evaluated.append(float(jnp.sum(params["w"])))
         return self.figures(len(self.evaluated) - 1)
 
+    def keep(self, run: Path, step: int, figures: dict[str, float]) -> None:
+        pass
+
     def sample(self, params: Any) -> str:
         return f"w is {float(params['w'][0]):.3f} \N{SNOWMAN}"
 

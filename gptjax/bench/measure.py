@@ -54,14 +54,15 @@ def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[s
     """Median and spread in seconds, tokens per second over all devices, and MFU where the devices' peak is known: by
     the exact count of FLOPs, and, where all parameters are trained, by 6 N + 12 L T D."""
     low, high = np.percentile(times, (10, 90))
-    rate = config.train.batch_size * config.model.seq_len / median(times)
-    peak, whole = peak_flops(facts["device"]), config.adapter is None
+    rate = config.train.batch_size * config.row_tokens / median(times)
+    flops = train_flops_per_token(config.model, config.adapter, config.predicts)
+    peak, whole = peak_flops(facts["device"]), config.adapter is None and config.predicts
     return {
         "median_s": median(times),
         "p10_s": float(low),
         "p90_s": float(high),
         "tokens_per_s": rate,
-        "mfu": rate * train_flops_per_token(config.model, config.adapter) / (peak * facts["count"]) if peak else None,
+        "mfu": rate * flops / (peak * facts["count"]) if peak else None,
         "mfu_6n": rate * train_flops_per_token_6n(config.model) / (peak * facts["count"]) if peak and whole else None,
     }
 

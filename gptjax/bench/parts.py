@@ -124,10 +124,11 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     LayerNorm with its residual moves 6 numbers a channel. The optimizer reads and writes the state and reads gradients.
     """
     model = config.model
-    tokens = config.train.batch_size * model.seq_len
+    tokens = config.train.batch_size * config.row_tokens
     layers, dim = model.num_layers, model.embed_dim
     keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
-    (each, head), adapters = products_per_weight(config.adapter), Counter(adapter_params(model, config.adapter))
+    each, head = products_per_weight(config.adapter, config.predicts)
+    adapters = Counter(adapter_params(model, config.adapter))
     flops = {
         "attention": 12 * dim * keys * tokens,
         "projections": (each * 4 * layers * dim**2 + 6 * (adapters["qkv"] + adapters["projection"])) * tokens,

@@ -23,7 +23,7 @@ from gptjax.hardware import compiler_options
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import SFT, Pretrain, stage_class
+from gptjax.stages import AnyStage, stage_class
 from gptjax.stages.launch import with_text
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import PREFETCH, batches
@@ -40,7 +40,7 @@ class Work:
 
     config: Config
     layout: Layout
-    stage: Pretrain | SFT
+    stage: AnyStage
     shardings: Any
 
     @classmethod
@@ -83,7 +83,7 @@ class Work:
 
     def _scalars(self, i: int) -> tuple[Any, ...]:
         c = self.config
-        lr = learning_rate(c.optimizer, i * c.train.batch_size * c.model.seq_len)
+        lr = learning_rate(c.optimizer, i * c.train.batch_size * c.row_tokens)
         return np.float32(lr), np.int32(c.max_accumulation), np.int32(i)
 
     @contextmanager

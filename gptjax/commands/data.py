@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gptjax.commands.arguments import Overrides, Positional
-from gptjax.config import Config, DataConfig, SFTConfig
+from gptjax.config import Config, DataConfig, RewardConfig, SFTConfig
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
@@ -21,7 +21,7 @@ class Command:
     config: Annotated[str, Positional("CONFIG")] = ""
     """A file of configs/; left out with --cache."""
     examples: Positive = 1
-    """Conversations to show."""
+    """Conversations or rankings to show."""
     cache: bool = False
     """List what was built from local files, in data.cache_dir."""
     remove: str = ""
@@ -34,7 +34,7 @@ class Command:
 
     def run(self) -> None:
         """Print records, digest and the first text of each split, after building what is not built yet, of
-        conversations also what is trained; or the cache."""
+        conversations and rankings also what is learned and what was left out; or the cache."""
         if self.cache:
             self._cache()
         elif not self.config:
@@ -56,6 +56,10 @@ class Command:
             from gptjax.stages.view import show
 
             show(config, corpus, self.examples)
+        elif isinstance(config, RewardConfig):
+            from gptjax.stages.view import show_rankings
+
+            show_rankings(config, corpus, self.examples)
         else:
             for name in (data.train_split, data.eval_split):
                 split = corpus.split(name, data.split_by)

@@ -3,7 +3,7 @@
 import re
 
 from gptjax.config.fields import every_leaf
-from gptjax.config.schema import Config, SFTConfig
+from gptjax.config.schema import Config, RewardConfig, SFTConfig
 from gptjax.errors import UserError
 
 
@@ -20,6 +20,11 @@ def validate(config: Config) -> Config:
     _vocabulary(config)
     if isinstance(config, SFTConfig):
         _fine_tuning(config)
+    if isinstance(config, RewardConfig) and not config.init_from:
+        raise UserError(
+            "init_from: empty, and a reward model starts from the run whose replies it is to score, fine-tuned (stage "
+            "sft) or pretrained; name it"
+        )
     optimizer = config.optimizer
     if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:
         raise UserError(

@@ -166,6 +166,21 @@ class DialogueConfig(SourceConfig):
 
 
 @frozen
+class RankingConfig(DialogueConfig):
+    """Where ranked replies come from: prompt, replies, ranks (1 is best, equal ranks are ties), or chosen, rejected and
+    perhaps a prompt of their own."""
+
+    max_replies: Annotated[int, Field(ge=2, le=9)] = 2
+    """Replies K that a prompt has at most; each of them takes a sequence of the batch, whether it is there or not."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a prompt with a reply that together are longer than the context: the beginning is cut off, or the
+    prompt is left out."""
+    invalid: Literal["refuse", "drop"] = "drop"
+    """What becomes of a record that is no ranking to learn from: the build ends with its place and the reason, or the
+    record is left out and counted by reason."""
+
+
+@frozen
 class OptimizerConfig:
     """AdamW, or Muon for the layers, and the schedule in tokens (GPT-3 paper, appendix B)."""
 
@@ -335,6 +350,21 @@ class Config:
         return None
 
     @property
+    def predicts(self) -> bool:
+        """Whether the model is asked for tokens; else the head over the vocabulary is not computed."""
+        return True
+
+    @property
+    def row_sequences(self) -> int:
+        """Sequences of T tokens that one row of a batch has."""
+        return 1
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one row."""
+        return self.row_sequences * self.model.seq_len
+
+    @property
     def micro_batch_size(self) -> int:
         return self.train.micro_batch_size or self.train.batch_size
 
@@ -367,5 +397,31 @@ class SFTConfig(Config):
         return self.lora if self.lora.rank else None
 
 
-STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig)}
+@frozen
+class RewardConfig(Config):
+    """A reward model of ranked replies (InstructGPT, arXiv 2203.02155, section 3.5). A row is a prompt with all of
+    them."""
+
+    stage: ClassVar[str] = "reward"
+    unused: ClassVar[tuple[str, ...]] = (
+        "model.separate_documents",
+        "data.tokenizer",  # that of init_from: whose replies are scored reads and writes by it, too
+        "data.fields",
+        "data.packing",
+        "train.sample_interval",
+        "train.sample_prompt",
+    )
+
+    data: RankingConfig  # type: ignore[assignment]
+
+    @property
+    def predicts(self) -> bool:
+        return False
+
+    @property
+    def row_sequences(self) -> int:
+        return self.data.max_replies
+
+
+STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig, RewardConfig)}
 """The class of each stage's config."""

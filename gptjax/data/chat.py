@@ -152,6 +152,10 @@ class ChatFormat:
             parts += [self._head(message.role), self._body(message)]
         return np.concatenate([*parts, self._head("assistant")])
 
+    def reply(self, text: str) -> np.ndarray:
+        """Ids of what the assistant says and its <|end|>, int32 [N]; `prompt` and `reply` are what `render` gives."""
+        return self._body(Message("assistant", text))
+
     @property
     def _begin(self) -> np.ndarray:
         return np.array(self.tokenizer.begin, np.int32)

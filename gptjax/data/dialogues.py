@@ -7,7 +7,7 @@ its turns, [["user","Hi"],["assistant","Hello"]], and a row that was dropped is 
 import json
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,8 @@ class Dropped:
     reason: str
 
 
-class _Invalid(Exception):
-    """Why a record is no conversation, in a clause."""
+class Invalid(Exception):
+    """Why a record is none of what is learned from, in a clause."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,30 @@ class Dialogue:
         return [*found]
 
     def document(self, row: Any, where: object) -> str:
-        try:
-            messages = _conversation(row, self.fields)
-        except _Invalid as error:
-            why = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
-            if self.invalid == "drop":
-                return _compact(why.encode(errors="backslashreplace").decode())
-            raise UserError(
-                f"data.source: {where}: {why}; mend it, or leave such records out with data.invalid drop"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"data.source: {where}: a text is not UTF-8 at byte {error.start}; mend or remove it"
-            ) from None
-        return _compact([[message.role, message.content] for message in messages])
+        return kept(lambda: pairs(_conversation(row, self.fields)), self.invalid, where)
+
+
+def kept(make: Callable[[], Any], invalid: str, where: object) -> str:
+    """What a data set keeps of a record, as JSON: what `make` gives, or, where that raises Invalid, the reason.
+
+    Raises UserError that names the place where such records are refused, and for bytes that are no text.
+    """
+    try:
+        return _compact(make())
+    except Invalid as error:
+        why = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        if invalid == "drop":
+            return _compact(why.encode(errors="backslashreplace").decode())
+        raise UserError(
+            f"data.source: {where}: {why}; mend it, or leave such records out with data.invalid drop"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.source: {where}: a text is not UTF-8 at byte {error.start}; mend or remove it") from None
+
+
+def pairs(messages: Sequence[Message]) -> list[list[str]]:
+    """A conversation as JSON keeps it."""
+    return [[message.role, message.content] for message in messages]
 
 
 def parse(text: str) -> list[Message] | Dropped:
@@ -104,70 +114,70 @@ def _no_form(names: Collection[str]) -> str:
 
 
 def _conversation(row: Any, fields: tuple[str, ...]) -> list[Message]:
-    """Messages that can be learned from. Raises _Invalid, and UnicodeDecodeError."""
+    """Messages that can be learned from. Raises Invalid, and UnicodeDecodeError."""
     messages = _messages(row, fields)
     if why := flaw(messages):
-        raise _Invalid(why)
+        raise Invalid(why)
     return messages
 
 
 def _messages(row: Any, fields: tuple[str, ...]) -> list[Message]:
     """Whatever messages there are. Raises as `_conversation`."""
     if not isinstance(row, dict):
-        raise _Invalid(f"{kind(row)}, not an object with fields")
+        raise Invalid(f"{kind(row)}, not an object with fields")
     names = fields or _form(row)
     if not names:
-        raise _Invalid(_no_form(row))
+        raise Invalid(_no_form(row))
     values = [_reach(row, name) for name in names]
     if len(values) == 3:
         return _instructed(names, values)
     if len(values) == 2:
         return [*_side(values[0], names[0], "user"), *_side(values[1], names[1], "assistant")]
-    return _transcript(_text(*values, *names)) if isinstance(values[0], str | bytes) else _listed(*values, *names)
+    return transcript(text_in(*values, *names)) if isinstance(values[0], str | bytes) else listed(*values, *names)
 
 
 def _instructed(names: Sequence[str], values: Sequence[Any]) -> list[Message]:
-    instruction, reply = _text(values[0], names[0]), _text(values[2], names[2])
-    more = "" if values[1] is None else _text(values[1], names[1])
+    instruction, reply = text_in(values[0], names[0]), text_in(values[2], names[2])
+    more = "" if values[1] is None else text_in(values[1], names[1])
     return [Message("user", f"{instruction}\n\n{more}" if more else instruction), Message("assistant", reply)]
 
 
 def _side(value: Any, name: str, role: str) -> list[Message]:
     """A prompt or a reply: the text of one message, or messages."""
     if isinstance(value, list | dict | np.ndarray):
-        return _listed(value, name)
-    return [Message(role, _text(value, name))]
+        return listed(value, name)
+    return [Message(role, text_in(value, name))]
 
 
-def _transcript(text: str) -> list[Message]:
+def transcript(text: str) -> list[Message]:
     """Turns that begin with a name, such as `\\n\\nHuman: Hi\\n\\nAssistant: Hello`, each without the blanks around."""
     before, *turns = TURN.split(text)
     if before or not turns:
-        raise _Invalid("a text that does not begin with Human: or Assistant:, so no transcript")
+        raise Invalid("a text that does not begin with Human: or Assistant:, so no transcript")
     return [Message(SPEAKERS[name], said.strip()) for name, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def _listed(value: Any, name: str) -> list[Message]:
+def listed(value: Any, name: str) -> list[Message]:
     return [_message(each) for each in _items(value, name)]
 
 
 def _message(value: Any) -> Message:
     for role, content in TURN_FIELDS:
         if isinstance(value, dict) and role in value and content in value:
-            said = _text(value[role], role)
-            return Message(ROLE_OF.get(said, said), _text(value[content], content))
-    raise _Invalid("a message without role and content, or from and value")
+            said = text_in(value[role], role)
+            return Message(ROLE_OF.get(said, said), text_in(value[content], content))
+    raise Invalid("a message without role and content, or from and value")
 
 
 def _items(value: Any, name: str) -> list[Any]:
-    """Raises _Invalid where a field holds no list."""
-    items = _list_of(value)
+    """Raises Invalid where a field holds no list."""
+    items = list_of(value)
     if items is None:
-        raise _Invalid(f"{name} is {kind(value)}, neither messages nor text")
+        raise Invalid(f"{name} is {kind(value)}, neither messages nor text")
     return items
 
 
-def _list_of(value: Any) -> list[Any] | None:
+def list_of(value: Any) -> list[Any] | None:
     """A list as JSON, Arrow and TFDS give it, of which the latter gives one of records as a record of lists; None for
     what is none."""
     if isinstance(value, list | np.ndarray):
@@ -178,12 +188,12 @@ def _list_of(value: Any) -> list[Any] | None:
     return [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
 
 
-def _text(value: Any, name: str) -> str:
-    """Raises _Invalid, and UnicodeDecodeError."""
+def text_in(value: Any, name: str) -> str:
+    """Raises Invalid, and UnicodeDecodeError."""
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str):
-        raise _Invalid(f"{name} is {kind(value)}, not text")
+        raise Invalid(f"{name} is {kind(value)}, not text")
     return value
 
 
@@ -191,11 +201,11 @@ def _reach(row: dict[str, Any], name: str) -> Any:
     """What a field holds, whose name may be dotted."""
     value: Any = row
     for step in [name] if name in row else name.split("."):
-        items = _list_of(value) if step.isdecimal() else None
+        items = list_of(value) if step.isdecimal() else None
         if isinstance(value, dict) and step in value:
             value = value[step]
         elif items is not None and int(step) < len(items):
             value = items[int(step)]
         else:
-            raise _Invalid(f"no field {name} (data.fields) among {', '.join(row) or 'none'}")
+            raise Invalid(f"no field {name} (data.fields) among {', '.join(row) or 'none'}")
     return value

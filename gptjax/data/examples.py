@@ -1,4 +1,5 @@
-"""Conversations as rows to learn from: which there are and how long, how they share rows, and the rows themselves.
+"""Examples as rows to learn from: which there are and how long, how they share rows, and the rows themselves. Those of
+conversations are here, those of ranked replies in `ranked`.
 
 An example of n ids takes n - 1 places of a row, at each of which the next id is asked for. Ids that are asked of no one
 are CUT - id in the targets, so that an evaluation can tell what was said from what is missing.
@@ -13,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import DialogueConfig
 from gptjax.data.chat import ChatFormat, Rendered
-from gptjax.data.dialogues import Dropped, parse
+from gptjax.data.dialogues import Dropped, parse, why_dropped
 from gptjax.data.packing import Epoch, Packing, apart, pack
 from gptjax.data.rows import CUT, PADDING, Rows
 from gptjax.data.sources import TextSource
@@ -29,11 +31,13 @@ MEASURED = 1  # raise it when the same conversations get other lengths
 TOO_LONG = "longer than the context"
 REPLY_ALONE = "of the part in the context all is reply"
 Report = Callable[[str, int, int], None]
+Sizes = Callable[[str], tuple[int, int]]
+"""A record's text -> its tokens, and another number of what it holds."""
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """The conversations of a split that are trained on, or evaluated."""
+class ExampleSet:
+    """What of a split is trained on, or evaluated, and the rows of its epochs."""
 
     source: TextSource
     chat: ChatFormat
@@ -54,6 +58,25 @@ class Examples:
         """Rows of an epoch."""
         return self.packing.num_rows
 
+    def epoch(self, seed: int, number: int) -> Epoch:
+        return self._epochs(seed, number)
+
+    @cached_property
+    def _epochs(self) -> Callable[[int, int], Epoch]:
+        return lru_cache(maxsize=2)(self.packing.epoch)
+
+    def row(self, indices: Sequence[int]) -> Any:
+        """One row of these examples, named arrays; none of them gives an empty one."""
+        raise NotImplementedError
+
+    def training_row(self, indices: Sequence[int]) -> Any:
+        """The same with no more than what training asks for."""
+        return self.row(indices)
+
+
+class Examples(ExampleSet):
+    """Conversations."""
+
     def __getitem__(self, index: int) -> Rendered:
         """An example, at most T + 1 ids of it: the last ones."""
         messages = parse(self.source[int(self.numbers[index])].text)
@@ -61,12 +84,10 @@ class Examples:
         whole = self.chat.render(messages)
         return Rendered(whole.ids[-self.seq_len - 1 :], whole.trained[-self.seq_len - 1 :])
 
-    def epoch(self, seed: int, number: int) -> Epoch:
-        return self._epochs(seed, number)
-
-    @cached_property
-    def _epochs(self) -> Callable[[int, int], Epoch]:
-        return lru_cache(maxsize=2)(self.packing.epoch)
+    def training_row(self, indices: Sequence[int]) -> Rows:
+        """Its other targets are PADDING."""
+        row = self.row(indices)
+        return row._replace(targets=np.maximum(row.targets, PADDING))
 
     def row(self, indices: Sequence[int]) -> Rows:
         """One row [T] of these examples; none of them gives an empty one."""
@@ -89,31 +110,46 @@ def open_examples(
     config: DialogueConfig, source: TextSource, chat: ChatFormat, seq_len: int, report: Report = lambda *_: None
 ) -> Examples:
     """The examples of a split. Raises UserError where there are none."""
-    sizes = measure(config, source, chat, report)
+    sizes = measure(config, source, chat, lambda text: _sizes(text, chat), report)
     size, tail = sizes[:, 0] - 1, sizes[:, 1]
     there, long = sizes[:, 0] > 0, size > seq_len
-    left_out = Counter(_reason(source, int(number)) for number in np.flatnonzero(~there))
+    left_out = reasons(source, np.flatnonzero(~there))
     lost = long & there if config.too_long == "drop" else tail >= np.minimum(size, seq_len)
     lost &= there
     if lost.any():
         left_out[TOO_LONG if config.too_long == "drop" else REPLY_ALONE] = int(lost.sum())
     numbers = np.flatnonzero(there & ~lost)
-    if not len(numbers):
-        why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        raise UserError(f"data.source = {config.source}: no conversation to learn from in a split ({why}); give more")
+    require_some(config, numbers, "conversation", left_out)
     lengths = np.minimum(size[numbers], seq_len)
     packing = pack(lengths, seq_len) if config.packing else apart(lengths)
     return Examples(source, chat, seq_len, numbers, packing, left_out, int((long & there & ~lost).sum()))
 
 
-def _reason(source: TextSource, number: int) -> str:
-    found = parse(source[number].text)
-    assert isinstance(found, Dropped)
-    return found.reason
+def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:
+    """The ids of a conversation, and how many at its end are trained, all in a row."""
+    messages = parse(text)
+    assert not isinstance(messages, Dropped)
+    example = chat.render(messages)
+    return len(example.ids), int(np.argmin(example.trained[::-1]))
 
 
-def measure(config: DialogueConfig, source: TextSource, chat: ChatFormat, report: Report) -> np.ndarray:
-    """int32 [records, 2]: the ids of each conversation, 0 for none, and how many at its end are trained, all in a row.
+def reasons(source: TextSource, numbers: np.ndarray) -> Counter[str]:
+    """How many of these records were dropped, by reason."""
+    return Counter(why_dropped(source[int(number)].text) for number in numbers)
+
+
+def require_some(config: DialogueConfig, numbers: np.ndarray, what: str, left_out: Counter[str]) -> None:
+    """Raises UserError where no example is left."""
+    if not len(numbers):
+        why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise UserError(f"data.source = {config.source}: no {what} to learn from in a split ({why}); give more")
+
+
+def measure(
+    config: DialogueConfig, source: TextSource, chat: ChatFormat, sizes: Sizes, report: Report = lambda *_: None
+) -> np.ndarray:
+    """int32 [records, 2]: the `sizes` of each, zeros for one that was dropped. They are a function of the records and
+    of the chat format alone.
 
     Known from before where the same was asked, for it takes as long as to tokenise all of it.
     """
@@ -127,27 +163,22 @@ def measure(config: DialogueConfig, source: TextSource, chat: ChatFormat, report
             return known
     except (OSError, ValueError, EOFError):  # not there, or not whole
         pass
-    sizes = np.array([*_measured(source, chat, report)], np.int32).reshape(-1, 2)
+    found = np.array([*_measured(source, sizes, report)], np.int32).reshape(-1, 2)
     data = io.BytesIO()
-    np.save(data, sizes)
+    np.save(data, found)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data.getvalue())
     except OSError as error:
         raise UserError(f"data.cache_dir = {config.cache_dir}: cannot write {path} ({error.strerror})") from None
-    return sizes
+    return found
 
 
-def _measured(source: TextSource, chat: ChatFormat, report: Report) -> Iterator[tuple[int, int]]:
+def _measured(source: TextSource, sizes: Sizes, report: Report) -> Iterator[tuple[int, int]]:
     done, total = 0, source.num_bytes
     for number in range(len(source)):
         text = source[number].text
-        messages = parse(text)
-        if isinstance(messages, Dropped):
-            yield 0, 0
-        else:
-            example = chat.render(messages)
-            yield len(example.ids), int(np.argmin(example.trained[::-1]))
+        yield (0, 0) if why_dropped(text) else sizes(text)
         done += len(text.encode())
         report("measuring conversations", done, total)
 
@@ -160,7 +191,7 @@ class ExampleFeed:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: ExampleSet,
         seed: int,
         micro_batch: int,
         rows: Sequence[int],
@@ -172,19 +203,21 @@ class ExampleFeed:
         self._micro_batch, self._rows = micro_batch, list(rows)
         self._pool = ThreadPoolExecutor(threads, "rows") if threads > 1 else None
 
-    def batch(self, num_micro: int, _: object = None) -> Rows:
-        """The next micro-batches [num_micro, rows of this process, T]."""
+    def batch(self, num_micro: int, _: object = None) -> Any:
+        """The next micro-batches [num_micro, rows of this process, ...]."""
         starts = range(self._row, self._row + num_micro * self._micro_batch, self._micro_batch)
         numbers = [start + row for start in starts for row in self._rows]
         every = [*self._pool.map(self._made, numbers)] if self._pool else [*map(self._made, numbers)]
         self._row += num_micro * self._micro_batch
-        return Rows(*(np.stack(leaves).reshape(num_micro, len(self._rows), -1) for leaves in zip(*every, strict=True)))
+        lead = num_micro, len(self._rows)
+        rows = stacked(every)
+        return rows._make(leaf.reshape(*lead, *leaf.shape[1:]) for leaf in rows)
 
-    def _made(self, number: int) -> Rows:
+    def _made(self, number: int) -> Any:
         if self._end is not None and number >= self._end:
-            return self._examples.row(())
+            return self._examples.training_row(())
         epoch, place = divmod(number, self._examples.num_rows)
-        return trained_alone(self._examples.row(self._examples.epoch(self._seed, epoch).row(place)))
+        return self._examples.training_row(self._examples.epoch(self._seed, epoch).row(place))
 
     @property
     def positions(self) -> list[int]:
@@ -197,17 +230,16 @@ class ExampleFeed:
             self._pool.shutdown(cancel_futures=True)
 
 
-def trained_alone(rows: Rows) -> Rows:
-    """Rows whose other targets are PADDING."""
-    return rows._replace(targets=np.maximum(rows.targets, PADDING))
+def stacked(rows: Sequence[Any]) -> Any:
+    """Rows one above the other."""
+    return rows[0]._make(np.stack(leaves) for leaves in zip(*rows, strict=True))
 
 
-def eval_batches(examples: Examples, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Rows]:
-    """One pass, always in the same order, of which any beginning is a fair sample: [rows of this process, T] for each
+def eval_batches(examples: ExampleSet, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Any]:
+    """One pass, always in the same order, of which any beginning is a fair sample: [rows of this process, ...] for each
     batch of `batch_size` rows, the last filled up with empty ones; `limit` is the number of batches, -1 for all."""
     epoch = examples.epoch(0, 0)
     count = -(-examples.num_rows // batch_size)
     for batch in range(count if limit < 0 else min(limit, count)):
         places = [batch * batch_size + row for row in rows]
-        every = [examples.row(epoch.row(place) if place < examples.num_rows else ()) for place in places]
-        yield Rows(*(np.stack(leaves) for leaves in zip(*every, strict=True)))
+        yield stacked([examples.row(epoch.row(place) if place < examples.num_rows else ()) for place in places])

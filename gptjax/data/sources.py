@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gptjax.config import DataConfig, DialogueConfig, SourceConfig
+from gptjax.config import DataConfig, DialogueConfig, RankingConfig, SourceConfig
 from gptjax.data import build as builds
 from gptjax.data import cache, catalogue
 from gptjax.data.build import Plan, Report, part_bytes
 from gptjax.data.dialogues import Dialogue, why_dropped
 from gptjax.data.files import TextFile, find
 from gptjax.data.formats import Extract, Heard, TextField, documents, in_spans, reason
+from gptjax.data.rankings import Ranking
 from gptjax.data.splits import bounds, chosen
 from gptjax.data.store import Record, Store, cut
 from gptjax.data.worker import Part
@@ -151,17 +152,17 @@ def build(config: AnySource, report: Report = lambda what, done, total: None, pr
         ) from error
     corpus = reopen(config, folder)
     if isinstance(config, DialogueConfig):
-        _require_conversation(corpus)
+        _require_example(corpus, "" if isinstance(config, RankingConfig) else ", or set data.fields")
     return corpus
 
 
-def _require_conversation(corpus: Corpus) -> None:
+def _require_example(corpus: Corpus, remedy: str) -> None:
     """Raises UserError where every record was dropped; reads no further than to the first that was not."""
     every = TextSource(corpus.name, corpus.store, np.arange(len(corpus.store)))
     if all(why_dropped(every[number].text) for number in range(len(every))):
         raise UserError(
             f"data.source = {corpus.name}: all of its {len(every):,} records are dropped, the first for: "
-            f"{why_dropped(every[0].text)}; mend them, or set data.fields"
+            f"{why_dropped(every[0].text)}; mend them{remedy}"
         )
 
 
@@ -270,6 +271,8 @@ def _of_catalogue(config: AnySource, prepare: bool) -> Plan:
 
 
 def _extract(config: AnySource) -> Extract:
+    if isinstance(config, RankingConfig):
+        return Ranking(config.invalid)
     if isinstance(config, DialogueConfig):
         return Dialogue(config.fields, config.invalid)
     return TextField(config.text_field)
@@ -283,7 +286,9 @@ def _max_chars(config: AnySource) -> int:
 def _key(config: AnySource, what: Any) -> str:
     """Of the files, and of the settings that make another data set of them."""
     settings: list[Any]
-    if isinstance(config, DialogueConfig):
+    if isinstance(config, RankingConfig):
+        settings = ["rankings", config.invalid]
+    elif isinstance(config, DialogueConfig):
         settings = [config.fields, config.invalid]
     else:
         settings = [config.text_field, config.max_chars]

@@ -23,7 +23,7 @@ def computation(place: Place) -> dict[str, float]:
     # Reads and writes of a layer's forward pass between its products: 12 of [T, D], 27 split over tensor.
     between = UNFUSED * place.width * model.embed_dim * (12 / residual_ways + 27 / tensor) * work / chip.hbm_rate
     passes = 3 + (0.5 if model.remat == "dots" else again)
-    each, in_head = products_per_weight(place.config.adapter)
+    each, in_head = products_per_weight(place.config.adapter, place.config.predicts)
     adapters = 2 * sum(place.adapters) / place.width * work / rate
     head = in_head * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens * micro / rate
     state = FLOAT * place.local_trained / chip.hbm_rate

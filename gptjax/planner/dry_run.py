@@ -26,7 +26,7 @@ from gptjax.planner.plan import EXTRAS, for_compiler
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process, spans
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import SFT, Pretrain, stage_class
+from gptjax.stages import AnyStage, stage_class
 from gptjax.stages.launch import Resumed
 from gptjax.stages.weights import first_weights, given_tokenizer
 from gptjax.train import run as folders
@@ -107,7 +107,7 @@ class Rehearsal:
         return Layout(make_mesh(self.config, self.devices), rule_table(self.config.layout))
 
     @cached_property
-    def stage(self) -> Pretrain | SFT:
+    def stage(self) -> AnyStage:
         """Without tokenizer and text, which are checked apart."""
         config = for_compiler(self.config, self.hardware)
         return stage_class(config)(config, self.hardware.chip.platform, self.layout)

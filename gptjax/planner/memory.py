@@ -46,7 +46,8 @@ def arrays_at_peak(place: Place) -> list[tuple[str, str, float]]:
         ("temporaries", "activations of the unit at work", working),
         ("temporaries", "the embedding and its gradient, whole over fsdp", 2 * place.embedding),
     ]
-    logits = place.outside_tokens / place.length * min(model.loss_chunk, model.seq_len)
+    scored = min(model.loss_chunk, model.seq_len) if place.config.predicts else 0
+    logits = place.outside_tokens / place.length * scored
     loss = [
         ("temporaries", "the embedding and its float32 gradient", place.embedding * (1 + FLOAT / place.width)),
         ("temporaries", "a chunk of logits", logits * model.padded_vocab_size / mesh["tensor"] * 2 * place.width),

@@ -62,7 +62,7 @@ class Place:
     @property
     def rows(self) -> int:
         """Sequences of a micro-batch on this device's stage."""
-        return self.config.micro_batch_size // self.ways("batch")
+        return self.config.micro_batch_size // self.ways("batch") * self.config.row_sequences
 
     @property
     def length(self) -> int:
@@ -128,7 +128,8 @@ class Place:
     @cached_property
     def restarts(self) -> bool:
         """Whether tokens look their positions up: those of a row begin anew with each conversation."""
-        return stage_class(self.config)(self.config, self.topology.chip.platform).row.positions is not None
+        row = stage_class(self.config)(self.config, self.topology.chip.platform).row
+        return getattr(row, "positions", None) is not None
 
     @property
     def residual(self) -> float:

@@ -67,7 +67,7 @@ class Row:
     @property
     def tokens(self) -> int:
         """Of a step."""
-        return self.candidate.config.train.batch_size * self.candidate.config.model.seq_len
+        return self.candidate.config.train.batch_size * self.candidate.config.row_tokens
 
     @property
     def tokens_per_device(self) -> float:
@@ -82,7 +82,7 @@ class Row:
     @property
     def _flops(self) -> float:
         config = self.candidate.config
-        return train_flops_per_token(config.model, config.adapter)
+        return train_flops_per_token(config.model, config.adapter, config.predicts)
 
     @property
     def length(self) -> int | None:

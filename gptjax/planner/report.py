@@ -242,7 +242,7 @@ def pareto_plot(plan: Plan) -> bytes:
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     every = [(c.estimate.peak / 1e9, c) for c in (*plan.found.fitting, *plan.found.crowded)]
-    steps = plan.config.train.batch_size * plan.config.model.seq_len / plan.topology.num_devices
+    steps = plan.config.train.batch_size * plan.config.row_tokens / plan.topology.num_devices
     points = [(peak, steps / c.estimate.step_seconds) for peak, c in every]
     axes.plot(*zip(*points, strict=True), ".", color="0.8", ms=3, label="priced by formula")
     front: list[tuple[float, float]] = []

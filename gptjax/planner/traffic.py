@@ -78,7 +78,8 @@ def traffic(place: Place) -> list[Transfer]:
     others = ("replica", "pipeline", "data", "context")
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
-    add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (place.embedding + looked_up) * micro)
+    scored = place.embedding if place.config.predicts else 0.0
+    add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (scored + looked_up) * micro)
     if lora and "embedding" in adapted:  # of the half that has all of the vocabulary, in float32
         half = lora.rank * model.padded_vocab_size * FLOAT / mesh["tensor"]
         add("all-reduce", ("fsdp",), "gradient of the embedding's adapter", half * micro)

@@ -2,17 +2,21 @@
 batches come from, evaluation and samples, in one file a stage. `launch` puts a stage together with devices, tokenizer
 and text and starts it; `weights` opens what it starts from."""
 
+from typing import TypeAlias
+
 from gptjax.config import Config
-from gptjax.stages.next_token import NextToken
+from gptjax.stages.base import Base
 from gptjax.stages.pretrain import Pretrain
+from gptjax.stages.reward import Reward
 from gptjax.stages.sft import SFT
 
-CLASSES: dict[str, type[Pretrain] | type[SFT]] = {"pretrain": Pretrain, "sft": SFT}
+AnyStage: TypeAlias = Pretrain | SFT | Reward
+CLASSES: dict[str, type[Pretrain] | type[SFT] | type[Reward]] = {"pretrain": Pretrain, "sft": SFT, "reward": Reward}
 
 
-def stage_class(config: Config) -> type[Pretrain] | type[SFT]:
+def stage_class(config: Config) -> type[Pretrain] | type[SFT] | type[Reward]:
     """What runs the stage of a config."""
     return CLASSES[config.stage]
 
 
-__all__ = ["CLASSES", "SFT", "NextToken", "Pretrain", "stage_class"]
+__all__ = ["CLASSES", "SFT", "AnyStage", "Base", "Pretrain", "Reward", "stage_class"]

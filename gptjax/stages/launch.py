@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -28,12 +28,11 @@ from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.model.gpt import compute_dtype
-from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import SFT, NextToken, Pretrain, stage_class
+from gptjax.stages import AnyStage, Base, Pretrain, stage_class
 from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
@@ -43,8 +42,6 @@ from gptjax.train.parts import join, split
 from gptjax.train.processes import compare, first, is_first, together, warn
 from gptjax.train.schedule import with_length
 from gptjax.train.step import abstract_state
-
-AnyStage: TypeAlias = Pretrain | SFT
 
 PATIENCE = 10.0  # seconds until a folder counts as not shared
 
@@ -93,16 +90,14 @@ def _pinned_decay(config: Config, known: Config) -> Config:
 
 def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: Any) -> Any:
     """What `fit` asks for: all parameters, or those that are frozen. Also for a run that was stopped before its first
-    checkpoint. Adapters are born here."""
+    checkpoint. Adapters and scalar heads are born here."""
     config = stage.config
     weights = weights or first_weights(config)
-    if config.adapter is None:
-        return weights.start(config.model, places)
-    base, born = split(places, is_adapter)
-    params = load_base(run, config, weights, base)
+    base, born = split(places, stage.is_born)
+    params = load_base(run, config, weights, base) if config.adapter else weights.start(config.model, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)
-        make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), is_adapter)[1], out_shardings=shardings)
+        make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), stage.is_born)[1], out_shardings=shardings)
         params = join(params, make(jax.random.key(config.train.seed)))
     return params
 
@@ -122,14 +117,14 @@ def _layout(config: Config) -> Layout:
 def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus) -> AnyStage:
     """The stage, checked against its layout, vocabulary and text, with the length of its training."""
     kind = stage_class(config)
-    if kind is SFT and (other := other_format(tokenizer)):
+    if kind is not Pretrain and (other := other_format(tokenizer)):
         warn(f"the tokenizer's chat template is written for {other}; this run has one of its own")
     tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
     with Progress() as progress:
         made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
         first(lambda: made.check() or "")  # what it measures of a text it keeps, for those that share the cache
         made = together(lambda: _checked(made))
-    return replace(made, report=NextToken.report)
+    return replace(made, report=Base.report)
 
 
 def _checked(stage: AnyStage) -> AnyStage:
@@ -247,11 +242,10 @@ def next_commands(run: Path, stage: AnyStage, stopped: bool) -> str:
     """What a user would type next, ready to paste."""
     folder = shlex.quote(str(run))
     more = "" if stopped else " --train.epochs N" if stage.config.train.epochs else " --train.total_tokens N"
-    return (
-        f"  resume  gptjax train --resume {folder}{more}\n"
-        f"  sample  gptjax sample {folder} --prompt {shlex.quote(stage.example_prompt)}\n"
-        f"  plot    gptjax report {folder}"
-    )
+    lines = [f"  resume  gptjax train --resume {folder}{more}"]
+    if stage.example_prompt:
+        lines.append(f"  sample  gptjax sample {folder} --prompt {shlex.quote(stage.example_prompt)}")
+    return "\n".join([*lines, f"  plot    gptjax report {folder}"])
 
 
 def prepare(config: Config) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import SFTConfig
-from gptjax.data.chat import ChatFormat, Message, chat_format, with_chat
-from gptjax.data.examples import ExampleFeed, Examples, eval_batches, open_examples
+from gptjax.data.chat import Message
+from gptjax.data.examples import Examples, eval_batches, open_examples
 from gptjax.data.rows import CUT, PADDING, Rows
 from gptjax.data.sources import TextSource
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
+from gptjax.stages.from_examples import FromExamples
 from gptjax.stages.next_token import NextToken
 from gptjax.train.parts import join, split
 from gptjax.train.step import narrow
@@ -25,17 +25,11 @@ from gptjax.train.step import narrow
 CONVERSATIONS = 4  # in a row of random ones, on average
 
 
-class SFT(NextToken):
+class SFT(FromExamples[Examples], NextToken):
     """Batches and evaluation of a decoder on conversations."""
 
     config: SFTConfig
-    grows = True
     example_prompt = "Hello!"
-
-    @staticmethod
-    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-        """With our chat template. Raises UserError where the model has no room for the chat tokens."""
-        return with_chat(chat_format(tokenizer).tokenizer)
 
     def init(self, key: Array) -> Any:
         """Frozen matrices are in the dtype in which every product takes them: that of float32 is the optimizer's."""
@@ -62,15 +56,6 @@ class SFT(NextToken):
         segments = np.cumsum(begins, axis=-1, dtype=np.int32) - 1
         return Rows(tokens, np.where(rng.random(tokens.shape) < 0.5, targets, PADDING), segments, positions)
 
-    def check(self) -> None:
-        """Raises UserError where a split has no conversation to learn from."""
-        assert self.training and self.evaluation
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Places for tokens in the rows of an epoch."""
-        return self.training.num_rows * self.config.model.seq_len
-
     def facts(self) -> str:
         """What it learns, in words."""
         found = self.training
@@ -82,26 +67,8 @@ class SFT(NextToken):
             + f", {left_out:,} left out" * bool(left_out)
         )
 
-    @cached_property
-    def training(self) -> Examples:
-        return self._examples(self.training_text)
-
-    @cached_property
-    def evaluation(self) -> Examples:
-        return self._examples(self.evaluation_text)
-
     def _examples(self, source: TextSource) -> Examples:
         return open_examples(self.config.data, source, self.chat, self.config.model.seq_len, self.report)
-
-    @cached_property
-    def chat(self) -> ChatFormat:
-        return chat_format(self.known_tokenizer)
-
-    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> ExampleFeed:
-        c, found = self.config, self.training
-        end = round(c.train.epochs * found.num_rows) if c.train.epochs else None
-        (start,) = positions or (0,)
-        return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end, c.data.threads)
 
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
         """Loss in nats per token of the assistant, and of the words that it answers, which are not trained."""

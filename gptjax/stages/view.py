@@ -1,4 +1,5 @@
-"""What fine-tuning learns from, to look at: how long conversations are, how full the rows, and which tokens count."""
+"""What is learned from, to look at. Of fine-tuning: how long conversations are, how full the rows, and which tokens
+count; of a reward model: the rankings; of both what was left out."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -7,11 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gptjax.config import SFTConfig
+from gptjax.config import RewardConfig, SFTConfig
 from gptjax.data.chat import Rendered
-from gptjax.data.examples import Examples
+from gptjax.data.examples import Examples, ExampleSet
+from gptjax.data.rankings import parse
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages.reward import Reward
 from gptjax.stages.sft import SFT
 from gptjax.stages.weights import given_tokenizer
 from gptjax.terminal import Progress
@@ -42,6 +45,26 @@ def show(config: SFTConfig, corpus: Corpus, count: int) -> None:
     console.print()
 
 
+def show_rankings(config: RewardConfig, corpus: Corpus, count: int) -> None:
+    """Print figures of both splits, and the first `count` prompts of the training split with their replies, the best
+    first."""
+    console = Console(highlight=False, soft_wrap=True)
+    tokenizer = Reward.fit_tokenizer(config, given_tokenizer(config))
+    with Progress() as progress:
+        stage = Reward(config, "cpu", tokenizer=tokenizer, corpus=corpus, report=progress)
+        splits = {config.data.train_split: stage.training, config.data.eval_split: stage.evaluation}
+    for name, found in splits.items():
+        console.print(f"{corpus.name} {name}: {len(found):,} prompts with {found.num_replies:,} ranked replies")
+        for line in _lost(found):
+            console.print(f"  {line}")
+    for index in range(min(count, len(stage.training))):
+        ranked = parse(stage.training.source[int(stage.training.numbers[index])].text)
+        lines = [f"{message.role}: {message.content}" for message in ranked.prompt]
+        lines += [f"[rank {rank}] {reply}" for rank, reply in sorted(zip(ranked.ranks, ranked.replies, strict=True))]
+        console.print(f"\nprompt {index}:\n" + "\n".join(lines), markup=False)
+    console.print()
+
+
 def figures(examples: Examples) -> Iterator[str]:
     """Lengths, packing, and what was left out, a line each."""
     lengths = examples.packing.lengths + 1
@@ -49,8 +72,12 @@ def figures(examples: Examples) -> Iterator[str]:
     yield f"tokens of a conversation: {middle:,} in the middle, {low:,} to {high:,} of nine in ten, at most {most:,}"
     share = examples.packing.efficiency(examples.seq_len)
     yield f"rows of {examples.seq_len:,} tokens are {share:.1%} full, with {len(examples) / examples.num_rows:.1f} each"
+    yield from _lost(examples)
+
+
+def _lost(examples: ExampleSet) -> Iterator[str]:
     if examples.num_cut:
-        yield f"{examples.num_cut:,} are longer than that, and lose their beginning"
+        yield f"{examples.num_cut:,} are longer than {examples.seq_len:,} tokens, and lose their beginning"
     yield from (f"{number:,} left out: {reason}" for reason, number in examples.left_out.most_common())
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gptjax.config import Config, LoRAConfig, ModelConfig, SFTConfig
+from gptjax.config import Config, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -85,13 +85,18 @@ def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
     """The config and the tokenizer of a run folder, a checkpoint in it (RUN/checkpoints/STEP) or a Hugging Face
     directory, whose weights are not looked at.
 
-    Raises UserError for what is neither, or is broken.
+    Raises UserError for what is neither, or is broken, and for a reward model, which predicts nothing.
     """
     folder = Path(path)
     if is_huggingface(folder):
         config = finetune_config(folder)
         return config, partial(load_tokenizer, config.data.tokenizer)
     run, config = open_run(run_and_step(path)[0])
+    if isinstance(config, RewardConfig):
+        raise UserError(
+            f"{path}: a reward model, which scores replies and writes none; take the run that it was started from, "
+            f"{config.init_from}, or score with gptjax.stages.scorer.load_scorer"
+        )
     return config, partial(saved_tokenizer, run)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import adapter_params, num_params, train_flops_per_token
+from gptjax.model.accounting import adapter_params, num_params, scalar_params, train_flops_per_token
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
@@ -66,8 +66,13 @@ class Stage(Objective, Parametrised, Protocol):
         """The training rows from a position on, None for the start: of every micro-batch those of this process."""
         ...
 
-    def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
-        """Figures of the evaluation split; `rows` of every batch are this process's to read and `place`."""
+    def evaluate(self, params: Params, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, Any]:
+        """Figures of the evaluation split, its `loss` among them; `rows` of every batch are this process's to read and
+        `place`. A list of them is logged and not shown."""
+        ...
+
+    def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
+        """What others will want to know of an evaluation, as a file in the run folder; on the first process alone."""
         ...
 
     def sample(self, params: Params) -> str:
@@ -148,6 +153,8 @@ def _loop(
     def evaluate(now: Moment) -> dict[str, Any]:
         figures = stage.evaluate(now.state.every_param, place_rows, mine)
         checkpoints.note(now.position.step, figures["loss"])
+        if is_first():
+            stage.keep(run, now.position.step, figures)
         return figures
 
     clock = Clock(reporter.seconds)
@@ -260,7 +267,7 @@ def batches(
             made = feed.batch(num_micro, params() if stage.on_policy else None)
             rows = jax.tree.map(lambda leaf: _padded(leaf, most), made)
             placed = _on_devices(rows, sharding, (most, micro))
-            data, end = tuple(feed.positions), tokens + size * config.model.seq_len
+            data, end = tuple(feed.positions), tokens + size * config.row_tokens
             if config.train.epochs:  # what fills up the last batch is no part of the epochs
                 end = min(end, config.train.total_tokens)
             after = Position(step + 1, end, data)
@@ -299,8 +306,10 @@ def _whole(position: Position) -> Position:
 def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, num_processes: int) -> dict[str, str]:
     """What a run is, in words, on so many devices of a kind."""
     adapters = sum(adapter_params(config.model, config.adapter).values())
-    params, step_tokens = num_params(config.model) + adapters, config.train.batch_size * config.model.seq_len
-    flops = train_flops_per_token(config.model, config.adapter)
+    params = num_params(config.model) + adapters + (0 if config.predicts else scalar_params(config.model))
+    step_tokens = config.train.batch_size * config.row_tokens
+    flops = train_flops_per_token(config.model, config.adapter, config.predicts)
+    each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
     trained = f", of which {adapters:,} are trained" if adapters else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
     pattern = ",".join(config.model.attention_pattern)
@@ -309,7 +318,7 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, nu
         f"{flops:.3e} FLOPs per token (causality and band counted exactly)",
         "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
         + (f", {num_processes} processes" if num_processes > 1 else ""),
-        "batch": f"{config.train.batch_size} x {config.model.seq_len} = {step_tokens:,} tokens in "
+        "batch": f"{config.train.batch_size} x {each}{config.model.seq_len} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
         "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "

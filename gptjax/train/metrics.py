@@ -77,7 +77,7 @@ class Reporter:
         self.record(kind, step, tokens=tokens, seconds=seconds, **values)
         if not values:
             return
-        numbers = [f"{name} {value:.4f}" for name, value in values.items() if not isinstance(value, str)]
+        numbers = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, int | float)]
         texts = [value for value in values.values() if isinstance(value, str)]
         self.say("\n".join(["  ".join([f"step {step}", kind, *numbers]), *texts]))
 

@@ -24,9 +24,13 @@ def report(folder: str) -> str:
     records = read_log(run / LOG)
     if not _of(records, "train"):
         raise UserError(f"{run / LOG}: no training record yet; train past train.log_interval steps")
-    _plot(run.name, _of(records, "train"), _of(records, "eval"), run / "report.png")
-    (run / "report.html").write_text(_page(run, records), encoding="utf-8", errors="replace")
-    return f"{run / 'report.png'}\n{run / 'report.html'}"
+    evals, pictures = _of(records, "eval"), {"report.png": "loss and throughput over tokens"}
+    _plot(run.name, _of(records, "train"), evals, run / "report.png")
+    if evals and "calibration" in evals[-1]:
+        _plot_calibration(evals[-1]["calibration"], run / "calibration.png")
+        pictures["calibration.png"] = "calibration"
+    (run / "report.html").write_text(_page(run, records, pictures), encoding="utf-8", errors="replace")
+    return "\n".join(str(run / name) for name in (*pictures, "report.html"))
 
 
 def _of(records: list[Record], kind: str) -> list[Record]:
@@ -43,11 +47,11 @@ def _plot(title: str, train: list[Record], evals: list[Record], out: Path) -> No
     loss.plot(tokens, _numbers(train, "loss"), ".-", color="0.6", lw=1.2, ms=2, label="training loss")
     if evals:
         others = [name for name in evals[-1] if name.endswith("_loss")]  # in nats, too
-        labels = {"loss": f"evaluation loss: {_figures(evals[-1])} at the end"}
+        labels = {"loss": f"evaluation loss: {_figures(evals[-1], most=2)} at the end"}
         for name in ("loss", *others):
             label = labels.get(name, f"evaluation, {name.replace('_', ' ')}")
             loss.plot([r["tokens"] for r in evals], _numbers(evals, name), "o-", label=label)
-    loss.set(ylabel="loss (nats per token)")
+    loss.set(ylabel="loss (nats per pair)" if evals and "calibration" in evals[-1] else "loss (nats per token)")
     loss.set_title(title, parse_math=False)  # a dollar in a run's name is a dollar
     loss.legend(frameon=False)
     speed.plot(tokens, _numbers(train, "tokens_per_s"), ".-", color="C2", lw=1.2, ms=2)
@@ -58,20 +62,43 @@ def _plot(title: str, train: list[Record], evals: list[Record], out: Path) -> No
     figure.savefig(out, dpi=120)
 
 
+def _plot_calibration(bins: list[list[float]], out: Path) -> None:
+    """Of a reward model's last evaluation: [predicted, observed, pairs] of each bin, the pairs as the point's area."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], "--", color="0.6", lw=1, label="calibrated")
+    predicted, observed, pairs = zip(*bins, strict=True)
+    axes.plot(predicted, observed, "-", color="C0", lw=1)
+    axes.scatter(predicted, observed, s=[8 + 200 * count / sum(pairs) for count in pairs], color="C0", label="pairs")
+    axes.set(xlabel="predicted that the reply with the higher score is better", ylabel="observed", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(out, dpi=120)
+
+
 def _numbers(records: list[Record], name: str) -> list[float]:
     """One figure of each record; what the log has as null, or has not, leaves a gap in the curve."""
     return [math.nan if (value := r.get(name)) is None else value for r in records]
 
 
-def _figures(record: Record) -> str:
-    """An evaluation in words: 2.8712 nats, 3.1021 bits per byte."""
-    figures = {name: value for name, value in record.items() if name not in PLACE}
+def _figures(record: Record, most: int | None = None) -> str:
+    """An evaluation, or so many figures of it, in words: 2.8712 nats, 3.1021 bits per byte."""
+    figures = {name: value for name, value in record.items() if name not in PLACE and not isinstance(value, list)}
     words = {"loss": "nats"}
-    return ", ".join(f"{_shown(v, '.4f')} {words.get(name, name.replace('_', ' '))}" for name, v in figures.items())
+    return ", ".join(
+        f"{_shown(v, '.4f')} {words.get(name, name.replace('_', ' '))}" for name, v in [*figures.items()][:most]
+    )
 
 
 def _shown(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -81,7 +108,8 @@ def _meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing or cut short; copy it from where the run was made") from error
 
 
-def _page(run: Path, records: list[Record]) -> str:
+def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
+    """`pictures`: what is on each, by file name."""
     last, evals, samples = _of(records, "train")[-1], _of(records, "eval"), _of(records, "sample")[-SHOWN_SAMPLES:]
     starts = [r for r in records if r["kind"] == "start"]
     rows = {
@@ -105,7 +133,9 @@ def _page(run: Path, records: list[Record]) -> str:
         for start in starts
     )
     texts = "\n".join(f"<h3>step {s['step']:,}</h3>\n<pre>{html.escape(s['text'])}</pre>" for s in samples)
-    picture = base64.b64encode((run / "report.png").read_bytes()).decode()
+    images = "\n".join(
+        f'<img alt="{alt}" src="data:image/png;base64,{_base64(run / name)}">' for name, alt in pictures.items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(run.name)}</title>
 <style>
@@ -115,7 +145,7 @@ th, td {{ text-align: left; padding-right: 1.5rem; vertical-align: top }} th {{ 
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px }}
 </style></head><body>
 <h1>{html.escape(run.name)}</h1>
-<img alt="loss and throughput over tokens" src="data:image/png;base64,{picture}">
+{images}
 <table>{table}</table>
 <h2>Starts</h2>
 <table><tr>{"".join(f"<th>{name}</th>" for name in STARTED)}</tr>

@@ -208,8 +208,12 @@ def make_step(
 
 def narrow(params: Params, dtype: jnp.dtype) -> Params:
     """The matrices as the products take them: made once a step and not in every micro-batch, where that is 2% of the
-    bytes of GPT-2 1558M in 64 micro-batches."""
-    return jax.tree.map(lambda p, matrix: p.astype(dtype) if matrix else p, params, is_decayed(params))
+    bytes of GPT-2 1558M in 64 micro-batches. The vector of a scalar head is none: scores are float32."""
+
+    def one(p: Array, decayed: bool) -> Array:
+        return p.astype(dtype) if decayed and p.ndim > 1 else p
+
+    return jax.tree.map(one, params, is_decayed(params))
 
 
 def _mean_gradient(

@@ -1,0 +1,97 @@
+"""What all stages share: a decoder on devices, the tokenizer and the text that it learns from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jax import Array
+
+from gptjax.config import Config
+from gptjax.data.sources import Corpus, TextSource
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+from gptjax.model.lora import is_adapter
+from gptjax.parallel.network import Network
+from gptjax.sharding.rules import Layout
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A decoder that learns from rows of a text."""
+
+    config: Config
+    platform: str
+    """Where it computes: cpu, gpu or tpu."""
+    layout: Layout | None = None
+    """None on a single device."""
+    tokenizer: Tokenizer | None = None
+    """As `fit_tokenizer` gives it. None where only shapes and the loss are wanted."""
+    corpus: Corpus | None = None
+    """The text, opened once: what becomes of its files does not reach a run. None as for the tokenizer."""
+    report: Report = lambda *_: None
+    """Told how far something is that takes long."""
+
+    on_policy = False
+    grows: ClassVar[bool]
+    """Whether a model may have more ids than the weights that it starts from."""
+    example_prompt: ClassVar[str]
+    """For the command that samples; empty where there is nothing to sample."""
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(self.config, self.platform, self.layout)
+
+    def init(self, key: Array) -> Any:
+        return self.network.init(key)
+
+    def is_frozen(self, name: str) -> bool:
+        return False
+
+    def is_born(self, name: str) -> bool:
+        """Whether a parameter stands beside those of the weights that a run starts from, which have none of its name:
+        it is drawn."""
+        return is_adapter(name)
+
+    def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
+        """Nothing: the log has the figures."""
+
+    @staticmethod
+    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+        """A tokenizer as a run of the stage keeps it."""
+        return tokenizer
+
+    @classmethod
+    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
+        """The stage's own tokenizer with the model's vocabulary: ids beyond the tokenizer's stand for nothing, and chat
+        tokens beyond the model's are absent.
+
+        Raises UserError if text can yield an id that the model does not have.
+        """
+        size, needed = config.model.vocab_size, tokenizer.least_vocab_size
+        if size < needed:
+            name = f"the tokenizer {config.data.tokenizer or 'of ' + config.init_from}"
+            raise UserError(f"model.vocab_size = {size}: {name} needs {needed}; nearest {needed}")
+        return cls.own_tokenizer(tokenizer.fit(size))
+
+    @cached_property
+    def training_text(self) -> TextSource:
+        return self._split(self.config.data.train_split)
+
+    @cached_property
+    def evaluation_text(self) -> TextSource:
+        return self._split(self.config.data.eval_split)
+
+    def _split(self, name: str) -> TextSource:
+        if self.corpus is None:
+            raise ValueError("this stage was built without a text")
+        return self.corpus.split(name, self.config.data.split_by)
+
+    @property
+    def known_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this stage was built without a tokenizer")
+        return self.tokenizer

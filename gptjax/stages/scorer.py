@@ -1,0 +1,88 @@
+"""A trained reward model as a function of token ids: what reinforcement learning is rewarded by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+
+from gptjax.config import LayoutConfig, RewardConfig
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+from gptjax.files import read_json
+from gptjax.sharding.rules import Layout
+from gptjax.stages.reward import SCORES, Reward
+from gptjax.stages.weights import run_and_step
+from gptjax.train.checkpoint import chosen_step, restore_params
+from gptjax.train.run import open_run, saved_tokenizer
+from gptjax.train.step import placed
+
+Score = Callable[[Any, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model; make one with `load_scorer`."""
+
+    score: Score
+    """(params, tokens int32 [B, T], last int32 [B]) -> float32 [B]: of texts in the chat format, from the left, each
+    read at the place of its last token (of a reply that was drawn, `rl.responses.extent(...).last`). A pure function,
+    to be part of a program."""
+    params: Any
+    tokenizer: Tokenizer
+    """Whoever is scored must have the same."""
+    config: RewardConfig
+
+
+def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) -> Scorer:
+    """The reward model of a run folder, or of a checkpoint in it (RUN/checkpoints/STEP), on the first device or laid
+    out. Its scores are shifted so that those of held-out replies have mean 0, and with `unit` divided by their standard
+    deviation.
+
+    Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated.
+    """
+    folder, step = run_and_step(path)
+    run, config = open_run(folder)
+    if not isinstance(config, RewardConfig):
+        raise UserError(f"{path}: a run of stage {config.stage}, not of a reward model; train one: stage reward")
+    step = chosen_step(run, best=config.train.keep_best, step=step)
+    mean, std = _statistics(run, step)
+    if unit and not std:
+        raise UserError(f"{run / SCORES}: all scores of step {step} are equal; nothing can be divided by that")
+    if layout is None:
+        config = replace(config, layout=LayoutConfig(fsdp=1))
+    stage = Reward(config, jax.default_backend() if layout is None else _platform(layout), layout)
+    params = restore_params(run, _places(stage), step=step)
+
+    def score(params: Any, tokens: Array, last: Array) -> Array:
+        return (stage.scores(params, tokens, last, None) - mean) / (std if unit else 1.0)
+
+    return Scorer(score, params, saved_tokenizer(run), config)
+
+
+def _platform(layout: Layout) -> str:
+    return str(layout.mesh.devices.flat[0].platform)
+
+
+def _places(stage: Reward) -> Any:
+    boxed = jax.eval_shape(stage.init, jax.random.key(0))
+    plain = nn.unbox(boxed)
+    if stage.layout:
+        return placed(plain, stage.layout.shardings(boxed))
+    return placed(plain, jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), plain))
+
+
+def _statistics(run: Path, step: int) -> tuple[float, float]:
+    """Mean and deviation of the scores that a step gave. Raises UserError where it was not evaluated."""
+    remedy = f"gptjax train --resume {run} does what it still owes, with train.eval_batches above 0"
+    known = read_json(run / SCORES, remedy)
+    if str(step) not in known:
+        raise UserError(
+            f"{run / SCORES}: has no step {step}, the checkpoint that is taken, but {', '.join(known) or 'none'}; "
+            f"{remedy}, or train with train.keep_best true, which saves at evaluations"
+        )
+    return float(known[str(step)]["mean"]), float(known[str(step)]["std"])
