@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 
-from gptjax import malloc
 from gptjax.commands.arguments import HELP, read, usage
 from gptjax.config import Config
 from gptjax.config.fields import explained
@@ -34,10 +33,9 @@ VERBS = (
 
 
 def main() -> None:
-    """The console script."""
+    """All of the command, of what `gptjax.__main__` has prepared."""
     # Nothing else runs on a GPU that trains: JAX's own 75% would leave a quarter of its memory to nobody.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    malloc.start_again()
     show_anything()
     try:
         sys.exit(run(sys.argv[1:]))

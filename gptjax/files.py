@@ -1,5 +1,6 @@
 """Files that are whole or not there, and JSON that every reader takes."""
 
+import hashlib
 import json
 import math
 import os
@@ -65,3 +66,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object; {remedy}")
     return values
+
+
+def code_digest() -> str:
+    """Of this package's source."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:24]

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from gptjax.intervals import wilson
+
 LEVEL = 0.95
 KINDS = ("precision", "recall", "f1")
 DRAWS = 1000  # of the questions, for what is no mean of theirs
@@ -61,8 +63,7 @@ def mean(values: Sequence[float], better: Literal["lower", "higher", ""] = "high
     each = np.asarray(values, float)
     if not len(each) or not np.isin(each, (0, 1)).all():
         return ratio(each, np.ones(len(each)), better)
-    found = stats.binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson")
-    return Figure(float(each.mean()), float(found.low), float(found.high), better)
+    return Figure(float(each.mean()), *wilson(int(each.sum()), len(each), LEVEL), better)
 
 
 def classification(truth: Sequence[int], chosen: Sequence[int], names: Sequence[str]) -> Measure:

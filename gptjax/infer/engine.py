@@ -158,7 +158,8 @@ class Engine:
         self._arrange: Callable[[Any], Any] | None = None
         if self._on_cpu and layout is None:
             model, self._arrange = for_cpu(model)
-        self.model, self.programs = model, Programs(model, rows, self.capacity, layout)
+        keep = self._arrange is not None
+        self.model, self.programs = model, Programs(model, rows, self.capacity, layout, keep)
         self._params = self._arranged(params)
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)

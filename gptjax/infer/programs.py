@@ -5,7 +5,7 @@ Parameters are an argument like any other, so that others can take their place b
 Letters beside the model's: N rows, B of them in a program, T tokens of a prompt in one call.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax.infer.kept import Kept
 from gptjax.infer.sampling import Knobs, draw
 from gptjax.model.cache import AXES, At, Cache, copy_row, empty_cache
 from gptjax.model.gpt import GPT, forward
@@ -88,6 +89,8 @@ class Programs:
     rows: int
     capacity: int
     layout: Layout | None = None
+    keep: bool = False
+    """Whether the two that take long to trace are kept for another process; see kept."""
 
     def empty(self) -> Slots:
         """Slots in which every row rests."""
@@ -124,6 +127,11 @@ class Programs:
     def _known(self) -> Any:
         """Of what the host reads: whole on every process."""
         return None if self.layout is None else self.layout.sharding(())
+
+    def _kept(self, name: str, jitted: Any, statics: int, rest: Any) -> Any:
+        model, how = self.model, self.model.parallelism
+        about = name, asdict(model.config), str(model.dtype), how.merge_qkv, how.outputs_first, self.rows, self.capacity
+        return Kept(jitted, about, statics, rest) if self.keep else jitted
 
     def _jit(self, function: Any, *outputs: Any, **how: Any) -> Any:
         places = None if self.layout is None else (self._places, *outputs) if outputs else self._places
@@ -175,7 +183,7 @@ class Programs:
             scores = None if targets is None else self._scores(hidden, embedding, targets)
             return slots._replace(cache=cache, start=start), scores
 
-        return self._jit(fill, self._known, donate_argnums=1, static_argnums=6)
+        return self._kept("fill", self._jit(fill, self._known, donate_argnums=1, static_argnums=6), 1, Scores)
 
     def _scores(self, hidden: Array, embedding: Array, targets: Array) -> Scores:
         config = self.model.config
@@ -199,7 +207,7 @@ class Programs:
             after, drawn = jax.lax.scan(lambda now, _: one(now), some, length=steps)
             return after if numbers is None else _joined(slots, numbers, after), drawn
 
-        return self._jit(decode, self._known, donate_argnums=1, static_argnums=(3, 4))
+        return self._kept("decode", self._jit(decode, self._known, donate_argnums=1, static_argnums=(3, 4)), 2, Drawn)
 
     def _some(self, slots: Slots, numbers: Array) -> Slots:
         """With some of the rows alone, beside the cache of all."""

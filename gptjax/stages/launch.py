@@ -26,6 +26,7 @@ from gptjax.data.chat import other_format
 from gptjax.data.sources import Corpus, build, left_out, reopen
 from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
+from gptjax.files import code_digest
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.model.gpt import compute_dtype
 from gptjax.parallel import pipeline
@@ -105,7 +106,7 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
 def _same_everywhere(config: Config) -> None:
     """Raises UserError that names the process whose code, versions or config differ."""
     fields = {leaf.name: str(get(config, leaf.name)) for leaf in walk(type(config))}
-    compare({"code": folders.code_digest()} | folders.versions() | fields)
+    compare({"code": code_digest()} | folders.versions() | fields)
 
 
 def _layout(config: Config) -> Layout:

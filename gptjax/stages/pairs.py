@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from gptjax.intervals import wilson
 from gptjax.model.scalar import is_better
 
-LEVEL = 0.95
 TERCILES = "near", "middle", "far"
 BINS = 10  # of the predicted probability, from 1/2 to 1
 
@@ -27,14 +26,14 @@ def figures(scores: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
     nats, counts = np.where(better, np.logaddexp(0, -gaps), 0).sum((1, 2)), better.sum((1, 2))
     gap, replies = gaps[better], scores[ranks > 0]
     right, size = gap > 0, np.abs(gap)
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(LEVEL, "wilson")
+    low, high = wilson(int(right.sum()), len(right))
     thirds = np.array_split(right[np.argsort(size, kind="stable")], 3)
     bins = _bins(1 / (1 + np.exp(-size)), right)
     return {
         "loss": float((nats[counts > 0] / counts[counts > 0]).mean()),
         "accuracy": float(right.mean()),
-        "accuracy_low": float(interval.low),
-        "accuracy_high": float(interval.high),
+        "accuracy_low": low,
+        "accuracy_high": high,
         **{f"accuracy_{name}": float(t.mean()) for name, t in zip(TERCILES, thirds, strict=True) if len(t)},
         "calibration_error": sum(count * abs(said - seen) for said, seen, count in bins) / len(right),
         "calibration": bins,

@@ -24,7 +24,7 @@ from gptjax.data import files
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.files import read_json, write_whole
+from gptjax.files import code_digest, read_json, write_whole
 from gptjax.train import lock
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
 from gptjax.train.checkpoint import saved_steps
@@ -266,15 +266,6 @@ def provenance() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")}
-
-
-def code_digest() -> str:
-    """Of this package's source."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:24]
 
 
 def saved_tokenizer(run: Path) -> Tokenizer:

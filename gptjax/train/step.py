@@ -1,21 +1,23 @@
 """The state of training and the one jitted step that every stage shares."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from flax import struct
 from jax import Array
-from optax.contrib import MuonDimensionNumbers
 
 from gptjax.config import Config, OptimizerConfig
 from gptjax.hardware import compiler_options
 from gptjax.model.gpt import compute_dtype
 from gptjax.sharding.rules import Layout, is_boxed, leaf_name
 from gptjax.train.parts import Params, join, split
+
+if TYPE_CHECKING:
+    import optax
+    from optax.contrib import MuonDimensionNumbers
 
 Metrics = dict[str, Array]
 Rows = Any
@@ -82,8 +84,10 @@ class TrainState(struct.PyTreeNode):
         return {name: value for name, value in vars(self).items() if name != "frozen"}
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> "optax.GradientTransformation":
     """Clip, Adam or Muon, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""
+    import optax  # here, as below: it takes 0.2 s, and what only asks a model does without
+
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
         # optax's Muon ends in a product with minus the learning rate, and the step subtracts: hence -1. Its own Adam
@@ -98,11 +102,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def muon_axes(name: str) -> MuonDimensionNumbers | None:
+def muon_axes(name: str) -> "MuonDimensionNumbers | None":
     """Input and output axes of a layer's matrix, the others count matrices; None for what Adam updates.
 
     Counted from the end, since scanned layers are stacked in front. Queries, keys and values are three matrices.
     """
+    from optax.contrib import MuonDimensionNumbers
+
     axes = {
         "qkv": MuonDimensionNumbers(-4, (-2, -1)),  # [D, 3, H, K]
         "projection": MuonDimensionNumbers((-3, -2), -1),  # [H, K, D]
@@ -179,6 +185,8 @@ def make_step(
     Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. `options` are
     the compiler's, in place of those of the platform.
     """
+    import optax
+
     platform = layout.mesh.devices.flat[0].platform
     options = compiler_options(platform, config.train.deterministic) if options is None else options
     dtype = compute_dtype(config.model, platform)
