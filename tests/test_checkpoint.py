@@ -333,6 +333,20 @@ def test_a_kill_in_any_part_of_a_save_leaves_the_one_before(tiny: Config, tmp_pa
     assert len(left) > 1  # a half one was there
 
 
+def test_what_a_killed_save_left_is_gone_before_the_next_opens(tiny: Config, tmp_path: Path) -> None:
+    """Not while it saves: two that opened the folder one after the other removed it at once, and one of them failed."""
+    half = tmp_path / FOLDER / "2.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    for number in range(2000):
+        (half / str(number)).touch()
+    Checkpoints(tmp_path, tiny).close()
+    assert not half.exists()
+    checkpoints = Checkpoints(tmp_path, tiny)
+    assert checkpoints.save({"w": jnp.ones(3)}, Position(2))
+    checkpoints.close()
+    assert names(tmp_path) == {"2"}
+
+
 def test_another_format_is_one_line_and_stays(run: Path, tiny: Config) -> None:
     path = run / FOLDER / "3" / "meta" / "metadata"
     meta = json.loads(path.read_text())

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ X = TypeVar("X")
 
 FOLDER = "checkpoints"
 FORMAT = 2
+HALF = "*.orbax-checkpoint-tmp*"  # what Orbax calls a checkpoint until it is whole
 # How TensorStore begins the message of a read that failed because of what it read.
 DECODING = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 
@@ -77,10 +79,8 @@ class Checkpoints:
             keep.append(_Best(self._losses))
         if self._config.train.keep_every:
             keep.append(policy.EveryNSteps(self._config.train.keep_every))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-        )
-        together(lambda: saved_steps(self._folder, make=True))  # before Orbax, whose processes wait for each other
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(keep))
+        together(lambda: _made_ready(self._folder))  # before Orbax, whose processes wait for each other
         return ocp.CheckpointManager(self._folder, options=options)
 
     def note(self, step: int, loss: float) -> None:
@@ -226,6 +226,15 @@ def saved_steps(folder: Path, make: bool = False) -> list[int]:
         raise UserError(f"{folder}: not a folder; move it away") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}); mend that and try again") from error
+
+
+def _made_ready(folder: Path) -> None:
+    """Without what saves that were cut off have left. Orbax would remove it beside the run, and still be at it when the
+    next one opens the folder, whose save then misses what is gone."""
+    saved_steps(folder, make=True)
+    if is_first():
+        for half in folder.glob(HALF):
+            shutil.rmtree(half, ignore_errors=True)  # what stays is met, and told of, by the save of its step
 
 
 def intact(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, Any]]:
