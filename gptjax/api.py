@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from gptjax.config import Config, LayoutConfig, TrainConfig
 from gptjax.data.chat import is_chat, require_no_other
@@ -28,8 +27,7 @@ from gptjax.sharding.mesh import MESH_AXES, make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain
 from gptjax.stages.launch import prepare
-from gptjax.stages.weights import on_device, open_weights
-from gptjax.train.step import placed
+from gptjax.stages.weights import open_weights, places
 
 SLOTS = 8
 
@@ -54,7 +52,7 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
     place = _layout(config, layout)
     config = replace(config, layout=layout or config.layout)
     network = Network(config, jax.default_backend(), place)
-    params = source.load(config.model, _places(network))
+    params = source.load(config.model, places(network.init, place))
     finish = jax.jit(partial(prepared, weights=weights, dtype=network.plain_model.dtype))
     stage = kind(config, network.platform, place, kind.fit_tokenizer(config, tokenizer))
     return Model(path, stage, finish(params), slots)
@@ -70,13 +68,6 @@ def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:
     train = TrainConfig(batch_size=len(devices))  # that of the training has no say here
     mesh = make_mesh(replace(config, layout=layout, train=train), devices)
     return Layout(mesh, rule_table(layout)) if len(devices) > 1 else None
-
-
-def _places(network: Network) -> Any:
-    if network.layout is None:
-        return on_device(network.config, jax.local_devices()[0])
-    boxed = jax.eval_shape(network.init, jax.random.key(0))
-    return placed(nn.unbox(boxed), network.layout.shardings(boxed))
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ class Engine:
         wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
         if wrong:
             raise UserError(f"token {wrong[0]}: outside the vocabulary, 0 to {size - 1}")
-        if not np.isfinite(self._biases(request)).any():
+        if request.sampling.logit_bias and not np.isfinite(self._biases(request)).any():
             raise UserError("logit_bias: of -inf for every token; leave one that may be drawn")
         stream = TextStream(self.tokenizer, request.prompt, request.stop) if self.tokenizer else None
         if request.stop and stream is None:

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 
 from gptjax.config import LayoutConfig, RewardConfig
 from gptjax.data.tokenizers import Tokenizer
@@ -16,10 +14,9 @@ from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.sharding.rules import Layout
 from gptjax.stages.reward import SCORES, Reward
-from gptjax.stages.weights import run_and_step
+from gptjax.stages.weights import places, run_and_step
 from gptjax.train.checkpoint import chosen_step, restore_params
 from gptjax.train.run import open_run, saved_tokenizer
-from gptjax.train.step import placed
 
 Score = Callable[[Any, Array, Array], Array]
 
@@ -56,7 +53,7 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
     if layout is None:
         config = replace(config, layout=LayoutConfig(fsdp=1))
     stage = Reward(config, jax.default_backend() if layout is None else _platform(layout), layout)
-    params = restore_params(run, _places(stage), step=step)
+    params = restore_params(run, places(stage.init, layout), step=step)
 
     def score(params: Any, tokens: Array, last: Array) -> Array:
         return (stage.scores(params, tokens, last, None) - mean) / (std if unit else 1.0)
@@ -66,14 +63,6 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
 
 def _platform(layout: Layout) -> str:
     return str(layout.mesh.devices.flat[0].platform)
-
-
-def _places(stage: Reward) -> Any:
-    boxed = jax.eval_shape(stage.init, jax.random.key(0))
-    plain = nn.unbox(boxed)
-    if stage.layout:
-        return placed(plain, stage.layout.shardings(boxed))
-    return placed(plain, jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), plain))
 
 
 def _statistics(run: Path, step: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.lora import is_adapter, merge
 from gptjax.parallel.network import Network
+from gptjax.sharding.rules import Layout
 from gptjax.stages import stage_class
 from gptjax.train.checkpoint import FOLDER, restore_params
 from gptjax.train.fingerprint import fingerprint
@@ -183,6 +184,14 @@ def chat_model(path: str) -> ModelConfig:
 
 def _same(model: ModelConfig) -> tuple[str, ...]:
     return (*SAME, "window") if "banded" in model.attention_pattern else SAME
+
+
+def places(init: Callable[[Array], Any], layout: Layout | None) -> Any:
+    """The shapes of what `init` makes, on a layout or, without one, on the first device of this process."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    plain = nn.unbox(boxed)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    return placed(plain, layout.shardings(boxed) if layout else jax.tree.map(lambda _: one, plain))
 
 
 def on_device(config: Config, device: jax.Device) -> Any:
