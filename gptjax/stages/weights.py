@@ -186,16 +186,14 @@ def _same(model: ModelConfig) -> tuple[str, ...]:
     return (*SAME, "window") if "banded" in model.attention_pattern else SAME
 
 
-def places(init: Callable[[Array], Any], layout: Layout | None) -> Any:
-    """The shapes of what `init` makes, on a layout or, without one, on the first device of this process."""
+def places(init: Callable[[Array], Any], layout: Layout | None = None, device: jax.Device | None = None) -> Any:
+    """The shapes of what `init` makes, on a layout or, without one, on a device, the first of this process unless
+    given."""
     boxed = jax.eval_shape(init, jax.random.key(0))
-    plain = nn.unbox(boxed)
-    one = SingleDeviceSharding(jax.local_devices()[0])
+    plain, one = nn.unbox(boxed), SingleDeviceSharding(device or jax.local_devices()[0])
     return placed(plain, layout.shardings(boxed) if layout else jax.tree.map(lambda _: one, plain))
 
 
 def on_device(config: Config, device: jax.Device) -> Any:
     """The shapes of a model's parameters, all on one device."""
-    network = Network(config, device.platform)
-    abstract = nn.unbox(jax.eval_shape(network.init, jax.random.key(0)))
-    return placed(abstract, jax.tree.map(lambda _: SingleDeviceSharding(device), abstract))
+    return places(Network(config, device.platform).init, device=device)
