@@ -432,13 +432,25 @@ def test_fingerprints_of_keys_scalars_and_nothing() -> None:
 def test_a_fingerprint_gathers_nothing_and_is_compiled_once() -> None:
     mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     array = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, PartitionSpec("a")))
-    text = module._sums.lower(array).compile().as_text()
+    text = module._jitted.lower(array).compile().as_text()
     assert "all-gather" not in text and "all-reduce" in text
     tree = {str(i): array * i for i in range(5)}
     fingerprint(tree)
-    programs = module._sums._cache_size()
+    programs = module._jitted._cache_size()
     fingerprint(jax.tree.map(lambda x: x + 1, tree))
-    assert module._sums._cache_size() == programs
+    assert module._jitted._cache_size() == programs
+
+
+def test_a_fingerprint_is_the_same_from_numpy_and_from_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["float32", "bfloat16", "int8", "uint32", "bool", "complex64", "float8_e4m3fn", "float16"]
+    tree = {kind: jax.random.normal(jax.random.key(1), (3, 4, 5)).astype(kind) for kind in kinds}
+    tree |= {"key": jax.random.key(3), "scalar": jnp.float32(2), "none": jnp.zeros((0, 3))}
+    with jax.enable_x64(True):
+        tree |= {"long": jnp.arange(5) << 40, "double": jnp.float64(1) / 3}
+    small = fingerprint(tree)
+    monkeypatch.setattr(module, "SMALL", -1)
+    assert fingerprint(tree) == small
+    assert small["scalar"] == "86b7389d0399d7b6"  # as runs have it on disk
 
 
 # Whole files

@@ -1,22 +1,29 @@
-"""Programs as they were traced, kept beside the compilation cache: a start of the same engine traces nothing.
+"""Compiled programs, kept beside the compilation cache: a start of the same engine traces, lowers and compiles nothing.
 
-The cache of JAX spares the compiler, but its key is the traced program, and to trace and lower the two programs of an
-engine is a quarter of what the first answer of a small model takes on a CPU.
+The cache of JAX spares the compiler alone, for its key is the lowered program: to trace and lower the two programs of
+an engine is a quarter of what the first answer of a small model takes on a CPU, and to lower a program of jax.export
+imports scipy.linalg, a tenth.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import math
+import os
+import pickle
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax import export
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from gptjax.files import code_digest, write_whole
 
-FOLDER = "traced"
+FOLDER = "programs"
+FLAGS = ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")  # of the environment, that change a program
 
 
 class Kept:
@@ -39,10 +46,12 @@ class Kept:
         key = tree, statics, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         first, (kept, form) = len(jax.tree.leaves(params)), jax.tree.flatten(slots)
         if key not in self._programs:
-            flat = jax.jit(lambda *every: jax.tree.leaves(self._jitted(*jax.tree.unflatten(tree, every), *statics)))
-            exported = self._exported(Path(folder), key, flat, leaves)
+
+            def program(*every: Any) -> list[Any]:
+                return jax.tree.leaves(self._jitted(*jax.tree.unflatten(tree, every), *statics))
+
             donated = tuple(range(first, first + len(kept)))
-            self._programs[key] = jax.jit(exported.call, donate_argnums=donated)
+            self._programs[key] = self._compiled(Path(folder), key, jax.jit(program, donate_argnums=donated), leaves)
         out = self._programs[key](*leaves)
         more = out[len(kept) :]
         return jax.tree.unflatten(form, out[: len(kept)]), self._rest(*more) if more else None
@@ -51,16 +60,39 @@ class Kept:
         """Programs so far, as a jit counts them."""
         return len(self._programs) or self._jitted._cache_size()
 
-    def _exported(self, folder: Path, key: Any, flat: Any, leaves: Any) -> export.Exported:
-        """From its file, or traced and put there. What cannot be read is made again; a cache that cannot be written is
-        none."""
-        device = jax.devices()[0]
-        about = [code_digest(), jax.__version__, device.platform, device.device_kind, *self._about, *map(str, key)]
-        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
-        path = folder / FOLDER / name
+    def _compiled(self, folder: Path, key: Any, jitted: Any, leaves: Any) -> Any:
+        """From its file, or compiled and put there. What cannot be read is made again; a cache that cannot be written
+        is none."""
+        device = leaves[0].device
+        about = [code_digest(), jax.__version__, *_machine(device), *self._about, *map(str, key)]
+        path = folder / FOLDER / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
         with suppress(Exception):
-            return export.deserialize(bytearray(path.read_bytes()))
-        exported = export.export(flat)(*leaves)
-        with suppress(OSError):
-            write_whole(path, bytes(exported.serialize()))
-        return exported
+            program, ins, outs = pickle.loads(path.read_bytes())
+            return deserialize_and_load(program, ins, outs, execution_devices=[device])
+        with _beside_the_cache():
+            compiled = jitted.lower(*leaves).compile()
+        with suppress(OSError, ValueError):  # the latter: a backend whose programs cannot be kept
+            write_whole(path, pickle.dumps(serialize(compiled)))
+        return compiled
+
+
+@contextmanager
+def _beside_the_cache() -> Iterator[None]:
+    """What is compiled here does not go into JAX's cache: on a CPU a program that came from there and is kept again has
+    lost its functions."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _machine(device: Any) -> list[str]:
+    """What a program was compiled for. A CPU by what it can do: a home folder may belong to machines of several
+    kinds, and XLA compiles for the one that it is on."""
+    flags = [os.environ.get(name, "") for name in FLAGS]
+    info = Path("/proc/cpuinfo")
+    can = re.search(r"^(?:flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
+    return [device.platform, device.device_kind, platform.machine(), can[0] if can else platform.processor(), *flags]

@@ -6,6 +6,7 @@ Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,6 +69,7 @@ def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     return _layer_norm_forward(x, scale, bias)[0]
 
 
+@partial(jax.jit, inline=True)  # traced once for all layers, as if it were written out in each
 def _layer_norm_forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(scale.dtype)
     mean = wide.mean(-1, keepdims=True)

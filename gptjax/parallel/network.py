@@ -69,7 +69,8 @@ class Network:
 
     def init(self, key: Array) -> Any:
         """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
-        return self.plain_model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        model = self.plain_model.clone(parallelism=Parallelism(lambda q, k, v, *mask: v))  # it has no parameters
+        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
         """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over

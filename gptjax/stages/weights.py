@@ -189,7 +189,7 @@ def _same(model: ModelConfig) -> tuple[str, ...]:
 def places(init: Callable[[Array], Any], layout: Layout | None = None, device: jax.Device | None = None) -> Any:
     """The shapes of what `init` makes, on a layout or, without one, on a device, the first of this process unless
     given."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
     plain, one = nn.unbox(boxed), SingleDeviceSharding(device or jax.local_devices()[0])
     return placed(plain, layout.shardings(boxed) if layout else jax.tree.map(lambda _: one, plain))
 

@@ -1,5 +1,6 @@
 """A checksum of every array of a tree: the same on every layout, another if one bit, or two numbers' places, change."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 from gptjax.sharding.rules import leaf_name
 
 SEEDS = (0x9E3779B9, 0x85EBCA6B)  # two sums of 32 bits
+SMALL = 1 << 24  # numbers that NumPy sums in the time, 0.3 s, in which a CPU gets a program for it from its cache
 
 
 def fingerprint(tree: Any) -> dict[str, str]:
@@ -19,39 +21,59 @@ def fingerprint(tree: Any) -> dict[str, str]:
     CPU, and then wait for each other for ever.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {leaf_name(path): "".join(f"{int(x):08x}" for x in jax.device_get(_sums(leaf))) for path, leaf in leaves}
+    small = sum(leaf.size for _, leaf in leaves) <= SMALL and all(_on_cpu(leaf) for _, leaf in leaves)
+    sums = _on_host if small else _on_devices
+    return {leaf_name(path): "".join(f"{int(x):08x}" for x in sums(leaf)) for path, leaf in leaves}
 
 
-@jax.jit
-def _sums(leaf: Array) -> Array:
+def _on_cpu(leaf: Array) -> bool:
+    """Whether it is one piece of this process's own memory."""
+    return leaf.is_fully_addressable and [device.platform for device in leaf.devices()] == ["cpu"]
+
+
+def _on_host(leaf: Array) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return _sums(np, np.asarray(_plain(leaf)))
+
+
+def _on_devices(leaf: Array) -> np.ndarray:
+    return np.asarray(jax.device_get(_jitted(_plain(leaf))))
+
+
+def _plain(leaf: Array) -> Array:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _sums(xp: Any, leaf: Any) -> Any:
     """uint32 [2]: the words of an array, each mixed with its place in the whole, summed modulo 2³²: a sum has no order,
-    so it does not matter which device holds which part. A program for each shape and layout, compiled once."""
-    words = _words(leaf)
-    sums = []
+    so it does not matter which device holds which part. xp: numpy, or jax.numpy."""
+    words, sums = _words(xp, leaf), []
     for seed in SEEDS:
-        mixed = jnp.full(words.shape, np.uint32(seed))
-        for axis in range(words.ndim):
-            mixed = _mix(mixed ^ jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis))
-        sums.append(jnp.sum(_mix(mixed ^ words), dtype=jnp.uint32))
-    return jnp.stack(sums)
+        mixed = xp.full((1,) * words.ndim, seed, xp.uint32)
+        for axis, size in enumerate(words.shape):  # grows by an axis at a time, so that all but the last are cheap
+            along = [-1 if i == axis else 1 for i in range(words.ndim)]
+            mixed = _mix(mixed ^ xp.arange(size, dtype=xp.uint32).reshape(along))
+        sums.append(_mix(mixed ^ words).sum(dtype=xp.uint32))
+    return xp.stack(sums)
 
 
-def _mix(x: Array) -> Array:
+_jitted = jax.jit(partial(_sums, jnp))  # a program for each shape and layout, compiled once
+
+
+def _mix(x: Any) -> Any:
     """Every bit of a word onto every other: the last steps of MurmurHash3 (Appleby, public domain), a bijection."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-def _words(leaf: Array) -> Array:
+def _words(xp: Any, leaf: Any) -> Any:
     """The bits of an array as uint32; numbers of 64 bits get another axis of two."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return _words(jax.random.key_data(leaf))
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return jnp.stack([_words(leaf.real), _words(leaf.imag)])
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.uint32)
-    bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo(leaf.dtype).bits
-    if bits >= 32:
-        return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+    if xp.issubdtype(leaf.dtype, xp.complexfloating):
+        return xp.stack([_words(xp, leaf.real), _words(xp, leaf.imag)])
+    size = leaf.dtype.itemsize
+    if size == 8:
+        return leaf[..., None].view(xp.uint32)
+    if size == 4:
+        return leaf.view(xp.uint32)
+    return leaf.view(f"uint{8 * size}").astype(xp.uint32)
