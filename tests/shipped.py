@@ -9,7 +9,7 @@ from gptjax.train.run import fill_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PATHS = sorted(CONFIGS.glob("*.py"))
-BASES = {"sft": "quickstart", "sft_gpt2": "gpt2_124m", "reward": "quickstart"}
+BASES = {"sft": "quickstart", "sft_gpt2": "gpt2_124m", "reward": "quickstart", "dpo": "quickstart"}
 
 
 def start_words(name: str, folder: Path) -> list[str]:

@@ -3,7 +3,6 @@ Run: pytest tests/test_reward.py"""
 
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -20,13 +19,13 @@ import pytest
 from conftest import as_file
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from ranked import MODEL, RANKS, K, T, alone, batch, decoder, one_device, write_base, write_rankings
 from toy import records
 
 from gptjax import cli
 from gptjax.config import (
     Config,
     LayoutConfig,
-    ModelConfig,
     OptimizerConfig,
     RankingConfig,
     RewardConfig,
@@ -34,7 +33,7 @@ from gptjax.config import (
     TrainConfig,
 )
 from gptjax.data.chat import Message
-from gptjax.data.ranked import RankedRows, open_rankings
+from gptjax.data.ranked import open_rankings
 from gptjax.data.rankings import Ranking, parse
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import load_tokenizer
@@ -44,71 +43,30 @@ from gptjax.model.scalar import ranking_nats
 from gptjax.rl.responses import extent
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import SFT, Base, Reward, launch, stage_class
+from gptjax.stages import Base, Reward, stage_class
 from gptjax.stages.pairs import figures
 from gptjax.stages.scorer import load_scorer
 from gptjax.train import loop
-from gptjax.train.checkpoint import Checkpoints, Position, restore_params
+from gptjax.train.checkpoint import restore_params
 from gptjax.train.parts import split
-from gptjax.train.run import fill_run
 from gptjax.train.step import abstract_state, init_state, make_step, narrow
-
-T, K = 32, 4
 
 
 @pytest.fixture(scope="session")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 prompts with two to four replies, of which more vowels are better, as many are tied."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("rankings") / "all.jsonl"
-    lines = []
-    while len(lines) < 400:
-        replies = ["".join(rng.choices("aebcd", k=4)) for _ in range(rng.randint(2, K))]
-        ranks = [5 - sum(letter in "ae" for letter in reply) for reply in replies]
-        if len(set(ranks)) > 1:
-            lines.append(json.dumps({"prompt": f"say {len(lines)}", "replies": replies, "ranks": ranks}))
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def one_device(config: Config) -> Layout:
-    return Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
+    return write_rankings(tmp_path_factory.mktemp("rankings"))
 
 
 @pytest.fixture(scope="session")
 def base(tuned: SFTConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of fine-tuning to start from, at its first step."""
-    model = ModelConfig(
-        num_layers=2,
-        num_heads=2,
-        embed_dim=32,
-        seq_len=T,
-        vocab_size=261,
-        attention_pattern=("dense", "banded"),
-        window=8,
-    )
-    config = replace(tuned, model=model)
-    run, stage = tmp_path_factory.mktemp("base") / "run", SFT(config, "cpu")
-    fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
-    checkpoints = Checkpoints(run, config)
-    checkpoints.save(init_state(config, stage, one_device(config)).kept, Position())
-    checkpoints.close()
-    return run
+    return write_base(tmp_path_factory.mktemp("base"), tuned)
 
 
 @pytest.fixture(scope="session")
 def small(base: Path, rankings: Path, tiny: Config) -> RewardConfig:
     return RewardConfig(
         name="reward",
-        model=ModelConfig(
-            num_layers=2,
-            num_heads=2,
-            embed_dim=32,
-            seq_len=T,
-            vocab_size=261,
-            attention_pattern=("dense", "banded"),
-            window=8,
-        ),
+        model=MODEL,
         init_from=str(base),
         data=RankingConfig(
             source=str(rankings),
@@ -159,46 +117,7 @@ def scored(stage: Reward) -> Any:
     return jax.jit(lambda p, tokens, last: stage.scores(p, tokens, last, None))
 
 
-RANKS = [[1, 2, 0, 0], [1, 1, 2, 0], [3, 1, 2, 4], [2, 1, 2, 3], [0, 0, 0, 0], [1, 1, 1, 0]]
-"""Two to four replies, ties, a prompt that is not there, and one that has no pair."""
-
-
-def batch(length: int = T) -> RankedRows:
-    rng, ranks = np.random.default_rng(0), np.array(RANKS, np.int32)
-    tokens = rng.integers(0, 261, (*ranks.shape, length), np.int32)
-    return RankedRows(tokens, rng.integers(0, length, ranks.shape, np.int32), ranks)
-
-
 # The loss
-
-
-def decoder(params: Any, tokens: Any, window: int) -> Any:
-    """hidden [B, T, D] of a two-layer model, dense and banded, in PyTorch's float64, from its description alone."""
-    import torch
-    from torch.nn import functional as F
-
-    def norm(x: Any, name: str) -> Any:
-        return F.layer_norm(x, x.shape[-1:], params[f"{name}/scale"], params[f"{name}/bias"], 1e-5)
-
-    size = tokens.shape[1]
-    x = params["embedding"][tokens] + params["positions"][:size]
-    back = torch.arange(size)[:, None] - torch.arange(size)
-    units = {name: value[0] for name, value in params.items() if name.startswith("units/")}
-    params = params | units
-    for i, reach in enumerate((size, window)):
-        block = f"units/block_{i}"
-        h = norm(x, f"{block}/norm_attention")
-        qkv = torch.einsum("btd,dchk->cbhtk", h, params[f"{block}/qkv/kernel"])
-        q, k, v = qkv + params[f"{block}/qkv/bias"][:, None, :, None]
-        weights = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill((back < 0) | (back >= reach), -math.inf).softmax(-1)
-        h = torch.einsum("bhtk,hkd->btd", weights @ v, params[f"{block}/projection/kernel"])
-        x = x + h + params[f"{block}/projection/bias"]
-        h = F.gelu(
-            norm(x, f"{block}/norm_mlp") @ params[f"{block}/mlp_up/kernel"] + params[f"{block}/mlp_up/bias"],
-            approximate="tanh",
-        )
-        x = x + h @ params[f"{block}/mlp_down/kernel"] + params[f"{block}/mlp_down/bias"]
-    return norm(x, "norm_final")
 
 
 def test_loss_and_gradients_are_those_of_pytorch_in_float64(
@@ -211,7 +130,7 @@ def test_loss_and_gradients_are_those_of_pytorch_in_float64(
         k: torch.tensor(np.asarray(v, np.float64), requires_grad=True) for k, v in flatten_dict(params, sep="/").items()
     }
     prompts = []
-    for tokens, last, ranks in zip(*rows, strict=True):
+    for tokens, _, last, ranks in zip(*rows, strict=True):
         hidden = decoder(given, torch.tensor(tokens).long(), stage.config.model.window)
         score = [h[at] @ given["score/kernel"] + given["score/bias"] for h, at in zip(hidden, last, strict=True)]
         ordered = [(i, j) for i in range(K) for j in range(K) if 0 < ranks[i] < ranks[j]]
@@ -284,10 +203,12 @@ def test_rows_hold_each_reply_in_the_chat_format_and_its_place(stage: Reward) ->
         ranked, row = parse(found.source[int(found.numbers[index])].text), found.row([index])
         for k in range(K):
             if k >= len(ranked.replies):
-                assert (row.ranks[k], row.last[k], row.tokens[k].any()) == (0, 0, False)
+                assert (row.ranks[k], row.first[k], row.last[k], row.tokens[k].any()) == (0, 0, 0, False)
                 continue
             whole = chat.render([*ranked.prompt, Message("assistant", ranked.replies[k])]).ids
             assert row.tokens[k, : row.last[k] + 1].tolist() == whole.tolist() and whole[-1] == chat.end
+            said = chat.reply(ranked.replies[k])
+            assert row.tokens[k, row.first[k] : row.last[k] + 1].tolist() == said.tolist()
             assert not row.tokens[k, row.last[k] + 1 :].any() and row.ranks[k] == ranked.ranks[k]
     assert not any(leaf.any() for leaf in found.row([]))
 
@@ -458,11 +379,6 @@ def run(small: RewardConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def alone(patch: pytest.MonkeyPatch) -> None:
-    """Runs take one of the devices."""
-    patch.setattr(launch, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-
-
 def test_a_ranked_task_is_learned_and_its_figures_logged(run: Path, stage: Reward, small: RewardConfig) -> None:
     before, *_, after = records(run, "eval")
     assert before["step"] == 0 and before["accuracy"] < 0.8
@@ -478,7 +394,7 @@ def test_a_ranked_task_is_learned_and_its_figures_logged(run: Path, stage: Rewar
 
 def test_a_scorer_gives_held_out_replies_mean_0_and_deviation_1(run: Path, stage: Reward) -> None:
     rows = [stage.evaluation.row([index]) for index in range(len(stage.evaluation))]
-    tokens, last, ranks = (np.concatenate(leaves) for leaves in zip(*rows, strict=True))
+    tokens, _, last, ranks = (np.concatenate(leaves) for leaves in zip(*rows, strict=True))
     here = ranks > 0
     for unit in (False, True):
         found = load_scorer(str(run), unit=unit)

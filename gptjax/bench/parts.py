@@ -127,10 +127,10 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     tokens = config.train.batch_size * config.row_tokens
     layers, dim = model.num_layers, model.embed_dim
     keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
-    each, head = products_per_weight(config.adapter, config.predicts)
+    each, head = products_per_weight(config.adapter, config.predicts, config.has_reference)
     adapters = Counter(adapter_params(model, config.adapter))
     flops = {
-        "attention": 12 * dim * keys * tokens,
+        "attention": (16 if config.has_reference else 12) * dim * keys * tokens,
         "projections": (each * 4 * layers * dim**2 + 6 * (adapters["qkv"] + adapters["projection"])) * tokens,
         "MLP": (each * 8 * layers * dim**2 + 6 * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
         "head and loss": head * model.vocab_size * dim * tokens,

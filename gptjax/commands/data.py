@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gptjax.commands.arguments import Overrides, Positional
-from gptjax.config import Config, DataConfig, RewardConfig, SFTConfig
+from gptjax.config import Config, DataConfig, RankedConfig, SFTConfig
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
@@ -56,7 +56,7 @@ class Command:
             from gptjax.stages.view import show
 
             show(config, corpus, self.examples)
-        elif isinstance(config, RewardConfig):
+        elif isinstance(config, RankedConfig):
             from gptjax.stages.view import show_rankings
 
             show_rankings(config, corpus, self.examples)

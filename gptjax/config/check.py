@@ -3,7 +3,7 @@
 import re
 
 from gptjax.config.fields import every_leaf
-from gptjax.config.schema import Config, RewardConfig, SFTConfig
+from gptjax.config.schema import Config, PreferenceConfig, RankedConfig, RewardConfig, SFTConfig
 from gptjax.errors import UserError
 
 
@@ -20,11 +20,10 @@ def validate(config: Config) -> Config:
     _vocabulary(config)
     if isinstance(config, SFTConfig):
         _fine_tuning(config)
-    if isinstance(config, RewardConfig) and not config.init_from:
-        raise UserError(
-            "init_from: empty, and a reward model starts from the run whose replies it is to score, fine-tuned (stage "
-            "sft) or pretrained; name it"
-        )
+    if isinstance(config, RankedConfig):
+        _from_rankings(config)
+    if isinstance(config, SFTConfig | PreferenceConfig):
+        _sampling(config)
     optimizer = config.optimizer
     if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:
         raise UserError(
@@ -110,5 +109,17 @@ def _fine_tuning(config: SFTConfig) -> None:
             f"lora.rank = {config.lora.rank}: adapters stand beside trained weights; name them with init_from, or take "
             "0, which trains all parameters"
         )
+
+
+def _from_rankings(config: RankedConfig) -> None:
+    if config.init_from:
+        return
+    why = "a policy starts from the run that it is to improve, which stays its reference"
+    if isinstance(config, RewardConfig):
+        why = "a reward model starts from the run whose replies it is to score"
+    raise UserError(f"init_from: empty, and {why}, fine-tuned (stage sft) or pretrained; name it")
+
+
+def _sampling(config: Config) -> None:
     if config.train.sample_interval and not config.train.sample_prompt.strip():
         raise UserError("train.sample_prompt: has no text, and the assistant is to answer it; write a question")

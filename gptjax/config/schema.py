@@ -355,6 +355,11 @@ class Config:
         return True
 
     @property
+    def has_reference(self) -> bool:
+        """Whether frozen weights of the same shape read every token, too, forward alone."""
+        return False
+
+    @property
     def row_sequences(self) -> int:
         """Sequences of T tokens that one row of a batch has."""
         return 1
@@ -398,30 +403,58 @@ class SFTConfig(Config):
 
 
 @frozen
-class RewardConfig(Config):
-    """A reward model of ranked replies (InstructGPT, arXiv 2203.02155, section 3.5). A row is a prompt with all of
-    them."""
+class RankedConfig(Config):
+    """What learns from ranked replies. A row is a prompt with all of them."""
 
-    stage: ClassVar[str] = "reward"
     unused: ClassVar[tuple[str, ...]] = (
         "model.separate_documents",
-        "data.tokenizer",  # that of init_from: whose replies are scored reads and writes by it, too
+        "data.tokenizer",  # that of init_from: whose replies are ranked reads and writes by it, too
         "data.fields",
         "data.packing",
-        "train.sample_interval",
-        "train.sample_prompt",
     )
 
     data: RankingConfig  # type: ignore[assignment]
-
-    @property
-    def predicts(self) -> bool:
-        return False
 
     @property
     def row_sequences(self) -> int:
         return self.data.max_replies
 
 
-STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig, RewardConfig)}
+@frozen
+class RewardConfig(RankedConfig):
+    """A reward model of ranked replies (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+    stage: ClassVar[str] = "reward"
+    unused: ClassVar[tuple[str, ...]] = (*RankedConfig.unused, "train.sample_interval", "train.sample_prompt")
+
+    @property
+    def predicts(self) -> bool:
+        return False
+
+
+@frozen
+class DPOConfig:
+    """How far preferences may take a policy from its reference."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Reward of a nat of the log ratio of policy to reference; the smaller, the further the policy goes."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to be the wrong way round."""
+
+
+@frozen
+class PreferenceConfig(RankedConfig):
+    """A policy trained on ranked replies without a reward model (DPO, arXiv 2305.18290), from the weights of init_from,
+    which stay beside it as its reference."""
+
+    stage: ClassVar[str] = "preference"
+
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
+
+STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig, RewardConfig, PreferenceConfig)}
 """The class of each stage's config."""

@@ -1,4 +1,4 @@
-"""Ranked replies as rows to score: each row is a prompt with all its replies, a sequence for each."""
+"""Ranked replies as rows to read: each row is a prompt with all its replies, a sequence for each."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ class RankedRows(NamedTuple):
 
     tokens: Any
     """int32 ids [..., K, T] of prompt and reply, from the left; behind them, and where there is no reply, 0."""
+    first: Any
+    """int32 [..., K]: the place of each reply's first token; 0 where that is cut off."""
     last: Any
     """int32 [..., K]: the place of each reply's last token, where its score is read."""
     ranks: Any
@@ -35,14 +37,16 @@ class Rankings(ExampleSet):
 
     def row(self, indices: Any) -> RankedRows:
         tokens = np.zeros((self.max_replies, self.seq_len), np.int32)
-        last, ranks = np.zeros((2, self.max_replies), np.int32)
+        first, last, ranks = np.zeros((3, self.max_replies), np.int32)
         for index in indices:  # one, or none
             found = parse(self.source[int(self.numbers[index])].text)
             prompt = self.chat.prompt(found.prompt)
             for k, (reply, rank) in enumerate(zip(found.replies, found.ranks, strict=True)):
-                ids = np.concatenate([prompt, self.chat.reply(reply)])[-self.seq_len :]
-                tokens[k, : len(ids)], last[k], ranks[k] = ids, len(ids) - 1, rank
-        return RankedRows(tokens, last, ranks)
+                said = self.chat.reply(reply)
+                ids = np.concatenate([prompt, said])[-self.seq_len :]
+                tokens[k, : len(ids)], ranks[k] = ids, rank
+                first[k], last[k] = max(len(ids) - len(said), 0), len(ids) - 1
+        return RankedRows(tokens, first, last, ranks)
 
 
 def open_rankings(

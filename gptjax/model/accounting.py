@@ -43,27 +43,31 @@ def cache_bytes(config: ModelConfig, rows: int, capacity: int, itemsize: int) ->
     return 2 * rows * config.embed_dim * sum(kept) * itemsize
 
 
-def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None, predicts: bool = True) -> float:
+def train_flops_per_token(
+    config: ModelConfig, lora: LoRAConfig | None = None, predicts: bool = True, reference: bool = False
+) -> float:
     """Model FLOPs of forward and backward per token, counting causality and the band exactly.
 
     6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where adapters
     are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term: frozen matrices are
     multiplied going forward and for the gradient of what went in, not for one of their own. 6 V D again with an adapter
     for the embedding, whose gradient is that of the whole table. Attention has no weights, and costs what it did.
-    A model that does not predict, such as a reward model, has no term in V D.
+    A model that does not predict, such as a reward model, has no term in V D. A reference adds a third of all of it: it
+    reads every token forward.
     """
-    layer, head = products_per_weight(lora, predicts)
+    layer, head = products_per_weight(lora, predicts, reference)
     matrices = layer * 12 * config.num_layers * config.embed_dim**2 + head * config.vocab_size * config.embed_dim
     keys = sum(mean_keys(kind, config.seq_len, config.window) for kind in config.layer_kinds)
     adapters = sum(size for name, size in adapter_params(config, lora).items() if name in SIDES)
-    return matrices + 6 * adapters + 12 * config.embed_dim * keys
+    return matrices + 6 * adapters + (16 if reference else 12) * config.embed_dim * keys
 
 
-def products_per_weight(lora: LoRAConfig | None, predicts: bool = True) -> tuple[int, int]:
+def products_per_weight(lora: LoRAConfig | None, predicts: bool = True, reference: bool = False) -> tuple[int, int]:
     """FLOPs per token and number of a layer's matrix, and of the head's: 6 where it has a gradient, else 4; 0 of a head
-    that is not computed."""
+    that is not computed; 2 more for those of a reference."""
     layer, head = (4, 6 if "embedding" in lora.matrices else 4) if lora else (6, 6)
-    return layer, head if predicts else 0
+    more = 2 if reference else 0
+    return layer + more, head + more if predicts else 0
 
 
 def train_flops_per_token_palm(config: ModelConfig) -> float:

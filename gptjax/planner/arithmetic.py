@@ -22,15 +22,15 @@ def computation(place: Place) -> dict[str, float]:
     residual_ways = place.length / place.residual_length
     # Reads and writes of a layer's forward pass between its products: 12 of [T, D], 27 split over tensor.
     between = UNFUSED * place.width * model.embed_dim * (12 / residual_ways + 27 / tensor) * work / chip.hbm_rate
-    passes = 3 + (0.5 if model.remat == "dots" else again)
-    each, in_head = products_per_weight(place.config.adapter, place.config.predicts)
+    passes = 3 + (0.5 if model.remat == "dots" else again) + place.references
+    each, in_head = products_per_weight(place.config.adapter, place.config.predicts, place.config.has_reference)
     adapters = 2 * sum(place.adapters) / place.width * work / rate
     head = in_head * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens * micro / rate
     state = FLOAT * place.local_trained / chip.hbm_rate
     return {
         "matrix products": each / 2 * product + 3 * adapters + head,
         "recomputation": again * (product * (12 * unit - 4) / (12 * unit) + adapters + attention),
-        "attention": 3.5 * attention,
+        "attention": (3.5 + place.references) * attention,
         "memory traffic": passes * between,
         "optimizer": state * (8 + (3 * micro if micro > 1 else 0)),
     }

@@ -65,6 +65,11 @@ class Place:
         return self.config.micro_batch_size // self.ways("batch") * self.config.row_sequences
 
     @property
+    def references(self) -> int:
+        """Models of the same shape that read every token forward alone, beside the one that is trained."""
+        return int(self.config.has_reference)
+
+    @property
     def length(self) -> int:
         return self.config.model.seq_len // self.ways("length")
 

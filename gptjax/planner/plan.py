@@ -82,7 +82,7 @@ class Row:
     @property
     def _flops(self) -> float:
         config = self.candidate.config
-        return train_flops_per_token(config.model, config.adapter, config.predicts)
+        return train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
 
     @property
     def length(self) -> int | None:

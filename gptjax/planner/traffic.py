@@ -54,13 +54,14 @@ def traffic(place: Place) -> list[Transfer]:
 
     weights = place.matrices * place.layers * micro
     split, rest = (size * place.layers * micro for size in place.adapters)
+    more = place.references  # forward passes, which nothing goes back through
     if stages > 1:
-        add("all-gather", ("fsdp",), "weights", weights + split, 0.0)
+        add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + more), 0.0)
     else:
         # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
         # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
         again = (12 * unit - 9) / (12 * unit) if model.remat == "full" else 0.0
-        add("all-gather", ("fsdp",), "weights", (weights + split) * (2 + again), 1.0)
+        add("all-gather", ("fsdp",), "weights", (weights + split) * (2 + again + more), 1.0)
     fsdp = mesh["fsdp"]
     copies = ("replica", "data", "context")
     behind = 1.0 if stages == 1 else 0.0
@@ -76,7 +77,7 @@ def traffic(place: Place) -> list[Transfer]:
     # embedding's.
     positions = model.seq_len * model.embed_dim * place.width
     others = ("replica", "pipeline", "data", "context")
-    add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
+    add("all-gather", ("fsdp",), "embedding", (place.embedding + positions) * (1 + more))
     looked_up = place.embedding * FLOAT / place.width
     scored = place.embedding if place.config.predicts else 0.0
     add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (scored + looked_up) * micro)
@@ -102,15 +103,16 @@ def traffic(place: Place) -> list[Transfer]:
     if layout.sequence_sharding:
         # Of an adapter's gradient, once more what its matrix needs of the residual's.
         gathers = (6 if model.remat == "full" else 4) + len({"projection", "mlp_down"} & adapted)
-        add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
-        add("reduce-scatter", ("tensor",), "residual", sums * (4 + recomputed), HIDDEN_RESIDUAL)
+        add("all-gather", ("tensor",), "residual", residual * (gathers + 2 * more), HIDDEN_RESIDUAL)
+        add("reduce-scatter", ("tensor",), "residual", sums * (4 + recomputed + 2 * more), HIDDEN_RESIDUAL)
     else:
-        add("all-reduce", ("tensor",), "residual", sums * (4 + recomputed), HIDDEN_RESIDUAL)
+        add("all-reduce", ("tensor",), "residual", sums * (4 + recomputed + 2 * more), HIDDEN_RESIDUAL)
 
     add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
 
     if stages > 1:
-        add("collective-permute", ("pipeline",), "stages", 2 * place.ticks * place.resting / place.chunks * micro, 0.0)
+        handed = place.ticks * place.resting / place.chunks * micro
+        add("collective-permute", ("pipeline",), "stages", (2 + more) * handed, 0.0)
         add("all-gather", ("pipeline",), "batch in and out", (3 + table) * place.resting * micro, 0.0)
     return [
         Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
@@ -132,8 +134,10 @@ def _context_bytes(place: Place) -> float:
     if ways == 1:
         return 0.0
     pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
-    ring = pair * place.length * (2 * (ways - 1) * place.width + ways * FLOAT)  # gradients go one step further: home
-    halo = 2 * 2 * pair * (model.window - 1) * place.width
+    passes = 2 + place.references  # forward and backward
+    # Gradients go one step further: home.
+    ring = pair * place.length * (passes * (ways - 1) * place.width + ways * FLOAT)
+    halo = passes * 2 * pair * (model.window - 1) * place.width
     each = {"dense": ring, "banded": halo if model.window < model.seq_len else ring}
     return sum(each[kind] for kind in model.layer_kinds) / place.mesh["pipeline"]
 

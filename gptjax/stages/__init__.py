@@ -6,17 +6,23 @@ from typing import TypeAlias
 
 from gptjax.config import Config
 from gptjax.stages.base import Base
+from gptjax.stages.preference import Preference
 from gptjax.stages.pretrain import Pretrain
 from gptjax.stages.reward import Reward
 from gptjax.stages.sft import SFT
 
-AnyStage: TypeAlias = Pretrain | SFT | Reward
-CLASSES: dict[str, type[Pretrain] | type[SFT] | type[Reward]] = {"pretrain": Pretrain, "sft": SFT, "reward": Reward}
+AnyStage: TypeAlias = Pretrain | SFT | Reward | Preference
+CLASSES: dict[str, type[Pretrain] | type[SFT] | type[Reward] | type[Preference]] = {
+    "pretrain": Pretrain,
+    "sft": SFT,
+    "reward": Reward,
+    "preference": Preference,
+}
 
 
-def stage_class(config: Config) -> type[Pretrain] | type[SFT] | type[Reward]:
+def stage_class(config: Config) -> type[Pretrain] | type[SFT] | type[Reward] | type[Preference]:
     """What runs the stage of a config."""
     return CLASSES[config.stage]
 
 
-__all__ = ["CLASSES", "SFT", "AnyStage", "Base", "Pretrain", "Reward", "stage_class"]
+__all__ = ["CLASSES", "SFT", "AnyStage", "Base", "Preference", "Pretrain", "Reward", "stage_class"]

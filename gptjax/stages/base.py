@@ -56,6 +56,10 @@ class Base:
         it is drawn."""
         return is_adapter(name)
 
+    def of_weights(self, load: Callable[[Any], Any], places: Any) -> Any:
+        """Parameters, where `places` says, of the weights that a run starts from: `load` gives those of a decoder."""
+        return load(places)
+
     def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
         """Nothing: the log has the figures."""
 

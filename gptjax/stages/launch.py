@@ -95,7 +95,9 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     config = stage.config
     weights = weights or first_weights(config)
     base, born = split(places, stage.is_born)
-    params = load_base(run, config, weights, base) if config.adapter else weights.start(config.model, base)
+    stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
+    load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
+    params = stage.of_weights(load, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)
         make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), stage.is_born)[1], out_shardings=shardings)

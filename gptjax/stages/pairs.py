@@ -1,4 +1,4 @@
-"""What scores of held-out replies say of a reward model: how often the better reply wins, and by how much it should."""
+"""What scores of held-out replies say of what gave them: how often the better reply wins, and how surely it should."""
 
 from typing import Any
 

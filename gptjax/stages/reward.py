@@ -2,24 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from gptjax.config import RewardConfig
-from gptjax.data.examples import eval_batches
-from gptjax.data.ranked import RankedRows, Rankings, open_rankings
+from gptjax.data.ranked import RankedRows
 from gptjax.data.rows import PADDING, Rows
-from gptjax.data.sources import TextSource
 from gptjax.errors import UserError
 from gptjax.files import json_text, read_json, write_whole
 from gptjax.model.scalar import NAME, init_head, is_better, is_head, ranking_nats, read
-from gptjax.stages.from_examples import FromExamples
+from gptjax.stages.from_rankings import FromRankings
 from gptjax.stages.pairs import figures
 
 SCORES = "score.json"
@@ -27,7 +23,7 @@ SCORES = "score.json"
 HERE = 0  # a target: the place whose hidden state is read
 
 
-class Reward(FromExamples[Rankings]):
+class Reward(FromRankings):
     """Batches and evaluation of a scalar head on ranked replies."""
 
     config: RewardConfig
@@ -38,34 +34,6 @@ class Reward(FromExamples[Rankings]):
 
     def is_born(self, name: str) -> bool:
         return is_head(name)
-
-    @property
-    def row(self) -> RankedRows:
-        """The shapes of one row."""
-        replies, length = self.config.data.max_replies, self.config.model.seq_len
-        each = jax.ShapeDtypeStruct((replies,), np.int32)
-        return RankedRows(jax.ShapeDtypeStruct((replies, length), np.int32), each, each)
-
-    def random_rows(self, seed: int, lead: tuple[int, ...]) -> RankedRows:
-        """Rows [*lead, K, T] of random ids: replies that fill the context, in a random order."""
-        rng, (replies, length) = np.random.default_rng(seed), self.row.tokens.shape
-        tokens = rng.integers(0, self.config.model.vocab_size, (*lead, replies, length), np.int32)
-        ranks = 1 + np.argsort(rng.random((*lead, replies)), axis=-1).astype(np.int32)
-        return RankedRows(tokens, np.full_like(ranks, length - 1), ranks)
-
-    def _examples(self, source: TextSource) -> Rankings:
-        return open_rankings(self.config.data, source, self.chat, self.config.model.seq_len, self.report)
-
-    def facts(self) -> str:
-        """What it learns, in words."""
-        found, left_out = self.training, sum(self.training.left_out.values())
-        share = found.num_replies / (len(found) * found.max_replies)
-        return (
-            f"{len(found):,} training prompts with {found.num_replies:,} ranked replies, {share:.1%} of "
-            f"{found.max_replies} each"
-            + f", {found.num_cut:,} cut" * bool(found.num_cut)
-            + f", {left_out:,} left out" * bool(left_out)
-        )
 
     def scores(self, params: Any, tokens: Array, last: Array, key: Array | None) -> Array:
         """tokens [B, T], last [B], the place of each text's last token -> float32 [B]; a key of None switches dropout
@@ -91,20 +59,11 @@ class Reward(FromExamples[Rankings]):
 
     def evaluate(self, params: Any, place: Callable[[RankedRows], RankedRows], rows: Sequence[int]) -> dict[str, Any]:
         """See `pairs.figures`."""
-        c = self.config
-        batches = eval_batches(self.evaluation, c.micro_batch_size, rows, c.train.eval_batches)
-        found = jax.device_get([self._evaluate_batch(params, place(batch)) for batch in batches])
-        scores, ranks = (np.concatenate(each) for each in zip(*found, strict=True))
-        return figures(scores, ranks)
+        return figures(*self._over_evaluation(params, place, rows))
 
-    @cached_property
-    def _evaluate_batch(self) -> Callable[[Any, RankedRows], tuple[Array, Array]]:
-        """jit of (params, rows [b, ...]) -> scores and ranks [b, K], whole on every process."""
-
-        def whole(params: Any, rows: RankedRows) -> tuple[Array, Array]:
-            return self._scores_of_rows(params, rows, None), rows.ranks
-
-        return jax.jit(whole, out_shardings=self.layout.sharding(()) if self.layout else None)
+    def _judged(self, params: Any, rows: RankedRows) -> tuple[Array, Array]:
+        """Scores and ranks."""
+        return self._scores_of_rows(params, rows, None), rows.ranks
 
     def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
         """Writes SCORES, whole, by which `scorer` shifts this step's scores."""

@@ -11,13 +11,12 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import SFTConfig
-from gptjax.data.chat import Message
 from gptjax.data.examples import Examples, eval_batches, open_examples
 from gptjax.data.rows import CUT, PADDING, Rows
 from gptjax.data.sources import TextSource
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import log_probs
-from gptjax.stages.from_examples import FromExamples
+from gptjax.stages.assistant import Assistant
 from gptjax.stages.next_token import NextToken
 from gptjax.train.parts import join, split
 from gptjax.train.step import narrow
@@ -25,11 +24,10 @@ from gptjax.train.step import narrow
 CONVERSATIONS = 4  # in a row of random ones, on average
 
 
-class SFT(FromExamples[Examples], NextToken):
+class SFT(Assistant[Examples], NextToken):
     """Batches and evaluation of a decoder on conversations."""
 
     config: SFTConfig
-    example_prompt = "Hello!"
 
     def init(self, key: Array) -> Any:
         """Frozen matrices are in the dtype in which every product takes them: that of float32 is the optimizer's."""
@@ -91,14 +89,3 @@ class SFT(FromExamples[Examples], NextToken):
             return tuple(jnp.sum(x) for part in parts for x in (jnp.where(part, nats, 0), part))
 
         return jax.jit(sums)
-
-    def prompt(self, text: str) -> np.ndarray:
-        """What the user says, for the assistant to answer."""
-        return self.chat.prompt([Message("user", text)])
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return (self.chat.end, self.known_tokenizer.eot)
-
-    def shown(self, prompt: str, reply: str) -> str:
-        return f"{prompt}\n{reply}"

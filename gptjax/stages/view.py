@@ -1,5 +1,5 @@
 """What is learned from, to look at. Of fine-tuning: how long conversations are, how full the rows, and which tokens
-count; of a reward model: the rankings; of both what was left out."""
+count; of a reward model or a policy: the rankings; of all what was left out."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,13 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gptjax.config import RewardConfig, SFTConfig
+from gptjax.config import RankedConfig, SFTConfig
 from gptjax.data.chat import Rendered
 from gptjax.data.examples import Examples, ExampleSet
 from gptjax.data.rankings import parse
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.stages.reward import Reward
+from gptjax.stages.from_rankings import FromRankings
 from gptjax.stages.sft import SFT
 from gptjax.stages.weights import given_tokenizer
 from gptjax.terminal import Progress
@@ -45,13 +45,13 @@ def show(config: SFTConfig, corpus: Corpus, count: int) -> None:
     console.print()
 
 
-def show_rankings(config: RewardConfig, corpus: Corpus, count: int) -> None:
+def show_rankings(config: RankedConfig, corpus: Corpus, count: int) -> None:
     """Print figures of both splits, and the first `count` prompts of the training split with their replies, the best
     first."""
     console = Console(highlight=False, soft_wrap=True)
-    tokenizer = Reward.fit_tokenizer(config, given_tokenizer(config))
+    tokenizer = FromRankings.fit_tokenizer(config, given_tokenizer(config))
     with Progress() as progress:
-        stage = Reward(config, "cpu", tokenizer=tokenizer, corpus=corpus, report=progress)
+        stage = FromRankings(config, "cpu", tokenizer=tokenizer, corpus=corpus, report=progress)
         splits = {config.data.train_split: stage.training, config.data.eval_split: stage.evaluation}
     for name, found in splits.items():
         console.print(f"{corpus.name} {name}: {len(found):,} prompts with {found.num_replies:,} ranked replies")

@@ -153,8 +153,8 @@ def _load_adapted(run: Path, config: Config, step: int | None, model: ModelConfi
 
 
 def load_base(run: Path, config: Config, weights: Weights, places: Any) -> Any:
-    """The parameters beside which the adapters of a run are trained, pinned by the first who asks. Raises UserError
-    where they are not those that it was started from."""
+    """The parameters beside which a run trains its adapters or its policy, pinned by the first who asks. Raises
+    UserError where they are not those that it was started from."""
     return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
 
 

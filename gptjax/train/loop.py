@@ -308,9 +308,10 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, nu
     adapters = sum(adapter_params(config.model, config.adapter).values())
     params = num_params(config.model) + adapters + (0 if config.predicts else scalar_params(config.model))
     step_tokens = config.train.batch_size * config.row_tokens
-    flops = train_flops_per_token(config.model, config.adapter, config.predicts)
+    flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
     each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
     trained = f", of which {adapters:,} are trained" if adapters else ""
+    trained += " beside a frozen reference of as many" if config.has_reference else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
     pattern = ",".join(config.model.attention_pattern)
     lines = {

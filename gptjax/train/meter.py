@@ -59,7 +59,7 @@ class Meter:
         self._tokens, self._seconds, self._waited = position.tokens, clock.seconds(), 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
-        self._flops = train_flops_per_token(config.model, config.adapter, config.predicts)
+        self._flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -194,7 +194,7 @@ def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
 
 
 def same_base(folder: Path, source: str, prints: dict[str, str]) -> None:
-    """Pin the weights beside which a run trains adapters, by their fingerprints, or see that they are those.
+    """Pin the weights beside which a run trains, by their fingerprints, or see that they are those.
 
     Raises UserError where they are not.
     """
