@@ -3,7 +3,16 @@
 import re
 
 from gptjax.config.fields import every_leaf
-from gptjax.config.schema import Config, PreferenceConfig, RankedConfig, RewardConfig, SFTConfig
+from gptjax.config.schema import (
+    Config,
+    GroupPolicyConfig,
+    PolicyConfig,
+    PreferenceConfig,
+    RankedConfig,
+    RewardConfig,
+    RewardedConfig,
+    SFTConfig,
+)
 from gptjax.errors import UserError
 
 
@@ -22,7 +31,9 @@ def validate(config: Config) -> Config:
         _fine_tuning(config)
     if isinstance(config, RankedConfig):
         _from_rankings(config)
-    if isinstance(config, SFTConfig | PreferenceConfig):
+    if isinstance(config, RewardedConfig):
+        _rewarded(config)
+    if isinstance(config, SFTConfig | PreferenceConfig | RewardedConfig):
         _sampling(config)
     optimizer = config.optimizer
     if optimizer.decay_tokens and optimizer.warmup_tokens > optimizer.decay_tokens:
@@ -118,6 +129,39 @@ def _from_rankings(config: RankedConfig) -> None:
     if isinstance(config, RewardConfig):
         why = "a reward model starts from the run whose replies it is to score"
     raise UserError(f"init_from: empty, and {why}, fine-tuned (stage sft) or pretrained; name it")
+
+
+def _rewarded(config: RewardedConfig) -> None:
+    if not config.init_from:
+        raise UserError(
+            "init_from: empty, and a policy starts from the run that it is to improve, which stays its reference, "
+            "fine-tuned (stage sft); name it"
+        )
+    if not config.reward:
+        raise UserError("reward: empty; name the run of a reward model, or a Python function, FILE.py:NAME")
+    rollout, size = config.rollout, config.train.batch_size
+    if rollout.episodes % size:
+        near = max(size, round(rollout.episodes / size) * size)
+        raise UserError(
+            f"rollout.episodes = {rollout.episodes}: not a multiple of train.batch_size = {size}; nearest {near}"
+        )
+    if rollout.max_tokens >= config.model.seq_len:
+        raise UserError(
+            f"rollout.max_tokens = {rollout.max_tokens}: leaves a prompt no room in model.seq_len = "
+            f"{config.model.seq_len}; nearest {max(1, config.model.seq_len // 2)}"
+        )
+    if rollout.top_k > config.model.vocab_size:
+        raise UserError(f"rollout.top_k = {rollout.top_k}: model.vocab_size is {config.model.vocab_size}; 0 keeps all")
+    if isinstance(config, GroupPolicyConfig) and rollout.episodes % config.grpo.group:
+        near = max(1, round(rollout.episodes / config.grpo.group)) * config.grpo.group
+        raise UserError(
+            f"rollout.episodes = {rollout.episodes}: not a multiple of grpo.group = {config.grpo.group}; nearest {near}"
+        )
+    if isinstance(config, PolicyConfig) and config.ppo.kl_target and config.ppo.kl_horizon <= 0.2 * rollout.episodes:
+        raise UserError(
+            f"ppo.kl_horizon = {config.ppo.kl_horizon}: one iteration of {rollout.episodes} episodes could turn the "
+            f"sign of the coefficient; more than {0.2 * rollout.episodes:g}"
+        )
 
 
 def _sampling(config: Config) -> None:

@@ -181,6 +181,26 @@ class RankingConfig(DialogueConfig):
 
 
 @frozen
+class PromptConfig(DialogueConfig):
+    """Where prompts come from that a policy is to answer, perhaps with an answer to compare its reply with. Of whole
+    conversations and of ranked replies the prompt is taken, without what the assistant says at its end."""
+
+    fields: Annotated[tuple[str, ...], AfterValidator(_conversation), SAME_CONTENT] = ()
+    """Fields that hold the prompt, as messages, a transcript or text; prompt,answer; or instruction,input,answer. A
+    dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found that
+    is not null: messages; conversations; instruction,input; prompt; question; chosen; and the field answer beside it,
+    if there is one."""
+    max_prompt_tokens: Count = 0
+    """Tokens that a prompt has at most, those of the chat format included; 0 is half the context. What is left of the
+    context is the reply's."""
+    too_long: Literal["cut", "drop"] = "drop"
+    """What becomes of a prompt that is longer: its beginning is cut off, or it is left out and counted."""
+    invalid: Literal["refuse", "drop"] = "drop"
+    """What becomes of a record that has no prompt to answer: the build ends with its place and the reason, or the
+    record is left out and counted by reason."""
+
+
+@frozen
 class OptimizerConfig:
     """AdamW, or Muon for the layers, and the schedule in tokens (GPT-3 paper, appendix B)."""
 
@@ -370,6 +390,16 @@ class Config:
         return self.row_sequences * self.model.seq_len
 
     @property
+    def updates(self) -> int:
+        """Of the parameters in a step, one after another, each of batch_size rows."""
+        return 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step after the ramp."""
+        return self.updates * self.train.batch_size * self.row_tokens
+
+    @property
     def micro_batch_size(self) -> int:
         return self.train.micro_batch_size or self.train.batch_size
 
@@ -456,5 +486,137 @@ class PreferenceConfig(RankedConfig):
         return True
 
 
-STAGES: dict[str, type[Config]] = {each.stage: each for each in (Config, SFTConfig, RewardConfig, PreferenceConfig)}
+@frozen
+class RolloutConfig:
+    """How a policy draws the replies that it learns from. A step is an iteration: the replies are drawn, judged, and
+    learned from, train.batch_size of them at a time."""
+
+    episodes: Positive = 512
+    """Replies of an iteration."""
+    epochs: Positive = 1
+    """Times that each of them is learned from, in another order."""
+    max_tokens: Positive = 128
+    """Tokens of a reply at most, its end among them."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Divides the logits; what is learned is the policy at this temperature."""
+    top_k: Count = 0
+    """Draw from the k likeliest tokens alone; 0 is all."""
+    slots: Annotated[Positive, FREE] = 32
+    """Replies that are drawn side by side."""
+    max_gap: Annotated[float, Field(gt=0), FREE] = 0.1
+    """Nats by which a token's log-probability may differ, in the mean, between what draws and what learns; a run in
+    which they differ by more ends."""
+
+
+@frozen
+class RewardedConfig(Config):
+    """A policy that learns from what its own replies are worth, from the weights of init_from, which stay beside it
+    as its reference. A row is a reply to a prompt."""
+
+    unused: ClassVar[tuple[str, ...]] = (
+        "model.separate_documents",
+        "data.tokenizer",  # that of init_from
+        "data.packing",
+        "train.epochs",  # its length is in iterations: train.total_steps
+        "train.ramp_start",
+        "train.ramp_tokens",
+        "train.ramp_multiple",
+    )
+
+    data: PromptConfig  # type: ignore[assignment]
+    reward: str = ""
+    """The run folder of a reward model, or FILE.py:NAME or MODULE:NAME, a Python function of prompt and reply, and of
+    the record's answer if it takes a third argument, that gives a number."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
+    @property
+    def updates(self) -> int:
+        return self.rollout.episodes * self.rollout.epochs // self.train.batch_size
+
+
+@frozen
+class PPOConfig:
+    """What rewards are made of, and how far an iteration may go (InstructGPT, arXiv 2203.02155, appendix C)."""
+
+    kl_coef: Annotated[float, Field(ge=0)] = 0.02
+    """Reward that a nat of the log ratio of policy to reference costs, at first."""
+    kl_target: Annotated[float, Field(ge=0)] = 0.0
+    """Nats per reply to which the coefficient is steered (arXiv 1909.08593, section 2.2); 0 leaves it as it is."""
+    kl_horizon: Annotated[float, Field(gt=0)] = 10_000.0
+    """Episodes over which it follows; scale it to the run."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of a later token's reward."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Weight of later rewards against later values in an advantage (arXiv 1506.02438)."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """How far from 1 the ratio of a token's probabilities still counts."""
+    value_clip: Annotated[float, Field(gt=0)] = 0.2
+    """How far from the old one a value still counts, in units of the score."""
+    value_learning_rate: Annotated[float, Field(gt=0)] = 9e-6
+    """Peak learning rate of the value model; its schedule is the policy's."""
+    missing_end: float = -1.0
+    """Score of a reply that has no end token."""
+    unit_reward: bool = True
+    """Divide a reward model's scores by their deviation on its held-out replies."""
+    whiten_rewards: bool = False
+    """Divide the rewards of an iteration by their deviation, around their mean, which stays (arXiv 1909.08593)."""
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss on pretraining text (section `ptx`) in every update, PPO-ptx; 0 is none."""
+    ptx_rows: Positive = 8
+    """Rows of that text beside each reply."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the average of the policy's weights that is kept beside them, by the iteration; 0 is none."""
+
+
+@frozen
+class PretrainingConfig(DataConfig):
+    """The text that a policy is not to forget; see ppo.ptx_coef."""
+
+    source: Annotated[str, Field(min_length=1)] = "stdlib"
+    """As data.source of pretraining. Its bytes are not pinned: leave the files as they are while a run lasts."""
+
+
+@frozen
+class PolicyConfig(RewardedConfig):
+    """Proximal policy optimisation (PPO, arXiv 1707.06347) with a value model beside the policy."""
+
+    stage: ClassVar[str] = "ppo"
+    unused: ClassVar[tuple[str, ...]] = (*RewardedConfig.unused, "ptx.tokenizer", "ptx.eval_split", "ptx.lanes")
+
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ptx: PretrainingConfig = field(default_factory=PretrainingConfig)
+
+
+@frozen
+class GRPOConfig:
+    """Policy optimisation by groups of replies, without a value model (GRPO, arXiv 2402.03300)."""
+
+    group: Annotated[int, Field(ge=2)] = 8
+    """Replies to each prompt, which are compared with each other."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.04
+    """Weight of the KL to the reference in the loss."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """How far from 1 the ratio of a token's probabilities still counts."""
+    scale_by_std: bool = True
+    """Divide a group's advantages by its deviation."""
+    missing_end: float = -1.0
+    """Score of a reply that has no end token."""
+
+
+@frozen
+class GroupPolicyConfig(RewardedConfig):
+    """A policy that learns which of its own replies to a prompt is better than the others."""
+
+    stage: ClassVar[str] = "grpo"
+
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+
+STAGES: dict[str, type[Config]] = {
+    each.stage: each for each in (Config, SFTConfig, RewardConfig, PreferenceConfig, PolicyConfig, GroupPolicyConfig)
+}
 """The class of each stage's config."""

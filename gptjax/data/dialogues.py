@@ -7,7 +7,7 @@ its turns, [["user","Hi"],["assistant","Hello"]], and a row that was dropped is 
 import json
 import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,18 @@ class Dialogue:
 
     def columns(self, names: Sequence[str], where: object) -> list[str]:
         if self.fields:
-            return [*dict.fromkeys(column(field, names, where, "data.fields") for field in self.fields)]
-        if not (found := _form(names)):
-            raise UserError(f"data.source: {where}: {_no_form(names)}")
+            return columns_of(self.fields, names, where)
+        if not (found := form(names, FORMS)):
+            raise UserError(f"data.source: {where}: {no_form(names)}")
         return [*found]
 
     def document(self, row: Any, where: object) -> str:
         return kept(lambda: pairs(_conversation(row, self.fields)), self.invalid, where)
+
+
+def columns_of(fields: Sequence[str], names: Sequence[str], where: object) -> list[str]:
+    """Those that `data.fields` lie in. Raises UserError where one is missing."""
+    return [*dict.fromkeys(column(field, names, where, "data.fields") for field in fields)]
 
 
 def kept(make: Callable[[], Any], invalid: str, where: object) -> str:
@@ -103,13 +108,13 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _form(names: Collection[str]) -> tuple[str, ...]:
+def form(names: Collection[str], forms: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """The fields of the first form that is there; empty where none is."""
-    there = (form for form in FORMS if all(name in names or name == INPUT for name in form))
+    there = (each for each in forms if all(name in names or name == INPUT for name in each))
     return tuple(name for name in next(there, ()) if name in names)
 
 
-def _no_form(names: Collection[str]) -> str:
+def no_form(names: Iterable[str]) -> str:
     return f"no known form (set data.fields) among its fields {', '.join(names) or 'none'}"
 
 
@@ -123,23 +128,30 @@ def _conversation(row: Any, fields: tuple[str, ...]) -> list[Message]:
 
 def _messages(row: Any, fields: tuple[str, ...]) -> list[Message]:
     """Whatever messages there are. Raises as `_conversation`."""
-    if not isinstance(row, dict):
-        raise Invalid(f"{kind(row)}, not an object with fields")
-    names = fields or _form(row)
+    row = record(row)
+    names = fields or form(row, FORMS)
     if not names:
-        raise Invalid(_no_form(row))
-    values = [_reach(row, name) for name in names]
+        raise Invalid(no_form(row))
+    values = [reach(row, name) for name in names]
     if len(values) == 3:
-        return _instructed(names, values)
+        return [instructed(names, values), Message("assistant", text_in(values[2], names[2]))]
     if len(values) == 2:
         return [*_side(values[0], names[0], "user"), *_side(values[1], names[1], "assistant")]
-    return transcript(text_in(*values, *names)) if isinstance(values[0], str | bytes) else listed(*values, *names)
+    return whole(*values, *names)
 
 
-def _instructed(names: Sequence[str], values: Sequence[Any]) -> list[Message]:
-    instruction, reply = text_in(values[0], names[0]), text_in(values[2], names[2])
+def record(row: Any) -> dict[str, Any]:
+    """Raises Invalid where a row has no fields."""
+    if not isinstance(row, dict):
+        raise Invalid(f"{kind(row)}, not an object with fields")
+    return row
+
+
+def instructed(names: Sequence[str], values: Sequence[Any]) -> Message:
+    """What the user says: the first two values, an instruction and its input, which may be null."""
+    instruction = text_in(values[0], names[0])
     more = "" if values[1] is None else text_in(values[1], names[1])
-    return [Message("user", f"{instruction}\n\n{more}" if more else instruction), Message("assistant", reply)]
+    return Message("user", f"{instruction}\n\n{more}" if more else instruction)
 
 
 def _side(value: Any, name: str, role: str) -> list[Message]:
@@ -147,6 +159,11 @@ def _side(value: Any, name: str, role: str) -> list[Message]:
     if isinstance(value, list | dict | np.ndarray):
         return listed(value, name)
     return [Message(role, text_in(value, name))]
+
+
+def whole(value: Any, name: str) -> list[Message]:
+    """A conversation in one field: a transcript, or messages."""
+    return transcript(text_in(value, name)) if isinstance(value, str | bytes) else listed(value, name)
 
 
 def transcript(text: str) -> list[Message]:
@@ -197,8 +214,8 @@ def text_in(value: Any, name: str) -> str:
     return value
 
 
-def _reach(row: dict[str, Any], name: str) -> Any:
-    """What a field holds, whose name may be dotted."""
+def reach(row: dict[str, Any], name: str) -> Any:
+    """What a field holds, whose name may be dotted. Raises Invalid where it is not there."""
     value: Any = row
     for step in [name] if name in row else name.split("."):
         items = list_of(value) if step.isdecimal() else None

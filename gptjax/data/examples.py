@@ -1,5 +1,5 @@
 """Examples as rows to learn from: which there are and how long, how they share rows, and the rows themselves. Those of
-conversations are here, those of ranked replies in `ranked`.
+conversations are here, those of ranked replies in `ranked`, those of prompts in `prompted`.
 
 An example of n ids takes n - 1 places of a row, at each of which the next id is asked for. Ids that are asked of no one
 are CUT - id in the targets, so that an evaluation can tell what was said from what is missing.
@@ -113,13 +113,9 @@ def open_examples(
     sizes = measure(config, source, chat, lambda text: _sizes(text, chat), report)
     size, tail = sizes[:, 0] - 1, sizes[:, 1]
     there, long = sizes[:, 0] > 0, size > seq_len
-    left_out = reasons(source, np.flatnonzero(~there))
-    lost = long & there if config.too_long == "drop" else tail >= np.minimum(size, seq_len)
-    lost &= there
-    if lost.any():
-        left_out[TOO_LONG if config.too_long == "drop" else REPLY_ALONE] = int(lost.sum())
-    numbers = np.flatnonzero(there & ~lost)
-    require_some(config, numbers, "conversation", left_out)
+    drop = config.too_long == "drop"
+    lost = there & (long if drop else tail >= np.minimum(size, seq_len))
+    numbers, left_out = select(config, source, "conversation", there, lost, TOO_LONG if drop else REPLY_ALONE)
     lengths = np.minimum(size[numbers], seq_len)
     packing = pack(lengths, seq_len) if config.packing else apart(lengths)
     return Examples(source, chat, seq_len, numbers, packing, left_out, int((long & there & ~lost).sum()))
@@ -133,16 +129,22 @@ def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:
     return len(example.ids), int(np.argmin(example.trained[::-1]))
 
 
-def reasons(source: TextSource, numbers: np.ndarray) -> Counter[str]:
-    """How many of these records were dropped, by reason."""
-    return Counter(why_dropped(source[int(number)].text) for number in numbers)
+def select(
+    config: DialogueConfig, source: TextSource, what: str, there: np.ndarray, lost: np.ndarray, reason: str
+) -> tuple[np.ndarray, Counter[str]]:
+    """The records of which examples are made, int [examples], and how many of the others there are by reason.
 
-
-def require_some(config: DialogueConfig, numbers: np.ndarray, what: str, left_out: Counter[str]) -> None:
-    """Raises UserError where no example is left."""
+    there: bool [records], those that the data set did not drop; lost: bool [records], those of them that are left out
+    for this reason. Raises UserError where no example is left; `what` is one in a word.
+    """
+    left_out = Counter(why_dropped(source[int(number)].text) for number in np.flatnonzero(~there))
+    if lost.any():
+        left_out[reason] = int(lost.sum())
+    numbers = np.flatnonzero(there & ~lost)
     if not len(numbers):
         why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise UserError(f"data.source = {config.source}: no {what} to learn from in a split ({why}); give more")
+    return numbers, left_out
 
 
 def measure(

@@ -7,7 +7,7 @@ import numpy as np
 
 from gptjax.config import RankingConfig
 from gptjax.data.chat import ChatFormat
-from gptjax.data.examples import TOO_LONG, ExampleSet, Report, measure, reasons, require_some
+from gptjax.data.examples import TOO_LONG, ExampleSet, Report, measure, select
 from gptjax.data.packing import apart
 from gptjax.data.rankings import parse
 from gptjax.data.sources import TextSource
@@ -57,14 +57,9 @@ def open_rankings(
     there, long = replies > 0, size > seq_len
     if (most := replies.max()) > config.max_replies:
         raise UserError(f"data.max_replies = {config.max_replies}: a prompt has {most} replies; nearest {most}")
-    left_out, lost = reasons(source, np.flatnonzero(~there)), long & (config.too_long == "drop")
-    if lost.any():
-        left_out[TOO_LONG] = int(lost.sum())
-    kept = there & ~lost
-    numbers = np.flatnonzero(kept)
-    require_some(config, numbers, "ranking", left_out)
-    packing, counts = apart(replies[numbers]), (int((kept & long).sum()), config.max_replies, int(replies[kept].sum()))
-    return Rankings(source, chat, seq_len, numbers, packing, left_out, *counts)
+    numbers, left_out = select(config, source, "ranking", there, long & (config.too_long == "drop"), TOO_LONG)
+    counts = int(long[numbers].sum()), config.max_replies, int(replies[numbers].sum())
+    return Rankings(source, chat, seq_len, numbers, apart(replies[numbers]), left_out, *counts)
 
 
 def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:

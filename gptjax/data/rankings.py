@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.data.chat import Message, flaw
-from gptjax.data.dialogues import Invalid, kept, list_of, listed, pairs, text_in, transcript
+from gptjax.data.dialogues import Invalid, kept, list_of, listed, pairs, record, text_in, transcript
 from gptjax.data.formats import kind
 from gptjax.errors import UserError
 
@@ -67,8 +67,7 @@ def _no_form(names: Sequence[str]) -> str:
 
 def _ranked(row: Any) -> Ranked:
     """Raises Invalid, and UnicodeDecodeError."""
-    if not isinstance(row, dict):
-        raise Invalid(f"{kind(row)}, not an object with fields")
+    row = record(row)
     if "replies" in row and "ranks" in row:
         found = _listed(row)
     elif "chosen" in row and "rejected" in row:
@@ -128,19 +127,19 @@ def _prompt(row: dict[str, Any]) -> list[Message]:
     speak."""
     if row.get(PROMPT) is None:
         return []
-    turns = _side(row[PROMPT], PROMPT, "user")
-    return turns[:-1] if turns and turns[-1] == Message("assistant", "") else turns
+    said = turns(row[PROMPT], PROMPT, "user")
+    return said[:-1] if said and said[-1] == Message("assistant", "") else said
 
 
 def _reply(value: Any, name: str, prompt: list[Message]) -> tuple[list[Message], str]:
     """The turns before a reply, and what it says. One turn alone follows the prompt."""
-    turns = _side(value, name, "assistant")
-    if not turns or turns[-1].role != "assistant":
+    said = turns(value, name, "assistant")
+    if not said or said[-1].role != "assistant":
         raise Invalid(f"{name} does not end with the assistant's words")
-    return prompt if len(turns) == 1 else turns[:-1], turns[-1].content
+    return prompt if len(said) == 1 else said[:-1], said[-1].content
 
 
-def _side(value: Any, name: str, role: str) -> list[Message]:
+def turns(value: Any, name: str, role: str) -> list[Message]:
     """Messages, a transcript, or the text of one message of a role."""
     if list_of(value) is not None:
         return listed(value, name)

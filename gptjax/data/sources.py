@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gptjax.config import DataConfig, DialogueConfig, RankingConfig, SourceConfig
+from gptjax.config import DataConfig, DialogueConfig, PromptConfig, RankingConfig, SourceConfig
 from gptjax.data import build as builds
 from gptjax.data import cache, catalogue
 from gptjax.data.build import Plan, Report, part_bytes
 from gptjax.data.dialogues import Dialogue, why_dropped
 from gptjax.data.files import TextFile, find
 from gptjax.data.formats import Extract, Heard, TextField, documents, in_spans, reason
+from gptjax.data.prompts import Asking
 from gptjax.data.rankings import Ranking
 from gptjax.data.splits import bounds, chosen
 from gptjax.data.store import Record, Store, cut
@@ -273,6 +274,8 @@ def _of_catalogue(config: AnySource, prepare: bool) -> Plan:
 def _extract(config: AnySource) -> Extract:
     if isinstance(config, RankingConfig):
         return Ranking(config.invalid)
+    if isinstance(config, PromptConfig):
+        return Asking(config.fields, config.invalid)
     if isinstance(config, DialogueConfig):
         return Dialogue(config.fields, config.invalid)
     return TextField(config.text_field)
@@ -288,6 +291,8 @@ def _key(config: AnySource, what: Any) -> str:
     settings: list[Any]
     if isinstance(config, RankingConfig):
         settings = ["rankings", config.invalid]
+    elif isinstance(config, PromptConfig):
+        settings = ["prompts", config.fields, config.invalid]
     elif isinstance(config, DialogueConfig):
         settings = [config.fields, config.invalid]
     else:
