@@ -35,6 +35,7 @@ from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import read_log
 from gptjax.train.schedule import batch_size, learning_rate, steps, total_steps
 from gptjax.train.step import (
+    ByGradient,
     TrainState,
     abstract_state,
     init_state,
@@ -130,7 +131,7 @@ def test_step_is_adamw_on_the_mean_gradient(tiny: Config) -> None:
 
 
 def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -> None:
-    class Drawn:
+    class Drawn(ByGradient):
         def counts(self, rows: Rows) -> jax.Array:
             return jnp.float32(1)
 

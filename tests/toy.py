@@ -18,6 +18,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.train import loop
 from gptjax.train.metrics import read_log
+from gptjax.train.step import ByGradient
 
 ROWS, LENGTH = 2, 16
 STEP_TOKENS = ROWS * LENGTH
@@ -42,7 +43,7 @@ class Stream:
 
 
 @dataclass
-class Toy:
+class Toy(ByGradient):
     """What happens by step, counted from 1; `figures` gives an evaluation's from how many there were before."""
 
     happens: dict[int, int] = field(default_factory=dict)

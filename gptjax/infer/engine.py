@@ -145,9 +145,11 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         layout: Layout | None = None,
         prefixes: int = 1,
+        counts: Sequence[int] = (),
     ) -> None:
         """capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
-        chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share."""
+        chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share; counts: numbers of
+        rows that there are programs for on a CPU, the most of them `slots`; every power of two where there are none."""
         config = model.config
         self.capacity = min(capacity or config.seq_len, config.seq_len)
         self.slots, self.steps, self.chunk = slots, steps, chunk
@@ -164,6 +166,7 @@ class Engine:
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
         self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
+        self._counts = tuple(counts)
         self._store = deque(range(slots, slots + prefixes))
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
@@ -312,7 +315,7 @@ class Engine:
 
     def _best(self, prompt: Sequence[int]) -> tuple[int, int]:
         """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
-        if not self.reuse:
+        if not self.reuse or len(prompt) < SHARED:
             return -1, 0
         found = [(self._usable(number, prompt), number) for number in range(len(self._held))]
         shared, number = max(found, key=lambda pair: (pair[0], -pair[1]))
@@ -326,7 +329,7 @@ class Engine:
 
     def _worth_waiting(self, prompt: Sequence[int], shared: int) -> bool:
         """Whether a prompt that goes in right now will leave more of what this one may share in its cache."""
-        if not self.reuse:
+        if not self.reuse or len(prompt) < SHARED:
             return False
         for number, taken in self._taken.items():
             other = taken.reply.request.prompt
@@ -353,7 +356,7 @@ class Engine:
     def _take(self, number: int, reply: Reply, shared: int) -> None:
         request = reply.request
         left = min(request.max_tokens, self.capacity - len(request.prompt) + 1)
-        keeps = self.reuse and self._store and request.shared
+        keeps = self.reuse and self._store and request.shared >= SHARED
         mark = self._mark(request.prompt, shared) if keeps else 0
         self._taken[number] = taken = _Taken(reply, shared, left, mark)
         if taken.filled == taken.goal:
@@ -440,7 +443,7 @@ class Engine:
 
     def _keep(self, number: int, taken: _Taken) -> None:
         """A copy of a row at the point where its prompt parts from others; at its end from those that wait."""
-        if not self.reuse or not self._store or not taken.reply.request.shared or number in self._stale:
+        if not self.reuse or not self._store or taken.reply.request.shared < SHARED or number in self._stale:
             return
         waiting = [reply.request for reply in self._waiting] if taken.filled == taken.goal else []
         if taken.filled != taken.mark and taken.filled not in self._parts(taken.reply.request.prompt, waiting):
@@ -477,7 +480,8 @@ class Engine:
         where a program more costs more, all."""
         if self._arrange is None:
             return None
-        count = 1 << (len(going) - 1).bit_length()
+        powers = 1 << (len(going) - 1).bit_length()
+        count = min((each for each in self._counts if each >= len(going)), default=powers)
         return np.array(going + [self.programs.rows] * (count - len(going)), np.int32)
 
     def _take_in(self, number: int, taken: _Taken, drawn: Any) -> None:

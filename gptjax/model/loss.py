@@ -44,6 +44,30 @@ def judged(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chu
     return _by_chunk(judge, hidden, embedding, targets, vocab_size, chunk)
 
 
+def drawn_log_probs(
+    hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int, temperature: float, top_k: int
+) -> tuple[Array, Array]:
+    """Log-probability of each target, and the entropy of what it is drawn from, nats [..., T], by a sampler that
+    divides logits by `temperature` and draws from the `top_k` likeliest ids alone (0: from all); 0 where it is IGNORED.
+
+    A target that is none of the likeliest, as one may be that was drawn by other weights, is measured by their
+    normaliser all the same: its value is finite, and has a gradient.
+    """
+
+    def judge(scores: Array, y: Array) -> tuple[Array, Array]:
+        scores = scores / temperature
+        likeliest = scores
+        if 0 < top_k < vocab_size:
+            likeliest = jnp.where(scores >= jax.lax.top_k(scores, top_k)[0][..., -1:], scores, -jnp.inf)
+        log_z = jax.nn.logsumexp(likeliest, axis=-1)
+        log_p = likeliest - log_z[..., None]
+        entropy = -jnp.sum(jnp.where(log_p == -jnp.inf, 0, jnp.exp(log_p) * log_p), axis=-1)
+        counts = y != IGNORED
+        return jnp.where(counts, _picked(scores, y) - log_z, 0), jnp.where(counts, jax.lax.stop_gradient(entropy), 0)
+
+    return _by_chunk(judge, hidden, embedding, targets, vocab_size, chunk)
+
+
 def _log_prob(scores: Array, targets: Array) -> Array:
     return jnp.where(targets == IGNORED, 0, _picked(scores, targets) - jax.nn.logsumexp(scores, axis=-1))
 

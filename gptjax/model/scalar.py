@@ -40,6 +40,12 @@ def read(head: Any, hidden: Array, here: Array) -> Array:
     return jnp.sum(chosen * head["kernel"].astype(jnp.float32), axis=-1) + head["bias"].astype(jnp.float32)
 
 
+def read_each(head: Any, hidden: Array) -> Array:
+    """hidden [..., D] -> float32 [...]: the number at every place, as `read` gives that of one."""
+    wide = hidden.astype(jnp.float32)
+    return jnp.sum(wide * head["kernel"].astype(jnp.float32), axis=-1) + head["bias"].astype(jnp.float32)
+
+
 def ranking_nats(scores: Array, ranks: Array) -> Array:
     """InstructGPT's loss of each prompt (arXiv 2203.02155, equation 1), float32 [...]: the mean over pairs of replies
     whose ranks differ of -log sigmoid(score of the better - score of the worse); 0 where there is no pair.

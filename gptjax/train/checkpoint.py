@@ -181,15 +181,17 @@ def lowest(losses: dict[int, float], steps: Iterable[int]) -> int | None:
     return min(sorted(set(steps) & losses.keys()), key=losses.__getitem__, default=None)
 
 
-def restore_params(run: Path, abstract: Any, *, best: bool = False, step: int | None = None) -> Any:
+def restore_params(
+    run: Path, abstract: Any, *, best: bool = False, step: int | None = None, apart: Sequence[str] = ()
+) -> Any:
     """The trained parameters alone of the checkpoint of a run that `chosen_step` says, laid out as the shardings of
-    `abstract` say.
+    `abstract` say; without those whose names begin with a part that is `apart`.
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
     folder = (run / FOLDER).absolute() / str(chosen_step(run, best=best, step=step))
     try:
-        restored, _ = intact(folder, {"params": abstract}, part="params/")
+        restored, _ = intact(folder, {"params": abstract}, "params/", [f"params/{name}/" for name in apart])
     except Damaged as error:
         raise UserError(
             f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
@@ -237,20 +239,21 @@ def _made_ready(folder: Path) -> None:
             shutil.rmtree(half, ignore_errors=True)  # what stays is met, and told of, by the save of its step
 
 
-def intact(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, Any]]:
+def intact(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
     """`read`, and every array is what was saved: all processes say so, or each raises."""
-    state, meta = agreed(lambda: read(folder, abstract, part))
+    state, meta = agreed(lambda: read(folder, abstract, part, but))
     agreed(lambda: unchanged(state, meta["arrays"]))  # each sees its own copy of what is replicated
     return state, meta
 
 
-def read(folder: Path, abstract: Any, part: str = "") -> tuple[Any, dict[str, Any]]:
-    """The arrays of a checkpoint whose names begin with `part`, and what was saved beside them.
+def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """The arrays of a checkpoint whose names begin with `part`, but with none of those, and what was saved beside them.
 
     Raises Damaged, and UserError for the file system, another version, and arrays that are not those of `abstract`.
     """
     meta = read_meta(folder)
-    saved = {name: about for name, about in meta["arrays"].items() if name.startswith(part)}
+    found = meta["arrays"].items()
+    saved = {name: about for name, about in found if name.startswith(part) and not name.startswith(tuple(but))}
     same_arrays(folder, shapes(abstract), saved)
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)

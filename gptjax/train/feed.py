@@ -1,7 +1,7 @@
 """Where the rows of a run come from: what every stage's source of batches is."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from gptjax.train.parts import Params
 from gptjax.train.step import Rows
@@ -24,3 +24,13 @@ class Feed(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A feed that has something to log."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Of the last batch."""
+        ...

@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
 from gptjax.train.checkpoint import Checkpoints, Position
-from gptjax.train.feed import Feed
+from gptjax.train.feed import Feed, Telling
 from gptjax.train.meter import Clock, Meter, require_finite
 from gptjax.train.metrics import LOG, Reporter
 from gptjax.train.parts import Params
@@ -88,6 +88,8 @@ class Batch:
     num_micro: int
     start: Position
     after: Position
+    figures: Mapping[str, Any]
+    """What its feed says of it."""
 
 
 def fit(
@@ -191,7 +193,7 @@ def _loop(
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
             state, metrics = step_fn(now.state, batch.rows, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
             now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
-            meter.add(now.position, float(lr), metrics)
+            meter.add(now.position, float(lr), {**metrics, **batch.figures})
             stopping = stop.agreed()
             do(due(todo, now, stopping), now)
             if stopping:
@@ -259,19 +261,21 @@ def batches(
     """Every step's batch, on the devices; runs in the prefetch thread, unless the stage is on-policy and wants the
     current `params`. The rows `mine` of each micro-batch are this process's to read."""
     feed = stage.feed(position.data, mine)
-    micro, most = config.micro_batch_size, config.max_accumulation
+    micro, most = config.micro_batch_size, config.updates * config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
             num_micro = size // micro
             # During the ramp the unused micro-batches are zeros: one compiled shape for the whole run.
-            made = feed.batch(num_micro, params() if stage.on_policy else None)
+            made = feed.batch(num_micro * config.updates, params() if stage.on_policy else None)
             rows = jax.tree.map(lambda leaf: _padded(leaf, most), made)
             placed = _on_devices(rows, sharding, (most, micro))
-            data, end = tuple(feed.positions), tokens + size * config.row_tokens
+            data, end = tuple(feed.positions), tokens + size * config.updates * config.row_tokens
             if config.train.epochs:  # what fills up the last batch is no part of the epochs
                 end = min(end, config.train.total_tokens)
             after = Position(step + 1, end, data)
-            yield Batch(placed, num_micro, Position(step, tokens), after)
+            yield Batch(
+                placed, num_micro, Position(step, tokens), after, feed.figures if isinstance(feed, Telling) else {}
+            )
     finally:
         feed.close()
 
@@ -307,7 +311,7 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, nu
     """What a run is, in words, on so many devices of a kind."""
     adapters = sum(adapter_params(config.model, config.adapter).values())
     params = num_params(config.model) + adapters + (0 if config.predicts else scalar_params(config.model))
-    step_tokens = config.train.batch_size * config.row_tokens
+    step_tokens = config.step_tokens
     flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
     each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
     trained = f", of which {adapters:,} are trained" if adapters else ""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from gptjax.train.periodic import Moment
 from gptjax.train.schedule import total_steps
 from gptjax.train.step import Metrics
 
+OWN = {"loss", "grad_norm", "skipped", "bad_streak"}  # of every step; what else there is a stage has said
 BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
 
 
@@ -87,7 +89,7 @@ class Meter:
 
     def _read(self) -> None:
         position, lr, metrics = self._queue.popleft()
-        self._window.append({name: value.item() for name, value in jax.device_get(metrics).items()})
+        self._window.append({name: float(value) for name, value in jax.device_get(metrics).items()})
         reason = gone_bad(self._config, self._window[-1], position.step, self._total_steps)
         if reason or position.step in self._due:
             self._due.discard(position.step)
@@ -101,6 +103,7 @@ class Meter:
     def _emit(self, position: Position, lr: float) -> None:
         losses = np.array([m["loss"] for m in self._window])
         finite = losses[np.isfinite(losses)]
+        more = {name: fmean(m[name] for m in self._window) for name in self._window[-1] if name not in OWN}
         last, self._window = self._window[-1], []
         seconds = self._clock.seconds()
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
@@ -118,6 +121,7 @@ class Meter:
             data_wait=data_wait,
             mfu=self._flops * rate / self._peak if self._peak else None,
             skipped=int(last["skipped"]),
+            **more,
         )
 
 

@@ -36,7 +36,7 @@ def steps(config: Config, step: int, tokens: int) -> Iterator[tuple[int, int, in
     while tokens < config.train.total_tokens:
         size = batch_size(config, tokens)
         yield step, tokens, size
-        step, tokens = step + 1, tokens + size * config.row_tokens
+        step, tokens = step + 1, tokens + size * config.row_tokens * config.updates
 
 
 def with_length(config: Config, epoch_tokens: Callable[[], int]) -> Config:
@@ -72,14 +72,14 @@ def _tokens_after(config: Config, count: int) -> int:
     """Tokens of the first `count` steps."""
     train, step, tokens = config.train, 0, 0
     while train.ramp_start and step < count and tokens < train.ramp_tokens:
-        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.row_tokens
-    return tokens + (count - step) * train.batch_size * config.row_tokens
+        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.row_tokens * config.updates
+    return tokens + (count - step) * config.step_tokens
 
 
 def total_steps(config: Config) -> int:
     """Steps of the whole run: the ramp is walked, the constant rest divided (GPT-3 175B: 109,148)."""
     step = tokens = 0
     while tokens < min(config.train.ramp_tokens, config.train.total_tokens) and config.train.ramp_start:
-        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.row_tokens
+        step, tokens = step + 1, tokens + batch_size(config, tokens) * config.row_tokens * config.updates
     left = max(0, config.train.total_tokens - tokens)
-    return step + -(-left // (config.train.batch_size * config.row_tokens))
+    return step + -(-left // config.step_tokens)

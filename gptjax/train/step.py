@@ -1,6 +1,7 @@
 """The state of training and the one jitted step that every stage shares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -37,6 +38,16 @@ class Parametrised(Protocol):
         """Whether no step changes a parameter, such as units/block_0/qkv/kernel."""
         ...
 
+    def is_carried(self, name: str, /) -> bool:
+        """Whether a step changes a parameter by `carry` and not by its gradient, such as an average of others."""
+        ...
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """First part of the names of parameters that have an optimizer of their own, clipped by their own norm -> their
+        learning rate as a share of the others'."""
+        ...
+
 
 class Objective(Protocol):
     """What a stage minimises: a sum over the micro-batches of a step, every term over its count in the whole step."""
@@ -49,10 +60,52 @@ class Objective(Protocol):
         """The part of rows [b, ...] in the step's mean, nats; a key of None switches dropout off."""
         ...
 
+    def loss_and_figures(
+        self, params: Params, rows: Rows, counts: Counts, key: Array | None, /
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same, and what else is to be logged of rows [b, ...]: parts that add up, as the loss is one."""
+        ...
 
+    def summary(self, figures: dict[str, Array], /) -> dict[str, Array]:
+        """What a step of several updates says of its figures, each [updates]."""
+        ...
+
+    def carry(self, carried: Params, params: Params, rows: Rows, /) -> Params:
+        """The `carried` ones after a step that led to the trained `params`, whose rows were [M, b, ...]."""
+        ...
+
+
+class Trained(Parametrised, Objective, Protocol):
+    """What a step trains."""
+
+
+NO_RATES: Mapping[str, float] = MappingProxyType({})
 MICRO_BATCHES = (None, "batch")  # logical axes that every array of a batch begins with
 SPIKE_WARMUP = 100  # accepted steps before the loss statistics may reject one, and the steps that they remember
 SPIKE_REACH = 4.0  # deviations from the mean at which a loss pulls at the statistics, however far it lies
+
+
+class ByGradient:
+    """What most stages have in common: one loss, one optimizer, and nothing that is carried."""
+
+    def loss(self, params: Params, rows: Rows, counts: Counts, key: Array | None) -> Array:
+        raise NotImplementedError
+
+    def loss_and_figures(self, params: Params, rows: Rows, counts: Counts, key: Array | None) -> tuple[Array, Metrics]:
+        return self.loss(params, rows, counts, key), {}
+
+    def summary(self, figures: Metrics) -> Metrics:
+        return jax.tree.map(jnp.mean, figures)
+
+    def is_carried(self, name: str) -> bool:
+        return False
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return NO_RATES
+
+    def carry(self, carried: Params, params: Params, rows: Rows) -> Params:
+        return carried
 
 
 class TrainState(struct.PyTreeNode):
@@ -73,20 +126,30 @@ class TrainState(struct.PyTreeNode):
     frozen: Params = struct.field(default_factory=dict)
     """Parameters that no step changes: on the devices as any others, with no room in the optimizer or a checkpoint."""
 
+    carried: Params = struct.field(default_factory=dict)
+    """Parameters that each step changes, though not by a gradient; see Parametrised."""
+
     @property
     def every_param(self) -> Params:
         """What a model takes."""
-        return join(self.params, self.frozen)
+        return join(join(self.params, self.carried), self.frozen)
 
     @property
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds, by field."""
-        return {name: value for name, value in vars(self).items() if name != "frozen"}
+        unkept = {"frozen"} | ({"carried"} if not self.carried else set())
+        return {name: value for name, value in vars(self).items() if name not in unkept}
 
 
-def make_optimizer(config: OptimizerConfig) -> "optax.GradientTransformation":
-    """Clip, Adam or Muon, decoupled decay. The learning rate is applied by the step: it is a function of tokens."""
+def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float] = NO_RATES) -> "optax.GradientTransformation":
+    """Clip, Adam or Muon, decoupled decay, one such for each of `rates`. The learning rate is applied by the step: it
+    is a function of tokens."""
     import optax  # here, as below: it takes 0.2 s, and what only asks a model does without
+
+    if rates:
+        each = {name: optax.chain(make_optimizer(config), optax.scale(rate)) for name, rate in rates.items()}
+        labels = _by_name(lambda name: part if (part := name.split("/")[0]) in rates else "")
+        return optax.partition({"": make_optimizer(config), **each}, labels)
 
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
@@ -135,11 +198,13 @@ def abstract_state(config: Config, stage: Parametrised) -> TrainState:
 
 
 def _initial(config: Config, stage: Parametrised, every: Params) -> TrainState:
-    params, frozen = split(every, stage.is_frozen)
-    opt_state = make_optimizer(config.optimizer).init(params)
+    rest, frozen = split(every, stage.is_frozen)
+    params, carried = split(rest, stage.is_carried)
+    opt_state = make_optimizer(config.optimizer, stage.rates).init(params)
     return TrainState(
         params=params,
         frozen=frozen,
+        carried=carried,
         # Of a parameter that one optimizer leaves to another, optax keeps the box with an empty node in it.
         opt_state=jax.tree.map(lambda x: x if jax.tree.leaves(x) else nn.unbox(x), opt_state, is_leaf=is_boxed),
         accepted=jnp.zeros((), jnp.int32),
@@ -166,7 +231,8 @@ def placed(abstract: Any, shardings: Any) -> Any:
 
 def abstract_rows(config: Config, row: Rows, layout: Layout) -> Rows:
     """The shapes of a step's batch, and where it lies, from those of one row."""
-    shape, sharding = (config.max_accumulation, config.micro_batch_size), layout.sharding(MICRO_BATCHES)
+    shape = config.updates * config.max_accumulation, config.micro_batch_size
+    sharding = layout.sharding(MICRO_BATCHES)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding), row)
 
 
@@ -178,30 +244,44 @@ def init_state(config: Config, stage: Parametrised, layout: Layout) -> TrainStat
 
 
 def make_step(
-    config: Config, objective: Objective, shardings: Any, layout: Layout, options: dict[str, str] | None = None
+    config: Config, stage: Trained, shardings: Any, layout: Layout, options: dict[str, str] | None = None
 ) -> Any:
     """jit of (state, rows [M, b, ...], lr, num_micro, step) -> (state, metrics); the state is donated.
 
-    Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. `options` are
-    the compiler's, in place of those of the platform.
+    Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. With several
+    `updates` a step the rows are those of one after another, [updates * M, b, ...], and figures means over them.
+    `options` are the compiler's, in place of those of the platform.
     """
     import optax
 
     platform = layout.mesh.devices.flat[0].platform
     options = compiler_options(platform, config.train.deterministic) if options is None else options
     dtype = compute_dtype(config.model, platform)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, stage.rates)
 
-    def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), index)
+    def update(state: TrainState, rows: Rows, lr: Array, num_micro: Array, key: Array) -> tuple[TrainState, Metrics]:
         params = state.params if _num_micro(rows) == 1 else narrow(state.params, dtype)
-        loss, grads = _mean_gradient(objective, params, state.frozen, rows, num_micro, key)
+        (loss, figures), grads = _mean_gradient(stage, params, join(state.frozen, state.carried), rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
             grad_norm = optax.tree.norm(grads)
             new = guard(config.optimizer, state, state.replace(params=params, opt_state=opt_state), loss, grad_norm)
-        return new, {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped, "bad_streak": new.bad_streak}
+        return new, {"loss": loss, "grad_norm": grad_norm, **figures}
+
+    def step(state: TrainState, rows: Rows, lr: Array, num_micro: Array, index: Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), index)
+        if config.updates == 1:
+            new, metrics = update(state, rows, lr, num_micro, key)
+        else:
+            parts = jax.tree.map(lambda leaf: leaf.reshape(config.updates, -1, *leaf.shape[1:]), rows)
+            keys = jax.random.split(key, config.updates)
+            new, each = jax.lax.scan(
+                lambda now, part: update(now, part[0], lr, num_micro, part[1]), state, (parts, keys)
+            )
+            metrics = stage.summary(each)
+        new = new.replace(carried=stage.carry(state.carried, new.params, rows))
+        return new, {**metrics, "skipped": new.skipped, "bad_streak": new.bad_streak}
 
     scalar = layout.sharding(())
     batch = layout.sharding(MICRO_BATCHES)
@@ -226,23 +306,25 @@ def narrow(params: Params, dtype: jnp.dtype) -> Params:
 
 def _mean_gradient(
     objective: Objective, params: Params, frozen: Params, rows: Rows, num_micro: Array, key: Array
-) -> tuple[Array, Params]:
-    """The loss of the first num_micro micro-batches and its gradient for `params`, summed in float32.
+) -> tuple[tuple[Array, Metrics], Params]:
+    """Loss and figures of the first num_micro micro-batches and the gradient for `params`, summed in float32.
 
     The counts come first: a term is divided by what it is a mean over before it meets another. Where nothing counts the
     loss is not a number, and the step is one that is left out.
     """
-    gradient = jax.value_and_grad(lambda trained, *rest: objective.loss(join(trained, frozen), *rest))
+    gradient = jax.value_and_grad(
+        lambda trained, *rest: objective.loss_and_figures(join(trained, frozen), *rest), has_aux=True
+    )
     used = jnp.arange(_num_micro(rows)) < num_micro
     counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
-    def one(i: Array | int) -> tuple[Array, Params]:
+    def one(i: Array | int) -> tuple[tuple[Array, Metrics], Params]:
         return gradient(params, jax.tree.map(lambda leaf: leaf[i], rows), counts, jax.random.fold_in(key, i))
 
     if _num_micro(rows) == 1:
         return one(0)
-    empty = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), params)
-    total: tuple[Array, Params] = jax.lax.fori_loop(
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape), (jax.eval_shape(one, 0)[0], params))
+    total: tuple[tuple[Array, Metrics], Params] = jax.lax.fori_loop(
         0, num_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), empty
     )
     return total
