@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gptjax.commands.arguments import Overrides, Positional
-from gptjax.config import Config, DataConfig, RankedConfig, SFTConfig
+from gptjax.config import Config, DataConfig, RankedConfig, RewardedConfig, SFTConfig
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
@@ -60,6 +60,10 @@ class Command:
             from gptjax.stages.view import show_rankings
 
             show_rankings(config, corpus, self.examples)
+        elif isinstance(config, RewardedConfig):
+            from gptjax.stages.view import show_prompts
+
+            show_prompts(config, corpus, self.examples)
         else:
             for name in (data.train_split, data.eval_split):
                 split = corpus.split(name, data.split_by)

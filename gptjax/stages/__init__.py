@@ -6,23 +6,27 @@ from typing import TypeAlias
 
 from gptjax.config import Config
 from gptjax.stages.base import Base
+from gptjax.stages.grpo import GRPO
+from gptjax.stages.ppo import PPO
 from gptjax.stages.preference import Preference
 from gptjax.stages.pretrain import Pretrain
 from gptjax.stages.reward import Reward
 from gptjax.stages.sft import SFT
 
-AnyStage: TypeAlias = Pretrain | SFT | Reward | Preference
-CLASSES: dict[str, type[Pretrain] | type[SFT] | type[Reward] | type[Preference]] = {
+AnyStage: TypeAlias = Pretrain | SFT | Reward | Preference | PPO | GRPO
+CLASSES: dict[str, type[AnyStage]] = {
     "pretrain": Pretrain,
     "sft": SFT,
     "reward": Reward,
     "preference": Preference,
+    "ppo": PPO,
+    "grpo": GRPO,
 }
 
 
-def stage_class(config: Config) -> type[Pretrain] | type[SFT] | type[Reward] | type[Preference]:
+def stage_class(config: Config) -> type[AnyStage]:
     """What runs the stage of a config."""
     return CLASSES[config.stage]
 
 
-__all__ = ["CLASSES", "SFT", "AnyStage", "Base", "Preference", "Pretrain", "Reward", "stage_class"]
+__all__ = ["CLASSES", "GRPO", "PPO", "SFT", "AnyStage", "Base", "Preference", "Pretrain", "Reward", "stage_class"]

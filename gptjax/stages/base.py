@@ -15,12 +15,13 @@ from gptjax.errors import UserError
 from gptjax.model.lora import is_adapter
 from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
+from gptjax.train.step import ByGradient
 
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(ByGradient):
     """A decoder that learns from rows of a text."""
 
     config: Config
@@ -36,6 +37,8 @@ class Base:
     """Told how far something is that takes long."""
 
     on_policy = False
+    apart: ClassVar[tuple[str, ...]] = ()
+    """First parts of the names of what is trained beside the decoder, which whoever loads a run does without."""
     grows: ClassVar[bool]
     """Whether a model may have more ids than the weights that it starts from."""
     example_prompt: ClassVar[str]

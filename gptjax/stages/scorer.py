@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gptjax.config import LayoutConfig, RewardConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.files import read_json
+from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
 from gptjax.stages.reward import SCORES, Reward
 from gptjax.stages.weights import places, run_and_step
@@ -29,10 +31,28 @@ class Scorer:
     """(params, tokens int32 [B, T], last int32 [B]) -> float32 [B]: of texts in the chat format, from the left, each
     read at the place of its last token (of a reply that was drawn, `rl.responses.extent(...).last`). A pure function,
     to be part of a program."""
-    params: Any
+    stage: Reward
+    restore: Callable[[Any], Any]
+    """(shapes with shardings) -> parameters that lie there."""
     tokenizer: Tokenizer
     """Whoever is scored must have the same."""
-    config: RewardConfig
+
+    @property
+    def config(self) -> RewardConfig:
+        return self.stage.config
+
+    @property
+    def network(self) -> Network:
+        return self.stage.network
+
+    @property
+    def init(self) -> Callable[[Array], Any]:
+        return self.stage.init
+
+    @cached_property
+    def params(self) -> Any:
+        """On the first device, or laid out."""
+        return self.restore(places(self.stage.init, self.stage.layout))
 
 
 def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) -> Scorer:
@@ -53,12 +73,11 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
     if layout is None:
         config = replace(config, layout=LayoutConfig(fsdp=1))
     stage = Reward(config, jax.default_backend() if layout is None else _platform(layout), layout)
-    params = restore_params(run, places(stage.init, layout), step=step)
 
     def score(params: Any, tokens: Array, last: Array) -> Array:
         return (stage.scores(params, tokens, last, None) - mean) / (std if unit else 1.0)
 
-    return Scorer(score, params, saved_tokenizer(run), config)
+    return Scorer(score, stage, partial(restore_params, run, step=step), saved_tokenizer(run))
 
 
 def _platform(layout: Layout) -> str:

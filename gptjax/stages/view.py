@@ -1,5 +1,6 @@
 """What is learned from, to look at. Of fine-tuning: how long conversations are, how full the rows, and which tokens
-count; of a reward model or a policy: the rankings; of all what was left out."""
+count; of a reward model or a policy: the rankings or the prompts; of all what was left
+out."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,13 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gptjax.config import RankedConfig, SFTConfig
+from gptjax.config import RankedConfig, RewardedConfig, SFTConfig
 from gptjax.data.chat import Rendered
 from gptjax.data.examples import Examples, ExampleSet
 from gptjax.data.rankings import parse
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.from_rankings import FromRankings
+from gptjax.stages.on_policy import OnPolicy
 from gptjax.stages.sft import SFT
 from gptjax.stages.weights import given_tokenizer
 from gptjax.terminal import Progress
@@ -61,6 +63,26 @@ def show_rankings(config: RankedConfig, corpus: Corpus, count: int) -> None:
         ranked = parse(stage.training.source[int(stage.training.numbers[index])].text)
         lines = [f"{message.role}: {message.content}" for message in ranked.prompt]
         lines += [f"[rank {rank}] {reply}" for rank, reply in sorted(zip(ranked.ranks, ranked.replies, strict=True))]
+        console.print(f"\nprompt {index}:\n" + "\n".join(lines), markup=False)
+    console.print()
+
+
+def show_prompts(config: RewardedConfig, corpus: Corpus, count: int) -> None:
+    """Print figures of both splits, and the first `count` prompts of the training split."""
+    console = Console(highlight=False, soft_wrap=True)
+    tokenizer = OnPolicy.fit_tokenizer(config, given_tokenizer(config))
+    with Progress() as progress:
+        stage = OnPolicy(config, "cpu", tokenizer=tokenizer, corpus=corpus, report=progress)
+        splits = {config.data.train_split: stage.training, config.data.eval_split: stage.evaluation}
+    for name, found in splits.items():
+        lengths = found.packing.lengths
+        console.print(f"{corpus.name} {name}: {len(found):,} prompts, {np.median(lengths):.0f} tokens in the middle")
+        for line in _lost(found):
+            console.print(f"  {line}")
+    for index in range(min(count, len(stage.training))):
+        prompt = stage.training[index]
+        lines = [f"{message.role}: {message.content}" for message in prompt.messages]
+        lines += [f"[answer] {prompt.answer}"] if prompt.answer else []
         console.print(f"\nprompt {index}:\n" + "\n".join(lines), markup=False)
     console.print()
 

@@ -134,7 +134,8 @@ def plain(config: Config) -> Config:
 
 
 def _load_run(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:
-    return restore_params(run, places, best=config.train.keep_best, step=step)
+    apart = stage_class(config).apart
+    return restore_params(run, places, best=config.train.keep_best, step=step, apart=apart)
 
 
 def _load_adapted(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:

@@ -1,0 +1,215 @@
+"""PPO: a policy and a value model that learn from rewards token by token (InstructGPT, arXiv 2203.02155, section 3.5).
+
+Beside the policy stand its `value` model, which starts as the reward model or, where a function judges, as the policy
+with a new scalar head; and what a step carries: the coefficient of the KL and, if it is asked for, the `average` of the
+policy's weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+from gptjax.config import PolicyConfig
+from gptjax.data.rows import PADDING, Rows
+from gptjax.data.sources import TextSource, build
+from gptjax.data.stream import TokenStream, require_one_row
+from gptjax.model.loss import cross_entropy
+from gptjax.model.scalar import NAME, init_head, is_head, read_each
+from gptjax.parallel.network import Network
+from gptjax.rl.control import ema, next_beta
+from gptjax.rl.losses import clip_fraction, explained_variance, policy_loss, ratio_error, value_loss
+from gptjax.rl.responses import whiten
+from gptjax.rl.returns import gae, penalised, token_rewards
+from gptjax.stages.on_policy import Judged, OnPolicy
+from gptjax.stages.rollout import Rollout
+
+VALUE, AVERAGE, KL_COEF = "value", "average", "kl_coef"
+
+
+class Episodes(NamedTuple):
+    """Replies to learn from, in rows of T places."""
+
+    tokens: Any
+    targets: Any
+    """int32 [..., T]; see rollout.Drawn."""
+    logprobs: Any
+    """float32 [..., T]: of each target when it was drawn."""
+    values: Any
+    advantages: Any
+    returns: Any
+    next_kl_coef: Any
+    """float32 [...]: that of the next iteration, the same in every row."""
+    ptx: Any = None
+    """Rows [..., P, T] of pretraining text beside each reply, or None."""
+
+
+class PPO(OnPolicy):
+    """A policy and its value model."""
+
+    config: PolicyConfig
+    apart = (VALUE,)
+
+    @property
+    def unit_reward(self) -> bool:  # type: ignore[override]
+        return self.config.ppo.unit_reward
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (*super().beside, VALUE, AVERAGE, KL_COEF)
+
+    def init(self, key: Array) -> Any:
+        every = super().init(key)
+        every[VALUE] = self._first_value(key)
+        every[KL_COEF] = nn.LogicallyPartitioned(jnp.float32(self.config.ppo.kl_coef), ())
+        if self.config.ppo.ema_decay:
+            every[AVERAGE] = self.network.init(key)
+        return every
+
+    def _first_value(self, key: Array) -> Any:
+        if self.scorer:
+            return self.scorer.init(key)
+        return self.network.init(key) | {NAME: init_head(jax.random.fold_in(key, 1), self.config.model.embed_dim)}
+
+    def is_carried(self, name: str) -> bool:
+        return name.split("/")[0] in (AVERAGE, KL_COEF)
+
+    def is_born(self, name: str) -> bool:
+        value, _, rest = name.partition("/")
+        return name == KL_COEF or (value == VALUE and is_head(rest) and self.scorer is None)
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {VALUE: self.config.ppo.value_learning_rate / self.config.optimizer.learning_rate}
+
+    def weights_of(self, name: str, load: Callable[[Any], Any], places: Any) -> Any:
+        return self.scorer.restore(places) if name == VALUE and self.scorer else super().weights_of(name, load, places)
+
+    @cached_property
+    def _value_network(self) -> Network:
+        return self.scorer.network if self.scorer else self.network
+
+    def values(self, params: Any, rows: Any) -> Array:
+        network = self._value_network
+        hidden, _, _ = network.before_head(params[VALUE], Rows(rows.tokens, rows.targets), None)
+        return network.in_order(read_each(params[VALUE][NAME], hidden))
+
+    # An iteration
+
+    @property
+    def row(self) -> Episodes:
+        """The shapes of one row."""
+        length = (self.config.model.seq_len,)
+        ids, each = jax.ShapeDtypeStruct(length, np.int32), jax.ShapeDtypeStruct(length, np.float32)
+        text = jax.ShapeDtypeStruct((self.config.ppo.ptx_rows, *length), np.int32)
+        ptx = Rows(text, text) if self.config.ppo.ptx_coef else None
+        return Episodes(ids, ids, each, each, each, each, jax.ShapeDtypeStruct((), np.float32), ptx)
+
+    def random_rows(self, seed: int, lead: tuple[int, ...]) -> Episodes:
+        """Rows [*lead, T] of random ids: prompts and replies that fill the context by halves."""
+        rng, length = np.random.default_rng(seed), self.config.model.seq_len
+        tokens = rng.integers(0, self.config.model.vocab_size, (*lead, length), np.int32)
+        said = (np.arange(length) >= length // 2 - 1) & (np.arange(length) < length - 1)
+        targets = np.where(said, np.roll(tokens, -1, -1), PADDING).astype(np.int32)
+        a, b, c, d = (rng.normal(size=(4, *tokens.shape)) * said).astype(np.float32)
+        text = rng.integers(0, self.config.model.vocab_size, (*lead, self.config.ppo.ptx_rows, length), np.int32)
+        ptx = Rows(text, np.roll(text, -1, -1)) if self.config.ppo.ptx_coef else None
+        return Episodes(tokens, targets, a - 5, b, c, d, np.full(lead, self.config.ppo.kl_coef, np.float32), ptx)
+
+    def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Episodes, dict[str, float]]:
+        c, mask, beta = self.config.ppo, made.drawn.targets != PADDING, float(params[KL_COEF])
+        log = {"logprobs": found.logprobs, "ref_logprobs": found.ref_logprobs}
+        final = penalised(scores=jnp.asarray(scores), ended=jnp.asarray(made.ended), penalty=c.missing_end)
+        rewards = token_rewards(**jax.tree.map(jnp.asarray, log), scores=final, mask=mask, beta=beta)
+        if c.whiten_rewards:
+            rewards = whiten(rewards, mask=mask, shift_mean=False)
+        values = jnp.asarray(found.values)
+        advantages, returns = gae(rewards=rewards, values=values, mask=mask, gamma=c.gamma, lam=c.gae_lambda)
+        white = whiten(advantages, mask=mask, shift_mean=True)
+        kl, episodes = float(((found.logprobs - found.ref_logprobs) * mask).sum() / len(mask)), len(mask)
+        coef = next_beta(beta=beta, kl=kl, episodes=episodes, target=c.kl_target or None, horizon=c.kl_horizon)
+        rows = Episodes(
+            made.drawn.tokens,
+            made.drawn.targets,
+            found.logprobs,
+            np.asarray(values * mask),
+            np.asarray(white),
+            np.asarray(returns),
+            np.full(episodes, coef, np.float32),
+        )
+        explained = explained_variance(values=values, returns=returns, mask=mask)
+        return rows, {"kl_coef": beta, "reward": float(final.mean()), "explained_variance": float(explained)}
+
+    def check(self) -> None:
+        super().check()
+        if self.config.ppo.ptx_coef:
+            require_one_row(self._ptx, self.known_tokenizer, self.config.model.seq_len)
+
+    @cached_property
+    def _ptx(self) -> TextSource:
+        """Built when the first process checks the stage; the others find it."""
+        data = self.config.ptx
+        return build(data, self.report).split(data.train_split, data.split_by)
+
+    def text(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream | None:
+        c, each = self.config, self.config.ppo.ptx_rows
+        if not c.ppo.ptx_coef:
+            return None
+        return TokenStream(
+            self._ptx,
+            self.known_tokenizer,
+            c.model.seq_len,
+            lanes=1,
+            seed=c.ptx.seed,
+            micro_batch=c.micro_batch_size * each,
+            rows=[row * each + i for row in rows for i in range(each)],
+            threads=c.ptx.threads,
+            positions=positions,
+        )
+
+    # Learning
+
+    def counts(self, rows: Episodes) -> Any:
+        """The numbers of drawn tokens and of targets in the pretraining text."""
+        text = 0.0 if rows.ptx is None else jnp.sum(rows.ptx.targets != PADDING, dtype=jnp.float32)
+        return {"tokens": super().counts(rows), "ptx": jnp.float32(text)}
+
+    def loss_and_figures(
+        self, params: Any, rows: Episodes, counts: Any, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """rows [b, ...] -> their part in the loss of policy and value, each a mean over tokens, and of the text."""
+        c, mask, tokens = self.config.ppo, rows.targets != PADDING, counts["tokens"]
+        logprobs, entropy = self.log_probs(params, rows)
+        about = {"logprobs": logprobs, "old_logprobs": rows.logprobs, "mask": mask}
+        clipped = about | {"advantages": rows.advantages, "clip": c.clip, "count": tokens}
+        policy = policy_loss(**clipped)
+        values, old, returns = self.values(params, rows), rows.values, rows.returns
+        value = value_loss(values=values, old_values=old, returns=returns, mask=mask, clip=c.value_clip, count=tokens)
+        figures = {
+            "policy_loss": policy,
+            "value_loss": value,
+            "clip_fraction": clip_fraction(**clipped),
+            "entropy": jnp.sum(entropy) / tokens,
+            "ratio_error": ratio_error(**about),
+        }
+        if rows.ptx is None:
+            return policy + value, figures
+        nats = self._text_nats(params, rows.ptx) / counts["ptx"]
+        return policy + value + c.ptx_coef * nats, figures | {"ptx_loss": nats}
+
+    def _text_nats(self, params: Any, ptx: Rows) -> Array:
+        c, flat = self.config.model, jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), ptx)
+        hidden, embedding, targets = self.network.before_head(params, flat, None)
+        return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
+
+    def carry(self, carried: Any, params: Any, rows: Episodes) -> Any:
+        new = {KL_COEF: rows.next_kl_coef.ravel()[0]}
+        if AVERAGE in carried:
+            policy = {name: part for name, part in params.items() if name != VALUE}
+            new[AVERAGE] = ema(average=carried[AVERAGE], params=policy, decay=self.config.ppo.ema_decay)
+        return new
