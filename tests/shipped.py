@@ -9,7 +9,15 @@ from gptjax.train.run import fill_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PATHS = sorted(CONFIGS.glob("*.py"))
-BASES = {"sft": "quickstart", "sft_gpt2": "gpt2_124m", "reward": "quickstart", "dpo": "quickstart"}
+BASES = {
+    "sft": "quickstart",
+    "sft_gpt2": "gpt2_124m",
+    "reward": "quickstart",
+    "dpo": "quickstart",
+    "ppo": "quickstart",
+    "grpo": "quickstart",
+}
+REWARDED = ("ppo", "grpo")
 
 
 def start_words(name: str, folder: Path) -> list[str]:
@@ -19,7 +27,12 @@ def start_words(name: str, folder: Path) -> list[str]:
     base = folder / "base"
     if not base.exists():
         fill_run(base, load_config(str(CONFIGS / f"{BASES[name]}.py"), []), load_tokenizer("bytes"))
-    return ["--init_from", str(base)]
+    words = ["--init_from", str(base)]
+    if name in REWARDED:
+        function = folder / "reward.py"
+        function.write_text("def reward(prompt, reply):\n    return float(len(reply))\n")
+        words += ["--reward", f"{function}:reward"]
+    return words
 
 
 def shipped(name: str, folder: Path) -> Config:

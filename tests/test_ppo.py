@@ -1,0 +1,833 @@
+"""PPO and GRPO: what is drawn is what is learned from, rewards and advantages against float64, updates against plain
+optax, runs that are stopped and go on, layouts, and a world in which the best reply is known. Run: pytest
+tests/test_ppo.py"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import as_file
+from flax.traverse_util import flatten_dict
+from ranked import MODEL, K, T, alone, decoder, one_device, write_base, write_rankings
+from rewarded import MEAN, STD, write_functions, write_prompts, write_reward
+from toy import records
+from walks_reward import LETTERS, WORLD, text
+
+import gptjax
+from gptjax import cli
+from gptjax.config import (
+    Config,
+    DialogueConfig,
+    GroupPolicyConfig,
+    GRPOConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PPOConfig,
+    PromptConfig,
+    RankingConfig,
+    RewardConfig,
+    RolloutConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from gptjax.data.rows import PADDING
+from gptjax.data.sources import build
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from gptjax.errors import UserError
+from gptjax.infer.engine import Engine
+from gptjax.model.loss import drawn_log_probs, log_probs
+from gptjax.rl.returns import penalised
+from gptjax.sharding.mesh import make_mesh
+from gptjax.sharding.rules import Layout, rule_table
+from gptjax.stages import PPO, SFT, ppo, stage_class
+from gptjax.stages.on_policy import Judged
+from gptjax.stages.rollout import Drawn, Rollout, Rollouts
+from gptjax.stages.scorer import load_scorer
+from gptjax.stages.weights import on_device, open_weights
+from gptjax.train import loop
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.train.run import fill_run
+from gptjax.train.step import abstract_state, init_state, make_step, placed
+
+
+@pytest.fixture(scope="session")
+def base(tuned: SFTConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), tuned)
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_functions(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture(scope="session")
+def small(base: Path, judges: Path, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
+    """Iterations of 16 replies, learned from twice, by halves."""
+    return PolicyConfig(
+        name="ppo",
+        model=MODEL,
+        init_from=str(base),
+        reward=f"{judges}:fraction",
+        data=PromptConfig(
+            source=str(write_prompts(tmp_path_factory.mktemp("prompts"))),
+            cache_dir=tiny.data.cache_dir,
+            train_split="train[:80%]",
+            eval_split="train[80%:]",
+        ),
+        ppo=PPOConfig(kl_coef=0.05, kl_target=0.1, kl_horizon=100.0, value_learning_rate=1e-3, ema_decay=0.5),
+        rollout=RolloutConfig(episodes=16, epochs=2, max_tokens=8, slots=16),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, final_ratio=1.0, warmup_tokens=0, decay_tokens=0, weight_decay=0.0, eps=1e-5
+        ),
+        train=TrainConfig(
+            batch_size=8,
+            total_steps=2,
+            log_interval=1,
+            eval_interval=0,
+            eval_batches=0,
+            save_interval=0,
+            tensorboard=False,
+            compile_cache=tiny.train.compile_cache,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def scorer(base: Path, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> RewardConfig:
+    """Of a reward model."""
+    source = str(write_rankings(tmp_path_factory.mktemp("rankings")))
+    data = RankingConfig(source=source, max_replies=K, cache_dir=tiny.data.cache_dir)
+    return RewardConfig(name="reward", model=MODEL, init_from=str(base), data=data)
+
+
+@pytest.fixture(scope="session")
+def reward(scorer: RewardConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reward(tmp_path_factory.mktemp("reward"), scorer)
+
+
+@pytest.fixture(scope="session")
+def grouped(small: PolicyConfig) -> GroupPolicyConfig:
+    shared = {name: getattr(small, name) for name in ("model", "init_from", "reward", "data", "optimizer", "train")}
+    rollout = replace(small.rollout, epochs=1)
+    return GroupPolicyConfig(name="grpo", rollout=rollout, grpo=GRPOConfig(group=4), **shared)
+
+
+# Before a run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", ""], "reward: empty; name the run of a reward model, or a Python function"),
+        (["--reward", "nowhere.py:judge"], "reward = nowhere.py:judge: no file nowhere.py; name one, FILE.py:NAME"),
+        (["--reward", "no.such.module:judge"], "no.such.module cannot be imported (ModuleNotFoundError"),
+        (["--reward", "JUDGES:missing"], "judges.py has no function missing; give its name"),
+        (["--reward", "JUDGES:number"], "judges.py has no function number; give its name"),
+        (["--reward", "JUDGES:"], "judges.py has no function of no name; give its name"),
+        (["--reward", "JUDGES:one"], "takes other arguments than (prompt, reply) or (prompt, reply, answer)"),
+        (["--reward", "nowhere"], "nowhere"),
+        (["--reward", "BASE"], "a run of stage sft, not of a reward model; train one: stage reward"),
+        (["--reward", "OTHER"], "its tokenizer is not that of init_from"),
+        (["--reward", "SHORT"], "model.seq_len = 32: the reward model"),
+        (["--init_from", ""], "init_from: empty, and a policy starts from the run that it is to improve"),
+        (["--init_from", "REWARD"], "a reward model, which scores replies and writes none"),
+        (["--init_from", "UNFINISHED"], "no checkpoint yet; gptjax train --resume"),
+        (["--rollout.episodes", "20"], "rollout.episodes = 20: not a multiple of train.batch_size = 8; nearest 16"),
+        (["--rollout.episodes", "4"], "rollout.episodes = 4: not a multiple of train.batch_size = 8; nearest 8"),
+        (["--rollout.max_tokens", "32"], "rollout.max_tokens = 32: leaves a prompt no room in model.seq_len = 32"),
+        (["--rollout.top_k", "262"], "rollout.top_k = 262: model.vocab_size is 261; 0 keeps all"),
+        (["--rollout.temperature", "0"], "rollout.temperature = 0.0: must be positive"),
+        (["--ppo.kl_horizon", "3"], "ppo.kl_horizon = 3.0: one iteration of 16 episodes could turn the sign"),
+        (["--train.epochs", "2"], "--train.epochs: no such field in stage ppo"),
+        (["--data.tokenizer", "bytes"], "--data.tokenizer: no such field in stage ppo"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    words: list[str],
+    message: str,
+    small: PolicyConfig,
+    scorer: RewardConfig,
+    base: Path,
+    judges: Path,
+    tuned: SFTConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {
+        "JUDGES": lambda: judges,
+        "BASE": lambda: base,
+        "REWARD": lambda: write_reward(tmp_path, scorer),
+        "OTHER": lambda: write_reward(tmp_path, replace(scorer, model=replace(MODEL, vocab_size=300)), other_pieces()),
+        "SHORT": lambda: write_reward(tmp_path, replace(scorer, model=replace(MODEL, seq_len=24))),
+        "UNFINISHED": lambda: unfinished(tmp_path / "unfinished", tuned),
+    }
+
+    def other_pieces() -> Tokenizer:
+        train_sentencepiece(
+            ["say this or that to them", "and then some more of it"] * 20, 280, tmp_path / "pieces.model"
+        )
+        return load_tokenizer(str(tmp_path / "pieces.model"))
+
+    first, colon, rest = words[1].partition(":")
+    given = [words[0], f"{made[first]() if first in made else first}{colon}{rest}"]
+    refused(small, given, message, tmp_path)
+
+
+def unfinished(run: Path, tuned: SFTConfig) -> Path:
+    config = replace(tuned, model=MODEL)
+    fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
+    return run
+
+
+def refused(config: Any, words: list[str], message: str, folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        cli.run(["train", as_file(config, folder), "--run", str(folder / "run"), *words])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "raised KeyError: 'no such word'; mend it and resume"),
+        pytest.param("nothing", "gave nan; mend it and resume", marks=pytest.mark.slow),
+        pytest.param("word", "gave 'good', no number; mend it and resume", marks=pytest.mark.slow),
+    ],
+)
+def test_a_function_that_cannot_judge_ends_the_run(
+    name: str, message: str, small: PolicyConfig, judges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named with what it was asked. No step was made, and no folder stays."""
+    alone(monkeypatch)
+    refused(small, ["--reward", f"{judges}:{name}"], message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rollout.episodes", "24", "--grpo.group", "5"], "rollout.episodes = 24: not a multiple of grpo.group = 5"),
+        (["--grpo.group", "1"], "grpo.group = 1: must be at least 2"),
+        (["--ppo.clip", "0.1"], "--ppo.clip: no such field in stage grpo"),
+    ],
+)
+def test_mistakes_of_groups_are_one_line(
+    words: list[str], message: str, grouped: GroupPolicyConfig, tmp_path: Path
+) -> None:
+    refused(grouped, words, message, tmp_path)
+
+
+# How replies are scored
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 5])
+def test_log_probs_are_those_that_tokens_were_drawn_by(temperature: float, top_k: int) -> None:
+    """In chunks that do not divide the row, with padded ids, and targets that are none of the likeliest."""
+    rng, size = np.random.default_rng(0), 261
+    hidden, embedding = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 7, 16), (384, 16)))
+    targets = rng.integers(0, size, (2, 7)).astype(np.int32)
+    scores = hidden.astype(float) @ embedding[:size].T.astype(float) / temperature
+    order = np.argsort(-scores, axis=-1)
+    targets[0, :3], targets[1, 4], targets[1, 5:] = order[0, :3, 0], order[1, 4, 3], -1
+    wanted, entropies = np.zeros((2, 7)), np.zeros((2, 7))
+    for i, t in np.ndindex(2, 7):
+        if targets[i, t] >= 0:
+            among = np.sort(scores[i, t])[-top_k:] if top_k else scores[i, t]
+            log_z = among.max() + math.log(sum(math.exp(each - among.max()) for each in among))
+            wanted[i, t] = scores[i, t, targets[i, t]] - log_z
+            entropies[i, t] = -sum(math.exp(each - log_z) * (each - log_z) for each in among)
+
+    def asked(hidden: Any) -> Any:
+        return drawn_log_probs(hidden, embedding, targets, size, 3, temperature, top_k)
+
+    found, entropy = jax.jit(asked)(hidden)
+    assert found.dtype == entropy.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-6)
+    np.testing.assert_allclose(entropy, entropies, atol=1e-5)
+    if temperature == 1 and top_k == 0:
+        np.testing.assert_array_equal(
+            found, jax.jit(log_probs, static_argnums=(3, 4))(hidden, embedding, targets, size, 3)
+        )
+    slope = jax.jit(jax.grad(lambda hidden: asked(hidden)[0].sum()))(hidden)
+    assert np.isfinite(slope).all() and (slope[1, 5:] == 0).all()
+    outside = (wanted != 0) & (order[..., 0] != targets)  # also where the one likeliest token is all that is drawn
+    assert (np.abs(slope[outside]).max(-1) > 0).all()
+    assert (jax.grad(lambda hidden: asked(hidden)[1].sum())(hidden) == 0).all()  # a figure, and no part of a loss
+
+
+# What is learned from
+
+
+def made(config: Any, layout: Layout | None = None) -> Any:
+    kind = stage_class(config)
+    return kind(config, "cpu", layout, kind.fit_tokenizer(config, load_tokenizer("bytes")), build(config.data))
+
+
+def reply_rows(count: int, seed: int = 0) -> tuple[Rollout, Judged, np.ndarray]:
+    """Replies of 1 to 9 tokens after prompts of 2 to 20 in 32 places, judged at random, with fractions for scores.
+    Every third has no end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 256, (count, T)).astype(np.int32)
+    targets, last = np.full((count, T), PADDING, np.int32), np.zeros(count, np.int32)
+    for i, (prompt, size) in enumerate(zip(rng.integers(2, 20, count), rng.integers(1, 10, count), strict=True)):
+        targets[i, prompt - 1 : prompt - 1 + size] = tokens[i, prompt : prompt + size]
+        last[i] = prompt + size - 1
+    drawn = Drawn(tokens, targets, last)
+    noise = rng.normal(size=(5, count, T)).astype(np.float32)  # also where no target is, and nothing may come of it
+    said = targets != PADDING
+    logprobs, reference = (noise[0] - 3) * said, (noise[1] - 3) * said
+    scores = np.array([0.73, -1.9, 0.31, 2.25, -0.004], np.float32)[np.arange(count) % 5]
+    rollout = Rollout(drawn, np.arange(count) % 3 > 0, logprobs, [""] * count)
+    return rollout, Judged(logprobs, logprobs, reference, noise[2], None), scores
+
+
+@pytest.mark.parametrize(
+    "how", [PPOConfig(kl_coef=0.05), PPOConfig(0.3, 0.5, 100, 0.97, 0.8, missing_end=-1.25, whiten_rewards=True)]
+)
+def test_rewards_and_advantages_are_those_of_loops_in_float64(how: PPOConfig, small: PolicyConfig) -> None:
+    rollout, found, scores = reply_rows(16)
+    beta = 0.17
+    rows, told = made(replace(small, ppo=how)).rows({"kl_coef": np.float32(beta)}, rollout, found, scores)
+    each, kl = [], []
+    for i in range(16):
+        at = [t for t in range(T) if rollout.drawn.targets[i, t] != PADDING]
+        gaps = [float(found.logprobs[i, t]) - float(found.ref_logprobs[i, t]) for t in at]
+        rewards = [-beta * gap for gap in gaps]
+        rewards[-1] += float(scores[i]) if rollout.ended[i] else how.missing_end
+        each.append((at, rewards))
+        kl.append(sum(gaps))
+    if how.whiten_rewards:
+        every = np.array([reward for _, rewards in each for reward in rewards])
+        mean, scale = every.mean(), math.sqrt(every.var() + 1e-8)
+        each = [(at, [(reward - mean) / scale + mean for reward in rewards]) for at, rewards in each]
+    advantages, returns, values = (np.zeros((16, T)) for _ in range(3))
+    for i, (at, rewards) in enumerate(each):
+        after = value_after = 0.0
+        for t, reward in reversed(list(zip(at, rewards, strict=True))):
+            value = float(found.values[i, t])
+            after = reward + how.gamma * value_after - value + how.gamma * how.gae_lambda * after
+            advantages[i, t], returns[i, t], values[i, t] = after, after + value, value
+            value_after = value
+    said = rollout.drawn.targets != PADDING
+    plain = advantages[said]
+    white = np.where(said, (advantages - plain.mean()) / math.sqrt(plain.var() + 1e-8), 0)
+    coef = beta
+    if how.kl_target:
+        error = min(max(sum(kl) / 16 / how.kl_target - 1, -0.2), 0.2)
+        coef = beta * (1 + error * 16 / how.kl_horizon)
+    wanted = {"logprobs": found.logprobs * said, "values": values, "advantages": white, "returns": returns}
+    for name, value in wanted.items():
+        ours = getattr(rows, name)
+        assert ours.dtype == np.float32, name
+        np.testing.assert_allclose(ours, value, atol=1e-6 * max(1, np.abs(value).max()), rtol=1e-6, err_msg=name)
+    assert rows.next_kl_coef.dtype == np.float32 and rows.next_kl_coef.shape == (16,)
+    np.testing.assert_allclose(rows.next_kl_coef, coef, rtol=1e-6)
+    final = [float(score) if ended else how.missing_end for score, ended in zip(scores, rollout.ended, strict=True)]
+    assert told["reward"] == pytest.approx(np.mean(final), rel=1e-6) and told["kl_coef"] == pytest.approx(beta)
+    left = (returns - values)[said]
+    assert told["explained_variance"] == pytest.approx(1 - left.var() / returns[said].var(), abs=1e-5)
+
+
+# A run
+
+
+@dataclass
+class Seen:
+    """What a run did, by iteration."""
+
+    params: list[Any] = field(default_factory=list)
+    """As they were when replies were drawn, and last at its end."""
+    made: list[Rollout] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    found = Seen()
+    alone(monkeypatch)
+
+    def watch(owner: Any, name: str, see: Callable[..., None]) -> None:
+        plain = getattr(owner, name)
+
+        def watched(*given: Any) -> Any:
+            answer = plain(*given)
+            see(given, answer)
+            return answer
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(PPO, "replies", lambda given, answer: found.params.append(jax.device_get(given[1])))
+    watch(PPO, "replies", lambda given, answer: found.made.append(answer))
+    watch(PPO, "judged", lambda given, answer: found.judged.append(answer))
+    watch(PPO, "rows", lambda given, answer: found.rows.append(answer[0]))
+    watch(Rollouts, "batch", lambda given, answer: found.batches.append(answer))
+    return found
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return jax.tree.structure(ours) == jax.tree.structure(theirs) and all(np.array_equal(*pair) for pair in pairs)
+
+
+def policy_of(params: Any) -> Any:
+    return {name: params[name] for name in ("embedding", "positions", "units", "norm_final")}
+
+
+def in_torch(params: Any) -> dict[str, Any]:
+    import torch
+
+    return {k: torch.tensor(np.asarray(v, np.float64)) for k, v in flatten_dict(params, sep="/").items()}
+
+
+def log_probs_in_float64(params: Any, drawn: Drawn, temperature: float) -> np.ndarray:
+    """Of each target, by PyTorch; 0 where there is none."""
+    import torch
+
+    given = in_torch(policy_of(params))
+    hidden = decoder(given, torch.tensor(drawn.tokens).long(), MODEL.window)
+    every = (hidden @ given["embedding"][: MODEL.vocab_size].T / temperature).log_softmax(-1).numpy()
+    found = np.take_along_axis(every, np.maximum(drawn.targets, 0)[..., None], -1)[..., 0]
+    return np.where(drawn.targets == PADDING, 0, found)
+
+
+def values_in_float64(params: Any, drawn: Drawn) -> np.ndarray:
+    """Of a decoder with a scalar head at each place."""
+    import torch
+
+    given = in_torch(params)
+    hidden = decoder(given, torch.tensor(drawn.tokens).long(), MODEL.window)
+    return (hidden @ given["score/kernel"] + given["score/bias"]).numpy()
+
+
+def test_a_run_draws_judges_and_learns(
+    seen: Seen,
+    small: PolicyConfig,
+    reward: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    one_torch_thread: None,
+) -> None:
+    """One test, since processes that share the tests out would each train the run."""
+    run, temperature = tmp_path / "run", 0.7
+    config = replace(small, reward=str(reward), rollout=replace(small.rollout, temperature=temperature))
+    config = replace(config, train=replace(small.train, total_steps=3, eval_batches=1))
+    assert cli.run(["train", as_file(config, tmp_path), "--run", str(run)]) == 0
+    start, *_, end = seen.params
+    log, held_out = records(run, "train"), records(run, "eval")
+    assert len(log) == 3 and [r["step"] for r in held_out] == [3] and len(seen.params) == 4
+
+    # What learns is what spoke, at every iteration, and at first it is the reference.
+    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in log) and abs(log[0]["kl"]) < 1e-6
+    assert all(r["kl"] > -0.05 for r in log)
+    assert any(r["clip_fraction"] > 0 for r in log)
+    for params, rollout, judged in zip(seen.params, seen.made, seen.judged, strict=True):
+        for ours, theirs, warmth in (
+            (rollout.logprobs, params, 1.0),
+            (judged.plain, params, 1.0),
+            (judged.logprobs, params, temperature),
+            (judged.ref_logprobs, start, temperature),
+        ):
+            np.testing.assert_allclose(ours, log_probs_in_float64(theirs, rollout.drawn, warmth), atol=1e-4)
+        said = rollout.drawn.targets != PADDING
+        values = values_in_float64(params["value"], rollout.drawn)
+        np.testing.assert_allclose(judged.values[said], values[said], atol=1e-4)
+        raw = values_in_float64(start["reward"], rollout.drawn)[np.arange(len(said)), rollout.drawn.last]
+        assert judged.scores.dtype == np.float32
+        np.testing.assert_allclose(judged.scores, (raw - MEAN) / STD, atol=1e-4)
+
+    # Replies and orders are other ones each time; every reply is learned from once an epoch.
+    texts = [tuple(rollout.texts) for rollout in seen.made[:3]]
+    assert len(set(texts)) == 3 and len(set(texts[0])) > 8
+    updates = config.rollout.episodes * config.rollout.epochs // config.train.batch_size
+    orders = []
+    for rows, batch in zip(seen.rows, seen.batches, strict=True):
+        assert batch.tokens.shape == (updates, config.train.batch_size, T) and updates == 4
+        known = {row.tobytes(): i for i, row in enumerate(rows.advantages)}
+        assert len(known) == 16
+        orders += [tuple(known[row.tobytes()] for row in half.reshape(16, T)) for half in np.split(batch.advantages, 2)]
+    assert len(set(orders)) == 6 and all(sorted(order) == list(range(16)) for order in orders)
+
+    # What is frozen stays to the bit, and what starts as something else starts as that.
+    for name in ("reference", "reward"):
+        assert equal(start[name], end[name])
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(start["reward"]))
+    assert equal(start["reference"], policy_of(start)) and equal(start["value"], start["reward"])
+    assert not equal(policy_of(end), policy_of(start)) and not equal(end["value"], start["value"])
+    assert equal(start["reward"], on_disk(reward)) and not equal(policy_of(start["reward"]), policy_of(start))
+
+    # What a step carries.
+    coef, average = config.ppo.kl_coef, policy_of(start)
+    for record, after in zip(log, seen.params[1:], strict=True):
+        assert record["kl_coef"] == pytest.approx(coef, rel=1e-6)
+        coef *= 1 + min(max(record["kl"] / config.ppo.kl_target - 1, -0.2), 0.2) * 16 / config.ppo.kl_horizon
+        assert float(after["kl_coef"]) == pytest.approx(coef, rel=1e-6)
+        average = jax.tree.map(lambda old, new: old + 0.5 * (new - old), average, policy_of(after))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after["average"], average)
+
+    # To all else it is a plain decoder.
+    weights = open_weights(str(run))
+    loaded = weights.load(weights.config.model, on_device(weights.config, jax.devices()[0]))
+    assert equal(jax.device_get(loaded), policy_of(end))
+    model = gptjax.load(str(run))
+    assert isinstance(model.generate("say 1", max_tokens=4), str)
+    again = as_file(replace(config, init_from=str(run)), tmp_path)
+    capsys.readouterr()
+    assert cli.run(["train", again, "--dry-run", "--layout.fsdp", "8"]) == 0
+    assert "a run would start" in capsys.readouterr().out
+
+
+def on_disk(reward: Path) -> Any:
+    return jax.device_get(load_scorer(str(reward)).params)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k"),
+    [(1.0, 0), (1.0, 5), (0.7, 5)],
+)
+@pytest.mark.slow
+def test_what_is_drawn_in_another_way_is_learned_from_in_that_way(
+    temperature: float, top_k: int, seen: Seen, small: PolicyConfig, tmp_path: Path
+) -> None:
+    words = ["--rollout.temperature", str(temperature), "--rollout.top_k", str(top_k), "--train.total_steps", "2"]
+    assert cli.run(["train", as_file(small, tmp_path), "--run", str(tmp_path / "run"), *words]) == 0
+    log = records(tmp_path / "run", "train")
+    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in log) and abs(log[0]["kl"]) < 1e-6
+    for rollout, judged in zip(seen.made, seen.judged, strict=True):
+        said = rollout.drawn.targets != PADDING
+        assert (np.abs(judged.logprobs - judged.plain)[said].mean() > 0.1) == (top_k > 0)
+        np.testing.assert_allclose(judged.plain, rollout.logprobs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_ends_where_it_would_have(
+    small: PolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal, and in the middle of a rollout: the same bits of all that a checkpoint holds."""
+    alone(monkeypatch)
+    config = replace(
+        small, train=replace(small.train, total_steps=3, save_interval=1), rollout=replace(small.rollout, slots=8)
+    )
+    file = as_file(config, tmp_path)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.run(["train", file, "--run", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        plain = loop.learning_rate
+
+        def rate(optimizer: Any, tokens: int) -> float:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            return plain(optimizer, tokens)
+
+        patch.setattr(loop, "learning_rate", rate)
+        assert cli.run(["train", file, "--run", str(cut)]) == 128 + 15
+    assert [r["step"] for r in records(cut, "train")] == [1]
+    with monkeypatch.context() as patch:
+        rounds, step = [0], Engine.step
+
+        def fails(engine: Engine) -> None:
+            step(engine)
+            rounds[0] += 1
+            if rounds[0] == 3:  # the first half of the replies of the third step
+                assert engine.busy
+                raise RuntimeError("the power is gone")
+
+        patch.setattr(Engine, "step", fails)
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            cli.run(["train", "--resume", str(cut)])
+    assert [r["step"] for r in records(cut, "train")] == [1, 2]
+    assert cli.run(["train", "--resume", str(cut)]) == 0
+    ours, theirs = (kept(cut, small), kept(whole, small))
+    assert equal(ours, theirs) and {"average", "kl_coef"} <= set(ours["carried"]) and "value" in ours["params"]
+    told = "loss", "kl", "score", "kl_coef", "reward", "ratio_error"
+    assert [[r[name] for name in told] for r in records(cut, "train")] == [
+        [r[name] for name in told] for r in records(whole, "train")
+    ]
+
+
+def kept(run: Path, config: PolicyConfig) -> Any:
+    """All that the newest checkpoint holds."""
+    layout = one_device(config)
+    abstract = abstract_state(config, PPO(config, "cpu", layout))
+    checkpoints = Checkpoints(run, config)
+    found = checkpoints.restore(placed(abstract, layout.shardings(abstract)).kept, print)
+    checkpoints.close()
+    assert found and found[1].step == 3
+    return jax.device_get(found[0])
+
+
+# Groups
+
+
+def test_a_group_is_the_replies_to_one_prompt_and_is_judged_alone(grouped: GroupPolicyConfig) -> None:
+    stage = made(replace(grouped, grpo=GRPOConfig(group=4, missing_end=-1.25)))
+    prompts = [stage.prompt_of(i) for i in range(2 * 4 * len(stage.training))]
+    groups = [{prompt.text for prompt in prompts[at : at + 4]} for at in range(0, len(prompts), 4)]
+    assert all(len(group) == 1 for group in groups)
+    once, again = ([text for (text,) in part] for part in (groups[: len(groups) // 2], groups[len(groups) // 2 :]))
+    assert sorted(once) == sorted(again) and len(set(once)) == len(stage.training) and once != again
+
+    rollout, found, scores = reply_rows(16)
+    rollout.ended[8:12], scores[8:12] = True, 0.1
+    for by_std in (True, False):
+        stage = made(replace(grouped, grpo=GRPOConfig(group=4, missing_end=-1.25, scale_by_std=by_std)))
+        rows, told = stage.rows({}, rollout, found, scores)
+        for at in range(0, 16, 4):
+            worth = [float(scores[i]) if rollout.ended[i] else -1.25 for i in range(at, at + 4)]
+            mean = sum(worth) / 4
+            scale = math.sqrt(sum((each - mean) ** 2 for each in worth) / 3) + 1e-4 if by_std else 1.0
+            wanted = [(each - mean) / scale for each in worth]
+            np.testing.assert_allclose(rows.advantages[at : at + 4], wanted, rtol=1e-5, atol=1e-6)
+        assert rows.advantages.dtype == np.float32 and (rows.advantages[8:12] == 0).all()
+        assert told["equal_groups"] == pytest.approx(0.25)
+        assert rows.ref_logprobs is not None and np.array_equal(rows.ref_logprobs, found.ref_logprobs)
+
+
+def test_equal_rewards_teach_nothing(grouped: GroupPolicyConfig) -> None:
+    """Not a bit of a parameter moves by what is worth the same; by the KL it does."""
+    rollout, found, scores = reply_rows(16)
+    model = replace(grouped.model, num_layers=1, attention_pattern=("dense",))
+    for beta in (0.0, 0.5):
+        config = replace(grouped, model=model, grpo=GRPOConfig(group=4, kl_coef=beta, missing_end=0.37))
+        layout = one_device(config)
+        stage = made(config, layout)
+        rows, _ = stage.rows({}, rollout, found, np.full_like(scores, 0.37))
+        assert (rows.advantages == 0).all()
+        state = init_state(config, stage, layout)
+        before = jax.device_get(state.params)
+        step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(2, 8, *leaf.shape[1:]), rows)
+        state, metrics = step(state, batch, np.float32(0.1), np.int32(1), np.int32(0))
+        assert equal(jax.device_get(state.params), before) == (beta == 0)
+        assert (float(metrics["grad_norm"]) == 0) == (beta == 0) and int(metrics["skipped"]) == 0
+
+
+@pytest.mark.slow
+def test_groups_find_the_one_token_that_is_worth_more(
+    grouped: GroupPolicyConfig, judges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To end at once, which is 2 of 261 tokens at first."""
+    alone(monkeypatch)
+    config = replace(
+        grouped,
+        reward=f"{judges}:brief",
+        rollout=RolloutConfig(episodes=128, max_tokens=1, slots=128),
+        grpo=GRPOConfig(group=16, kl_coef=0.0),
+        optimizer=replace(grouped.optimizer, learning_rate=1e-2),
+        train=replace(grouped.train, batch_size=64, total_steps=24),
+    )
+    assert cli.run(["train", as_file(config, tmp_path), "--run", str(tmp_path / "run")]) == 0
+    log = records(tmp_path / "run", "train")
+    assert log[0]["ended"] < 0.1 and log[-1]["ended"] > 0.9 and log[-1]["reward"] > 0.8
+    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in log)
+
+
+# The step
+
+
+@pytest.mark.slow
+def test_updates_of_a_step_are_those_of_plain_optax_one_after_another(small: PolicyConfig) -> None:
+    """Policy and value model each have an optimizer, clipped by their own norm, and a learning rate of their own."""
+    optimizer = replace(small.optimizer, clip_norm=0.05, weight_decay=0.1)
+    model = replace(small.model, num_layers=1, attention_pattern=("dense",))
+    config = replace(small, model=model, optimizer=optimizer)
+    layout, lr, ratio = one_device(config), 3e-3, config.ppo.value_learning_rate / optimizer.learning_rate
+    stage = PPO(config, "cpu", layout)
+    state = init_state(config, stage, layout)
+    every = jax.device_get(state.every_param)
+    names = "embedding", "positions", "units", "norm_final", "value"
+    trained, rest = ({n: p for n, p in every.items() if (n in names) == own} for own in (True, False))
+    assert set(rest) == {"reference", "average", "kl_coef"}
+    rows = stage.random_rows(0, (4, 8))
+    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    state, metrics = step(state, rows, np.float32(lr), np.int32(1), np.int32(0))
+
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
+
+    def plain(rate: float) -> Any:
+        adam = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
+        return optax.chain(
+            optax.clip_by_global_norm(0.05), adam, optax.add_decayed_weights(0.1, decays), optax.scale(-rate)
+        )
+
+    def loss(trained: Any, part: Any) -> Any:
+        return stage.loss(trained | rest, part, stage.counts(part), None)
+
+    slope = jax.jit(jax.value_and_grad(loss))
+    parts = {"policy": names[:-1], "value": names[-1:]}
+    how = {"policy": plain(lr), "value": plain(lr * ratio)}
+    memory = {who: how[who].init({n: trained[n] for n in parts[who]}) for who in parts}
+    losses = []
+    for i in range(4):
+        found, grads = slope(trained, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
+        losses.append(float(found))
+        for who, mine in parts.items():
+            own, grad = ({n: tree[n] for n in mine} for tree in (trained, grads))
+            assert float(optax.tree.norm(grad)) > 0.1  # each is clipped, and not by the other's
+            update, memory[who] = how[who].update(grad, memory[who], own)
+            trained = trained | optax.apply_updates(own, update)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), jax.device_get(state.params), trained)
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(metrics["loss"]) != pytest.approx(losses[0], rel=1e-3)
+    moved = {n: float(optax.tree.norm(jax.tree.map(np.subtract, trained[n], every[n]))) for n in names}
+    assert 0 < moved["value"] < moved["embedding"] + moved["units"]
+    wanted = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, every["average"], policy_of(trained))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.carried["average"], wanted)
+    assert float(state.carried["kl_coef"]) == np.float32(0.05) and equal(state.frozen["reference"], every["reference"])
+
+
+# Layouts
+
+
+@pytest.fixture(scope="session")
+def steady(small: PolicyConfig) -> PolicyConfig:
+    """An epsilon that keeps Adam from blowing the rounding of a vanishing gradient up."""
+    model = replace(small.model, seq_len=16, attention_pattern=("dense",))
+    return replace(small, model=model, optimizer=replace(small.optimizer, eps=1e-4))
+
+
+def one_step(config: PolicyConfig, devices: int) -> tuple[dict[str, float], Any]:
+    layout = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(config.layout))
+    stage = PPO(config, "cpu", layout)
+    state = init_state(config, stage, layout)
+    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    state, metrics = step(state, stage.random_rows(0, (4, 8)), np.float32(1e-2), np.int32(1), np.int32(0))
+    return jax.device_get((metrics, state.every_param))
+
+
+@pytest.fixture(scope="session")
+def single(steady: PolicyConfig) -> tuple[dict[str, float], Any]:
+    return one_step(steady, 1)
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [LayoutConfig(fsdp=8), LayoutConfig(data=4, fsdp=1, tensor=2)], ids=["fsdp8", "data4_tensor2"]
+)
+
+
+@pytest.mark.slow
+@LAYOUTS
+def test_a_layout_learns_what_one_device_does(
+    layout: LayoutConfig, steady: PolicyConfig, single: tuple[dict[str, float], Any]
+) -> None:
+    metrics, params = one_step(replace(steady, layout=layout), 8)
+    for name, value in single[0].items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), params, single[1])
+
+
+@pytest.mark.slow
+@LAYOUTS
+def test_a_layout_draws_and_judges_what_one_device_does(
+    layout: LayoutConfig, small: PolicyConfig, reward: Path, tmp_path: Path
+) -> None:
+    config = replace(small, reward=str(reward), train=replace(small.train, total_steps=2))
+    told = []
+    for name, each in (("one", LayoutConfig()), ("many", layout)):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "one":
+                alone(patch)
+            file = as_file(replace(config, layout=each), tmp_path)
+            assert cli.run(["train", file, "--run", str(tmp_path / name)]) == 0
+        told.append(records(tmp_path / name, "train"))
+    for one, many in zip(*told, strict=True):
+        assert many["gap"] < 1e-4 and many["ratio_error"] < 1e-5
+        for figure in ("loss", "score", "kl", "length", "ended", "entropy", "value_loss"):
+            assert many[figure] == pytest.approx(one[figure], rel=1e-3, abs=1e-4), figure
+
+
+# A world in which the best reply is known
+
+
+def write_lines(path: Path, lines: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+WALKER = ModelConfig(num_layers=2, num_heads=4, embed_dim=64, seq_len=16, vocab_size=261)
+WALK_OPTIMIZER = OptimizerConfig(final_ratio=1.0, warmup_tokens=0, decay_tokens=0, weight_decay=0.0, b2=0.999, eps=1e-5)
+
+
+@pytest.fixture(scope="session")
+def walker(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned to walk at random, as 1,000 walks do."""
+    folder = tmp_path_factory.mktemp("walker")
+    walks = [(LETTERS[ids[1]], text(ids[2:])) for ids in WORLD.walks(np.random.default_rng(0), 1000)]
+    source = write_lines(folder / "walks.jsonl", [{"prompt": start, "response": said} for start, said in walks])
+    data = DialogueConfig(source=source, tokenizer="bytes", packing=False, cache_dir=tiny.data.cache_dir)
+    config = SFTConfig(
+        name="walker",
+        model=WALKER,
+        data=replace(data, train_split="train[:98%]", eval_split="train[98%:]"),
+        optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-3, final_ratio=0.1, eps=1e-8),
+        train=walk_train(tiny, 600, eval_batches=0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch)
+        assert cli.run(["train", as_file(config, folder), "--run", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def walk_train(tiny: Config, steps: int, **more: Any) -> TrainConfig:
+    plain = {"log_interval": 1, "save_interval": 0, "eval_interval": 0, "tensorboard": False}
+    return TrainConfig(batch_size=64, total_steps=steps, compile_cache=tiny.train.compile_cache, **(plain | more))
+
+
+def walked(walker: Path, tiny: Config, folder: Path, steps: int) -> Path:
+    """A run of PPO from it on all 20 starts."""
+    folder.mkdir()
+    source = write_lines(folder / "starts.jsonl", [{"prompt": start} for start in LETTERS[1:] for _ in range(20)])
+    data = PromptConfig(source=source, cache_dir=tiny.data.cache_dir, train_split="train", eval_split="train")
+    config = PolicyConfig(
+        name="walks",
+        model=WALKER,
+        init_from=str(walker),
+        reward=f"{Path(__file__).parent / 'walks_reward.py'}:fraction",
+        data=data,
+        ppo=PPOConfig(kl_coef=0.02, value_learning_rate=1e-3),
+        rollout=RolloutConfig(episodes=256, epochs=4, max_tokens=11, slots=256),
+        optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-4),
+        train=walk_train(tiny, steps, eval_interval=10, eval_batches=-1),
+    )
+    assert cli.run(["train", as_file(config, folder), "--run", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_walks_become_the_shortest_ones_and_do_not_where_scores_are_whole_numbers(
+    walker: Path, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: without the fractions of its scores the same run learns nothing of the world. One test, since the
+    processes that share the tests out would each train the walker."""
+    alone(monkeypatch)
+    run = walked(walker, tiny, tmp_path / "fractions", 20)
+    held_out, log = records(run, "eval"), records(run, "train")
+    golds = [r["score"] / 0.99 for r in held_out]
+    assert golds[0] < 0.85 and golds[-1] >= 0.95
+    assert all(r["kl"] <= 1.2 for r in held_out)
+    assert all(r["kl"] > -0.05 for r in log) and abs(log[0]["kl"]) < 1e-6
+    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 and r["skipped"] == 0 for r in log)
+    assert log[-1]["ended"] > 0.95
+
+    def whole(*, scores: Any, **rest: Any) -> Any:
+        return penalised(scores=scores.astype("int32"), **rest)
+
+    monkeypatch.setattr(ppo, "penalised", whole)
+    run = walked(walker, tiny, tmp_path / "whole", 5)
+    golds = [r["score"] / 0.99 for r in records(run, "eval")]
+    assert abs(golds[-1] - golds[0]) < 0.02, golds
