@@ -569,7 +569,7 @@ class PPOConfig:
     ptx_rows: Positive = 8
     """Rows of that text beside each reply."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the average of the policy's weights that is kept beside them, by the iteration; 0 is none."""
+    """Of the average of the policy's weights, by the iteration, which is what others load of the run; 0 is none."""
 
 
 @frozen

@@ -63,6 +63,11 @@ class Base(ByGradient):
         """Parameters, where `places` says, of the weights that a run starts from: `load` gives those of a decoder."""
         return load(places)
 
+    @staticmethod
+    def decoder_at(config: Config) -> tuple[str, ...]:
+        """Where the state of a run has what others load of it."""
+        return ("params",)
+
     def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
         """Nothing: the log has the figures."""
 

@@ -25,7 +25,7 @@ from gptjax.infer.engine import Engine
 from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import drawn_log_probs, log_probs
 from gptjax.stages.assistant import Assistant
-from gptjax.stages.rewards import is_function, judged, load_function
+from gptjax.stages.rewards import ask, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
 from gptjax.train.step import narrow
 
@@ -57,7 +57,6 @@ class OnPolicy(Assistant[Prompts]):
     on_policy = True
     group = 1  # replies to each prompt of an iteration
     unit_reward = False
-    missing_end = -1.0
 
     # Parameters
 
@@ -127,10 +126,7 @@ class OnPolicy(Assistant[Prompts]):
     # Prompts and replies
 
     def _examples(self, source: TextSource) -> Prompts:
-        most = self.config.model.seq_len - 1
-        found = open_prompts(self.config.data, source, self.chat, self.config.model.seq_len, self.report)
-        assert found.max_tokens <= most
-        return found
+        return open_prompts(self.config.data, source, self.chat, self.config.model.seq_len, self.report)
 
     def facts(self) -> str:
         """What it learns, in words."""
@@ -202,17 +198,17 @@ class OnPolicy(Assistant[Prompts]):
             return self.network.in_order(found[0]), self.network.in_order(found[1])
 
     @cached_property
-    def judge(self) -> Callable[[Any, Drawn], Judged]:
+    def _judge_batch(self) -> Callable[[Any, Drawn], Judged]:
         """jit of (params, Drawn [b, ...]) -> Judged, whole on every process."""
         plain_too = self.config.rollout.temperature != 1 or self.config.rollout.top_k > 0
 
-        def judge(params: Any, rows: Drawn) -> Judged:
+        def whole(params: Any, rows: Drawn) -> Judged:
             ours, reference = (self.log_probs(each, rows)[0] for each in (params, params[REFERENCE]))
             scores = self.scorer.score(params[REWARD], rows.tokens, rows.last) if self.scorer else None
             plain = self._plain(params, rows) if plain_too else ours
             return Judged(ours, plain, reference, self.values(params, rows), scores)
 
-        return jax.jit(judge, out_shardings=self.layout.sharding(()) if self.layout else None)
+        return jax.jit(whole, out_shardings=self.layout.sharding(()) if self.layout else None)
 
     def _plain(self, params: Any, rows: Drawn) -> Array:
         c = self.config.model
@@ -223,7 +219,7 @@ class OnPolicy(Assistant[Prompts]):
         """float32 [b, T]; None without a value model."""
         return None
 
-    def judged(self, params: Any, drawn: Drawn) -> Judged:
+    def judge(self, params: Any, drawn: Drawn) -> Judged:
         """Of any number of replies, as numpy arrays."""
         size, count = self.config.micro_batch_size, len(drawn.last)
         found = []
@@ -231,15 +227,15 @@ class OnPolicy(Assistant[Prompts]):
             part = jax.tree.map(lambda leaf, start=start: _filled(leaf[start : start + size], size), drawn)
             if self.layout is not None:
                 part = jax.device_put(part, self.layout.sharding(("batch",)))
-            found.append(jax.device_get(self.judge(params, part)))
+            found.append(jax.device_get(self._judge_batch(params, part)))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
 
-    def scores(self, prompts: Sequence[Prompt], made: Rollout, judged_: Judged) -> np.ndarray:
+    def scores(self, prompts: Sequence[Prompt], made: Rollout, found: Judged) -> np.ndarray:
         """float32 [E]: by the reward model or the function, before what is added for a missing end."""
-        if judged_.scores is not None:
-            return np.asarray(judged_.scores, np.float32)
+        if found.scores is not None:
+            return np.asarray(found.scores, np.float32)
         said = [(p.text, text, p.answer) for p, text in zip(prompts, made.texts, strict=True)]
-        return np.array(judged(self.config.reward, self._function, said), np.float32)
+        return np.array(ask(self.config.reward, self._function, said), np.float32)
 
     # An iteration
 
@@ -250,7 +246,7 @@ class OnPolicy(Assistant[Prompts]):
         prompts = [self.prompt_of(start + i) for i in range(self.config.rollout.episodes)]
         made = self.replies(params, prompts, self.config.train.seed, start)
         watch.lap("rollout_s")
-        found = self.judged(params, made.drawn)
+        found = self.judge(params, made.drawn)
         scores = self.scores(prompts, made, found)
         watch.lap("judge_s")
         figures = self.figures(made, found, scores)
@@ -321,7 +317,7 @@ class OnPolicy(Assistant[Prompts]):
         epoch = self.evaluation.epoch(0, 0)
         prompts = [self.evaluation[epoch.row(i)[0]] for i in range(count)]
         made = self.replies(params, prompts, EVALUATION_SEED, 0)
-        found = self.judged(params, made.drawn)
+        found = self.judge(params, made.drawn)
         scores = self.scores(prompts, made, found)
         return {"loss": -float(scores.mean())} | self.figures(made, found, scores)
 

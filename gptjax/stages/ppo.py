@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from gptjax.config import PolicyConfig
+from gptjax.config import Config, PolicyConfig
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource, build
 from gptjax.data.stream import TokenStream, require_one_row
@@ -75,6 +75,12 @@ class PPO(OnPolicy):
         if self.scorer:
             return self.scorer.init(key)
         return self.network.init(key) | {NAME: init_head(jax.random.fold_in(key, 1), self.config.model.embed_dim)}
+
+    @staticmethod
+    def decoder_at(config: Config) -> tuple[str, ...]:
+        """The average, where there is one."""
+        averaged = isinstance(config, PolicyConfig) and config.ppo.ema_decay
+        return ("carried", AVERAGE) if averaged else ("params",)
 
     def is_carried(self, name: str) -> bool:
         return name.split("/")[0] in (AVERAGE, KL_COEF)

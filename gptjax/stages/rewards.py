@@ -56,7 +56,7 @@ def _asks(function: Judge) -> int:
     return sum(each.kind in kinds for each in inspect.signature(function).parameters.values())
 
 
-def judged(name: str, function: Judge, said: Sequence[tuple[str, str, str]]) -> list[float]:
+def ask(name: str, function: Judge, said: Sequence[tuple[str, str, str]]) -> list[float]:
     """What a function gives for each (prompt, reply, answer), asked on the first process alone. Raises UserError, on
     all of them, for a function that raises, or gives no finite number."""
     count = min(_asks(function), 3)

@@ -134,8 +134,9 @@ def plain(config: Config) -> Config:
 
 
 def _load_run(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:
-    apart = stage_class(config).apart
-    return restore_params(run, places, best=config.train.keep_best, step=step, apart=apart)
+    kind = stage_class(config)
+    where = {"at": kind.decoder_at(config), "apart": kind.apart}
+    return restore_params(run, places, best=config.train.keep_best, step=step, **where)
 
 
 def _load_adapted(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:

@@ -182,21 +182,36 @@ def lowest(losses: dict[int, float], steps: Iterable[int]) -> int | None:
 
 
 def restore_params(
-    run: Path, abstract: Any, *, best: bool = False, step: int | None = None, apart: Sequence[str] = ()
+    run: Path,
+    abstract: Any,
+    *,
+    best: bool = False,
+    step: int | None = None,
+    at: Sequence[str] = ("params",),
+    apart: Sequence[str] = (),
 ) -> Any:
-    """The trained parameters alone of the checkpoint of a run that `chosen_step` says, laid out as the shardings of
-    `abstract` say; without those whose names begin with a part that is `apart`.
+    """The trained parameters alone of the checkpoint of a run that `chosen_step` says, or what it keeps `at` another
+    place, laid out as the shardings of `abstract` say; without those whose names begin with a part that is `apart`.
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
     folder = (run / FOLDER).absolute() / str(chosen_step(run, best=best, step=step))
     try:
-        restored, _ = intact(folder, {"params": abstract}, "params/", [f"params/{name}/" for name in apart])
+        part = "/".join([*at, ""])
+        restored, _ = intact(folder, _below(at, abstract), part, [f"{part}{name}/" for name in apart])
     except Damaged as error:
         raise UserError(
             f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
         ) from error
-    return restored["params"]
+    for name in at:
+        restored = restored[name]
+    return restored
+
+
+def _below(at: Sequence[str], tree: Any) -> Any:
+    for name in reversed(at):
+        tree = {name: tree}
+    return tree
 
 
 def chosen_step(run: Path, *, best: bool = False, step: int | None = None) -> int:
