@@ -27,6 +27,7 @@ VERBS = (
     "bench data",
     "bench generate",
     "bench layouts",
+    "bench ppo",
     "bench single",
 )
 """Each is gptjax/commands/VERB.py."""

@@ -831,3 +831,17 @@ def test_walks_become_the_shortest_ones_and_do_not_where_scores_are_whole_number
     run = walked(walker, tiny, tmp_path / "whole", 5)
     golds = [r["score"] / 0.99 for r in records(run, "eval")]
     assert abs(golds[-1] - golds[0]) < 0.02, golds
+
+
+@pytest.mark.slow
+def test_the_bench_tells_an_iteration_s_parts_and_later_ones_compile_nothing(
+    small: PolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On all devices that there are."""
+    assert cli.run(["bench", "ppo", as_file(small, tmp_path), "--iterations", "4", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "ppo.json").read_text())
+    assert len(found["iterations"]) == 4 and found["late"] == 0 and found["iterations"][0]["compiled"] > 0
+    assert min(found[name] for name in ("rollout_s", "judge_s", "update_s", "share", "engine_tokens_per_s")) > 0
+    assert "0 programs compiled" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the first 2 warm up; nearest 3"):
+        cli.run(["bench", "ppo", as_file(small, tmp_path), "--iterations", "2"])

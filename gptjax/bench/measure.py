@@ -54,7 +54,7 @@ def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[s
     """Median and spread in seconds, tokens per second over all devices, and MFU where the devices' peak is known: by
     the exact count of FLOPs, and, where all parameters are trained, by 6 N + 12 L T D."""
     low, high = np.percentile(times, (10, 90))
-    rate = config.train.batch_size * config.row_tokens / median(times)
+    rate = config.step_tokens / median(times)
     flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
     peak, whole = peak_flops(facts["device"]), config.adapter is None and config.predicts and not config.has_reference
     return {

@@ -124,7 +124,7 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     LayerNorm with its residual moves 6 numbers a channel. The optimizer reads and writes the state and reads gradients.
     """
     model = config.model
-    tokens = config.train.batch_size * config.row_tokens
+    tokens = config.step_tokens
     layers, dim = model.num_layers, model.embed_dim
     keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
     each, head = products_per_weight(config.adapter, config.predicts, config.has_reference)

@@ -41,13 +41,15 @@ class Work:
     config: Config
     layout: Layout
     stage: AnyStage
+    abstract: Any
     shardings: Any
 
     @classmethod
     def prepare(cls, config: Config, devices: list[jax.Device]) -> "Work":
         layout = Layout(make_mesh(config, devices), rule_table(config.layout))
         stage = stage_class(config)(config, jax.default_backend(), layout)
-        return cls(config, layout, stage, layout.shardings(abstract_state(config, stage)))
+        abstract = abstract_state(config, stage)
+        return cls(config, layout, stage, abstract, layout.shardings(abstract))
 
     @property
     def _sharding(self) -> NamedSharding:
@@ -57,7 +59,7 @@ class Work:
     def random_rows(self) -> Rows:
         """[M, b, T] of the stage's own kind."""
         c = self.config
-        rows = self.stage.random_rows(c.train.seed, (c.max_accumulation, c.micro_batch_size))
+        rows = self.stage.random_rows(c.train.seed, (c.updates * c.max_accumulation, c.micro_batch_size))
 
         def put(leaf: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(leaf.shape, self._sharding, lambda part: leaf[part])
@@ -83,7 +85,7 @@ class Work:
 
     def _scalars(self, i: int) -> tuple[Any, ...]:
         c = self.config
-        lr = learning_rate(c.optimizer, i * c.train.batch_size * c.row_tokens)
+        lr = learning_rate(c.optimizer, i * c.step_tokens)
         return np.float32(lr), np.int32(c.max_accumulation), np.int32(i)
 
     @contextmanager

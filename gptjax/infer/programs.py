@@ -94,6 +94,11 @@ class Programs:
 
     def empty(self) -> Slots:
         """Slots in which every row rests."""
+        made: Slots = self._empty()
+        return made
+
+    @cached_property
+    def _empty(self) -> Any:
         config, rows = self.model.config, self.rows
         wide = rows, config.padded_vocab_size
 
@@ -113,7 +118,7 @@ class Programs:
             )
             return Slots(empty_cache(config, rows, self.capacity, self.model.dtype), zeros, row)
 
-        return jax.jit(make, out_shardings=self._places)()
+        return jax.jit(make, out_shardings=self._places)
 
     @cached_property
     def _places(self) -> Any:

@@ -91,17 +91,23 @@ def _pinned_decay(config: Config, known: Config) -> Config:
 
 def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: Any) -> Any:
     """What `fit` asks for: all parameters, or those that are frozen. Also for a run that was stopped before its first
-    checkpoint. Adapters and scalar heads are born here."""
+    checkpoint."""
     config = stage.config
     weights = weights or first_weights(config)
-    base, born = split(places, stage.is_born)
     stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
     load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
+    return first_params(stage, load, places)
+
+
+def first_params(stage: AnyStage, load: Callable[[Any], Any], places: Any) -> Any:
+    """Those that a run begins with, or a part of them, where `places` says; `load` gives those of a decoder.
+    Adapters and scalar heads are born here."""
+    base, born = split(places, stage.is_born)
     params = stage.of_weights(load, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)
         make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), stage.is_born)[1], out_shardings=shardings)
-        params = join(params, make(jax.random.key(config.train.seed)))
+        params = join(params, make(jax.random.key(stage.config.train.seed)))
     return params
 
 

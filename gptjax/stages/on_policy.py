@@ -170,7 +170,7 @@ class OnPolicy(Assistant[Prompts]):
         """Whether there is one device, on which an engine has faster programs."""
         return self.layout is None or self.layout.mesh.size == 1
 
-    def _with(self, params: Any) -> Engine:
+    def engine_with(self, params: Any) -> Engine:
         """The engine with a policy's weights, laid out for it."""
         policy = self.policy_of(params)
         if self._alone and self.layout is not None:
@@ -180,7 +180,7 @@ class OnPolicy(Assistant[Prompts]):
 
     def replies(self, params: Any, prompts: Sequence[Prompt], seed: int, start: int) -> Rollout:
         """One to each prompt; see `draw`."""
-        engine, most = self._with(params), self.config.rollout.max_tokens
+        engine, most = self.engine_with(params), self.config.rollout.max_tokens
         made = draw(engine, [each.ids for each in prompts], self.ends, self.sampling, seed, start, most)
         engine.clear()
         return made

@@ -49,6 +49,18 @@ class Episodes(NamedTuple):
     """Rows [..., P, T] of pretraining text beside each reply, or None."""
 
 
+class Worth(NamedTuple):
+    """What an iteration's replies earned."""
+
+    advantages: Any
+    """float32 [E, T]: whitened over all of them."""
+    returns: Any
+    reward: Any
+    """Mean score, that of a missing end among them."""
+    explained: Any
+    """Share of the returns' variance that values foretold."""
+
+
 class PPO(OnPolicy):
     """A policy and its value model."""
 
@@ -128,28 +140,38 @@ class PPO(OnPolicy):
         return Episodes(tokens, targets, a - 5, b, c, d, np.full(lead, self.config.ppo.kl_coef, np.float32), ptx)
 
     def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Episodes, dict[str, float]]:
-        c, mask, beta = self.config.ppo, made.drawn.targets != PADDING, float(params[KL_COEF])
-        log = {"logprobs": found.logprobs, "ref_logprobs": found.ref_logprobs}
-        final = penalised(scores=jnp.asarray(scores), ended=jnp.asarray(made.ended), penalty=c.missing_end)
-        rewards = token_rewards(**jax.tree.map(jnp.asarray, log), scores=final, mask=mask, beta=beta)
-        if c.whiten_rewards:
-            rewards = whiten(rewards, mask=mask, shift_mean=False)
-        values = jnp.asarray(found.values)
-        advantages, returns = gae(rewards=rewards, values=values, mask=mask, gamma=c.gamma, lam=c.gae_lambda)
-        white = whiten(advantages, mask=mask, shift_mean=True)
+        c, beta, mask = self.config.ppo, float(params[KL_COEF]), made.drawn.targets != PADDING
+        worth: Worth = jax.device_get(self._worth(found, scores, made.ended, mask, beta))
         kl, episodes = float(((found.logprobs - found.ref_logprobs) * mask).sum() / len(mask)), len(mask)
         coef = next_beta(beta=beta, kl=kl, episodes=episodes, target=c.kl_target or None, horizon=c.kl_horizon)
         rows = Episodes(
             made.drawn.tokens,
             made.drawn.targets,
             found.logprobs,
-            np.asarray(values * mask),
-            np.asarray(white),
-            np.asarray(returns),
+            found.values * mask,
+            worth.advantages,
+            worth.returns,
             np.full(episodes, coef, np.float32),
         )
-        explained = explained_variance(values=values, returns=returns, mask=mask)
-        return rows, {"kl_coef": beta, "reward": float(final.mean()), "explained_variance": float(explained)}
+        more = {"kl_coef": beta, "reward": float(worth.reward), "explained_variance": float(worth.explained)}
+        return rows, more
+
+    @cached_property
+    def _worth(self) -> Callable[..., Worth]:
+        """jit of (Judged, scores [E], ended [E], mask [E, T], coefficient of the KL) -> Worth."""
+        c = self.config.ppo
+
+        def worth(found: Judged, scores: Array, ended: Array, mask: Array, beta: Array) -> Worth:
+            final = penalised(scores=scores, ended=ended, penalty=c.missing_end)
+            log = {"logprobs": found.logprobs, "ref_logprobs": found.ref_logprobs}
+            rewards = token_rewards(**log, scores=final, mask=mask, beta=beta)
+            if c.whiten_rewards:
+                rewards = whiten(rewards, mask=mask, shift_mean=False)
+            advantages, returns = gae(rewards=rewards, values=found.values, mask=mask, gamma=c.gamma, lam=c.gae_lambda)
+            explained = explained_variance(values=found.values, returns=returns, mask=mask)
+            return Worth(whiten(advantages, mask=mask, shift_mean=True), returns, jnp.mean(final), explained)
+
+        return jax.jit(worth)
 
     def check(self) -> None:
         super().check()
