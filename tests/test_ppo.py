@@ -4,6 +4,7 @@ tests/test_ppo.py"""
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -424,7 +425,8 @@ def test_a_run_draws_judges_and_learns(
 ) -> None:
     """One test, since processes that share the tests out would each train the run."""
     run, temperature = tmp_path / "run", 0.7
-    config = replace(small, reward=str(reward), rollout=replace(small.rollout, temperature=temperature))
+    judge = shutil.copytree(reward, tmp_path / "judge")
+    config = replace(small, reward=str(judge), rollout=replace(small.rollout, temperature=temperature))
     config = replace(config, train=replace(small.train, total_steps=3, eval_batches=1))
     assert cli.run(["train", as_file(config, tmp_path), "--run", str(run)]) == 0
     start, *_, end = seen.params
@@ -489,6 +491,11 @@ def test_a_run_draws_judges_and_learns(
     capsys.readouterr()
     assert cli.run(["train", again, "--dry-run", "--layout.fsdp", "8"]) == 0
     assert "a run would start" in capsys.readouterr().out
+
+    # Nothing goes on with another judge.
+    (judge / "score.json").write_text('{"0": {"mean": 9.0, "std": 1.0}}')
+    with pytest.raises(UserError, match=r"reward = .*judge: not the weights that .* was started from"):
+        cli.run(["train", "--resume", str(run), "--train.total_steps", "4"])
 
 
 def on_disk(reward: Path) -> Any:

@@ -34,9 +34,11 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import AnyStage, Base, Pretrain, stage_class
+from gptjax.stages.on_policy import REWARD, OnPolicy
 from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
 from gptjax.train import run as folders
+from gptjax.train.fingerprint import fingerprint
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
 from gptjax.train.parts import join, split
@@ -96,7 +98,11 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     weights = weights or first_weights(config)
     stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
     load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
-    return first_params(stage, load, places)
+    params = first_params(stage, load, places)
+    if isinstance(stage, OnPolicy) and stage.scorer:
+        prints = fingerprint(params[REWARD]) | {"scores": str(stage.scorer.statistics)}
+        folders.same_weights(run, "reward", stage.config.reward, prints)
+    return params
 
 
 def first_params(stage: AnyStage, load: Callable[[Any], Any], places: Any) -> Any:

@@ -36,6 +36,8 @@ class Scorer:
     """(shapes with shardings) -> parameters that lie there."""
     tokenizer: Tokenizer
     """Whoever is scored must have the same."""
+    statistics: tuple[float, float]
+    """Mean and deviation of its scores before they are shifted."""
 
     @property
     def config(self) -> RewardConfig:
@@ -77,7 +79,7 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
     def score(params: Any, tokens: Array, last: Array) -> Array:
         return (stage.scores(params, tokens, last, None) - mean) / (std if unit else 1.0)
 
-    return Scorer(score, stage, partial(restore_params, run, step=step), saved_tokenizer(run))
+    return Scorer(score, stage, partial(restore_params, run, step=step), saved_tokenizer(run), (mean, std))
 
 
 def _platform(layout: Layout) -> str:

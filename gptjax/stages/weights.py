@@ -23,7 +23,7 @@ from gptjax.stages import stage_class
 from gptjax.train.checkpoint import FOLDER, restore_params
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.parts import join, split
-from gptjax.train.run import open_run, same_base, saved_tokenizer
+from gptjax.train.run import open_run, same_weights, saved_tokenizer
 from gptjax.train.step import placed
 
 SHAPE = ("num_layers", "num_heads", "embed_dim", "seq_len", "vocab_size")
@@ -157,7 +157,8 @@ def _load_adapted(run: Path, config: Config, step: int | None, model: ModelConfi
 def load_base(run: Path, config: Config, weights: Weights, places: Any) -> Any:
     """The parameters beside which a run trains its adapters or its policy, pinned by the first who asks. Raises
     UserError where they are not those that it was started from."""
-    return weights.start(config.model, places, lambda params: same_base(run, config.init_from, fingerprint(params)))
+    pin = partial(same_weights, run, "init_from", config.init_from)
+    return weights.start(config.model, places, lambda params: pin(fingerprint(params)))
 
 
 def given_tokenizer(config: Config) -> Tokenizer:

@@ -32,7 +32,9 @@ from gptjax.train.metrics import LOG, read_log
 from gptjax.train.processes import is_first
 
 CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
-HISTORY, DATA, BASE = "history.jsonl", "data.json", "base.json"
+HISTORY, DATA = "history.jsonl", "data.json"
+PINS = {"init_from": "base.json", "reward": "reward.json"}
+"""Fields that name weights which no checkpoint of the run holds, and the files that hold their digests."""
 RESTORE = "put it back from a copy, or start a new run"
 UNFINISHED = {lock.NAME, META, TOKENIZER, DATA, HISTORY}
 """What a start that was killed may leave before it has written CONFIG, and the next one may take over."""
@@ -193,20 +195,20 @@ def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
     write_whole(folder / DATA, json.dumps(_data_facts(config, corpus), indent=2).encode())
 
 
-def same_base(folder: Path, source: str, prints: dict[str, str]) -> None:
-    """Pin the weights beside which a run trains, by their fingerprints, or see that they are those.
+def same_weights(folder: Path, field: str, source: str, prints: dict[str, str]) -> None:
+    """Pin the weights beside which a run trains, named by a field, by their fingerprints, or see that they are those.
 
     Raises UserError where they are not.
     """
     digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
-    if (folder / BASE).is_file():
-        if read_json(folder / BASE, RESTORE).get("digest") != digest:
+    path = folder / PINS[field]
+    if path.is_file():
+        if read_json(path, RESTORE).get("digest") != digest:
             raise UserError(
-                f"init_from = {source}: not the weights that {folder} was started from; put them back, or start a new "
-                "run"
+                f"{field} = {source}: not the weights that {folder} was started from; put them back, or start a new run"
             )
     elif is_first():
-        write_whole(folder / BASE, json.dumps({"digest": digest, "source": source}, indent=2).encode())
+        write_whole(path, json.dumps({"digest": digest, "source": source}, indent=2).encode())
 
 
 def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:
