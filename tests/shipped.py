@@ -16,8 +16,10 @@ BASES = {
     "dpo": "quickstart",
     "ppo": "quickstart",
     "grpo": "quickstart",
+    "ppo_instructgpt": "quickstart",
+    "ppo_lm_human_preferences": "quickstart",
 }
-REWARDED = ("ppo", "grpo")
+REWARDED = ("ppo", "grpo", "ppo_instructgpt", "ppo_lm_human_preferences")
 
 
 def start_words(name: str, folder: Path) -> list[str]:

@@ -423,7 +423,8 @@ def test_every_shipped_config_would_start_on_its_hardware(
         place = ["--layout.fsdp", "1", "--layout.data", "-1"] if "cpu" in file.stem else ["--layout.fsdp", "8"]
     words = ["--data.source", str(corpus / "*.txt")]
     if start := start_words(file.stem, tmp_path):
-        data = "hh-harmless" if file.stem in ("reward", "dpo", "ppo") else "gsm8k-train"
+        ranked = file.stem in ("reward", "dpo") or file.stem.startswith("ppo")
+        data = "hh-harmless" if ranked else "gsm8k-train"
         words = [*start, "--data.source", str(shared / f"{data}.jsonl")]
     elif "gpt" in file.stem:
         words += ["--data.tokenizer", f"gpt2:{shared / 'gpt2-bpe'}"]
