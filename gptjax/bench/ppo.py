@@ -20,9 +20,10 @@ from gptjax.bench.measure import provenance, save
 from gptjax.bench.work import Work
 from gptjax.config import Config, RewardedConfig
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
 from gptjax.stages.launch import first_params, prepare, with_text
 from gptjax.stages.on_policy import OnPolicy
+from gptjax.stages.rollout import requests
 from gptjax.stages.weights import first_weights
 from gptjax.train.checkpoint import Position
 from gptjax.train.loop import batches
@@ -90,17 +91,8 @@ def _alone(stage: OnPolicy, params: Any, iterations: int) -> float:
     for number in range(2, iterations + 2):
         prompts = [stage.prompt_of(i).ids for i in range(rollout.episodes)]
         started = time.perf_counter()
-        replies = engine.run(
-            Request(
-                ids.tolist(),
-                min(rollout.max_tokens, engine.capacity - len(ids)),
-                stage.sampling,
-                seed=number,
-                sample=i,
-                stop_tokens=stage.ends,
-            )
-            for i, ids in enumerate(prompts)
-        )
+        asked = requests(engine.capacity, prompts, stage.ends, stage.sampling, number, 0, rollout.max_tokens)
+        replies = engine.run(asked)
         rates.append(sum(len(reply.tokens) for reply in replies) / (time.perf_counter() - started))
     return median(rates[1:])
 

@@ -46,12 +46,10 @@ class GRPO(OnPolicy):
         return Compared(ids, ids, each, each, jax.ShapeDtypeStruct((), np.float32))
 
     def random_rows(self, seed: int, lead: tuple[int, ...]) -> Compared:
-        """Rows [*lead, T] of random ids: prompts and replies that fill the context by halves."""
-        rng, length = np.random.default_rng(seed), self.config.model.seq_len
-        tokens = rng.integers(0, self.config.model.vocab_size, (*lead, length), np.int32)
-        said = (np.arange(length) >= length // 2 - 1) & (np.arange(length) < length - 1)
-        targets = np.where(said, np.roll(tokens, -1, -1), PADDING).astype(np.int32)
-        a, b = ((rng.normal(size=(2, *tokens.shape)) - 5) * said).astype(np.float32)
+        """Rows [*lead, T] of `random_replies`."""
+        rng = np.random.default_rng(seed)
+        tokens, targets = self.random_replies(rng, lead)
+        a, b = ((rng.normal(size=(2, *tokens.shape)) - 5) * (targets != PADDING)).astype(np.float32)
         return Compared(tokens, targets, a, b, rng.normal(size=lead).astype(np.float32))
 
     def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Compared, dict[str, float]]:

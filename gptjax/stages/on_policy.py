@@ -72,7 +72,7 @@ class OnPolicy(Assistant[Prompts]):
 
     def of_weights(self, load: Callable[[Any], Any], places: Any) -> Any:
         """Policy and reference are those weights, the reward model those of its run."""
-        policy = {name: part for name, part in places.items() if name not in self.beside}
+        policy = self.policy_of(places)
         made = load(policy) if policy else {}
         return made | {name: self.weights_of(name, load, places[name]) for name in self.beside if name in places}
 
@@ -214,6 +214,13 @@ class OnPolicy(Assistant[Prompts]):
         c = self.config.model
         hidden, embedding, targets = self.network.before_head(params, Rows(rows.tokens, rows.targets), None)
         return self.network.in_order(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
+
+    def random_replies(self, rng: np.random.Generator, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets [*lead, T] of random ids: prompts and replies that fill the context by halves."""
+        length = self.config.model.seq_len
+        tokens = rng.integers(0, self.config.model.vocab_size, (*lead, length), np.int32)
+        said = (np.arange(length) >= length // 2 - 1) & (np.arange(length) < length - 1)
+        return tokens, np.where(said, np.roll(tokens, -1, -1), PADDING).astype(np.int32)
 
     def values(self, params: Any, rows: Any) -> Array | None:
         """float32 [b, T]; None without a value model."""

@@ -129,12 +129,10 @@ class PPO(OnPolicy):
         return Episodes(ids, ids, each, each, each, each, jax.ShapeDtypeStruct((), np.float32), ptx)
 
     def random_rows(self, seed: int, lead: tuple[int, ...]) -> Episodes:
-        """Rows [*lead, T] of random ids: prompts and replies that fill the context by halves."""
+        """Rows [*lead, T] of `random_replies`."""
         rng, length = np.random.default_rng(seed), self.config.model.seq_len
-        tokens = rng.integers(0, self.config.model.vocab_size, (*lead, length), np.int32)
-        said = (np.arange(length) >= length // 2 - 1) & (np.arange(length) < length - 1)
-        targets = np.where(said, np.roll(tokens, -1, -1), PADDING).astype(np.int32)
-        a, b, c, d = (rng.normal(size=(4, *tokens.shape)) * said).astype(np.float32)
+        tokens, targets = self.random_replies(rng, lead)
+        a, b, c, d = (rng.normal(size=(4, *tokens.shape)) * (targets != PADDING)).astype(np.float32)
         text = rng.integers(0, self.config.model.vocab_size, (*lead, self.config.ppo.ptx_rows, length), np.int32)
         ptx = Rows(text, np.roll(text, -1, -1)) if self.config.ppo.ptx_coef else None
         return Episodes(tokens, targets, a - 5, b, c, d, np.full(lead, self.config.ppo.kl_coef, np.float32), ptx)
@@ -238,6 +236,6 @@ class PPO(OnPolicy):
     def carry(self, carried: Any, params: Any, rows: Episodes) -> Any:
         new = {KL_COEF: rows.next_kl_coef.ravel()[0]}
         if AVERAGE in carried:
-            policy = {name: part for name, part in params.items() if name != VALUE}
-            new[AVERAGE] = ema(average=carried[AVERAGE], params=policy, decay=self.config.ppo.ema_decay)
+            average = carried[AVERAGE]
+            new[AVERAGE] = ema(average=average, params=self.policy_of(params), decay=self.config.ppo.ema_decay)
         return new

@@ -104,12 +104,7 @@ def draw(
     """A reply to each prompt. The reply of episode `start` + i has random numbers of its own, which depend on `seed`
     and that number alone; most: tokens of a reply, less where the context has no room for them."""
     length = engine.capacity
-
-    def request(i: int, ids: np.ndarray) -> Request:
-        room = min(most, length - len(ids))
-        return Request(ids.tolist(), room, sampling, seed=seed, sample=start + i, stop_tokens=tuple(ends))
-
-    replies = engine.run([request(i, ids) for i, ids in enumerate(prompts)])
+    replies = engine.run(requests(length, prompts, ends, sampling, seed, start, most))
     tokens, targets = np.zeros((len(replies), length), np.int32), np.full((len(replies), length), PADDING, np.int32)
     logprobs, last = np.zeros((len(replies), length), np.float32), np.zeros(len(replies), np.int32)
     for i, reply in enumerate(replies):
@@ -120,6 +115,24 @@ def draw(
         targets[i, said], logprobs[i, said] = reply.tokens, reply.logprobs
     ended = np.array([bool(reply.tokens) and reply.tokens[-1] in ends for reply in replies])
     return Rollout(Drawn(tokens, targets, last), ended, logprobs, [_text(reply) for reply in replies])
+
+
+def requests(
+    capacity: int,
+    prompts: Sequence[np.ndarray],
+    ends: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    start: int,
+    most: int,
+) -> list[Request]:
+    """What `draw` asks of an engine of that capacity."""
+
+    def request(i: int, ids: np.ndarray) -> Request:
+        room = min(most, capacity - len(ids))
+        return Request(ids.tolist(), room, sampling, seed=seed, sample=start + i, stop_tokens=tuple(ends))
+
+    return [request(i, ids) for i, ids in enumerate(prompts)]
 
 
 def _text(reply: Reply) -> str:
