@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,8 @@ from gptjax.train.schedule import total_steps
 from gptjax.train.step import Metrics
 
 OWN = {"loss", "grad_norm", "skipped", "bad_streak"}  # of every step; what else there is a stage has said
+Read = tuple[float, dict[str, float]]
+"""What a step's metrics are, and the seconds of the clock when they were there."""
 BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
 
 
@@ -48,13 +51,17 @@ class Clock:
 class Meter:
     """Reads every step's metrics once the step after it is queued, so that no step waits for the host.
 
+    A thread sees when a step ends: to queue the next one can itself take as long as a step, on a GPU whose kernels are
+    launched one by one.
+
     A window of them becomes a log record, and a bad streak ends the run, after the same step on every process and
     whatever is logged.
     """
 
     def __init__(self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position):
         self._config, self._run, self._reporter, self._clock = config, run, reporter, clock
-        self._queue: deque[tuple[Position, float, Metrics]] = deque()
+        self._queue: deque[tuple[Position, float, Metrics, Future[Read]]] = deque()
+        self._reader = ThreadPoolExecutor(1, "metrics")
         self._window: list[dict[str, float]] = []
         self._due: set[int] = set()
         self._total_steps = total_steps(config)
@@ -74,7 +81,7 @@ class Meter:
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
         """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
-        self._queue.append((position, lr, metrics))
+        self._queue.append((position, lr, metrics, self._reader.submit(self._fetch, metrics)))
         if len(self._queue) > BEHIND:
             self._read()
 
@@ -88,24 +95,28 @@ class Meter:
             self._read()
 
     def _read(self) -> None:
-        position, lr, metrics = self._queue.popleft()
-        self._window.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        position, lr, _, read = self._queue.popleft()
+        seconds, values = read.result()
+        self._window.append(values)
         reason = gone_bad(self._config, self._window[-1], position.step, self._total_steps)
         if reason or position.step in self._due:
             self._due.discard(position.step)
-            self._emit(position, lr)
+            self._emit(position, lr, seconds)
         if reason:
             raise UserError(
                 f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
                 f"if it has any: gptjax train CONFIG --init_from {self._run}"
             )
 
-    def _emit(self, position: Position, lr: float) -> None:
+    def _fetch(self, metrics: Metrics) -> Read:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        return self._clock.seconds(), values
+
+    def _emit(self, position: Position, lr: float, seconds: float) -> None:
         losses = np.array([m["loss"] for m in self._window])
         finite = losses[np.isfinite(losses)]
         more = {name: fmean(m[name] for m in self._window) for name in self._window[-1] if name not in OWN}
         last, self._window = self._window[-1], []
-        seconds = self._clock.seconds()
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
         data_wait = self._waited / (seconds - self._seconds)
         self._tokens, self._seconds, self._waited = position.tokens, seconds, 0.0

@@ -1,0 +1,49 @@
+"""What a window of steps is said to have taken."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from toy import toy_config
+
+from gptjax.config import Config
+from gptjax.train.checkpoint import Position
+from gptjax.train.meter import Clock, Meter
+from gptjax.train.metrics import Reporter
+
+STEP = 0.2
+
+
+class Later:
+    """A number on a device that has it at `at`."""
+
+    def __init__(self, at: float):
+        self.at = at
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        return np.zeros((), np.float32)
+
+
+def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(tmp_path: Path, tiny: Config) -> None:
+    """Read when the next is queued, the first would have taken two steps and the last none: 28 million tokens a second
+    were said of a GPU."""
+    config = toy_config(tiny, 3)
+    reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
+    start, clock = time.perf_counter(), Clock()
+    meter = Meter(config, tmp_path, reporter, clock, Position())
+    names = ("loss", "grad_norm", "skipped", "bad_streak")
+    for step in (1, 2, 3):
+        metrics: Any = dict.fromkeys(names, Later(start + step * STEP))
+        meter.add(Position(step=step, tokens=100 * step), 0.1, metrics)
+        now: Any = SimpleNamespace(position=Position(step=step))
+        meter.end_window(now)
+        time.sleep(max(0.0, start + (step + 0.9) * STEP - time.perf_counter()))  # the next one is queued
+    meter.flush()
+    reporter.close()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["seconds"] for row in rows] == pytest.approx([STEP, 2 * STEP, 3 * STEP], abs=0.4 * STEP)
