@@ -19,6 +19,7 @@ VERBS = (
     "look",
     "eval",
     "convert",
+    "recipe",
     "report",
     "data",
     "tokenizer train",

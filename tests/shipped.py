@@ -8,7 +8,8 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.train.run import fill_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PATHS = sorted(CONFIGS.glob("*.py"))
+RECIPES = sorted(CONFIGS.glob("recipe_*.py"))
+PATHS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES})
 BASES = {
     "sft": "quickstart",
     "sft_gpt2": "gpt2_124m",

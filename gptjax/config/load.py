@@ -9,7 +9,7 @@ import inspect
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,36 @@ def load_config(path: str, overrides: list[str]) -> Config:
     Raises UserError for a missing or broken file, an unknown key, a wrong type or value. Arguments of the file's
     `config` are fields that others of its fields follow from, such as `init_from`: they get the override's value.
     """
+    config = made_by(path, "config", overrides)
+    if not isinstance(config, Config):
+        raise UserError(f"config {path}: must define config() that returns a gptjax.config.Config")
+    return validate(override(config, overrides))
+
+
+def made_by(path: str, name: str, overrides: Sequence[str] = ()) -> Any:
+    """What the function of that name in a config file gives; None where it has none. Raises UserError as
+    `load_config`."""
     file = Path(path)
     if not file.is_file():
         nearest = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], 1)
         raise UserError(f"config {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    with _neighbours(file.parent.resolve()):
-        try:
-            make = runpy.run_path(str(file)).get("config")
-            config = make(**_arguments(make, overrides)) if callable(make) else None
-        except UserError:
-            raise
-        except ValidationError as error:
-            raise UserError(f"config {path}{_line(error, file)}: {explain(error, _root(error))}") from error
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"config {path}{_line(error, file)}: {type(error).__name__}: {first}") from error
-    if not isinstance(config, Config):
-        raise UserError(f"config {path}: must define config() that returns a gptjax.config.Config")
-    return validate(override(config, overrides))
+    with _neighbours(file.parent.resolve()), told(file):
+        make = runpy.run_path(str(file)).get(name)
+        return make(**_arguments(make, overrides)) if callable(make) else None
+
+
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """Whatever a config file raises is a UserError that names the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValidationError as error:
+        raise UserError(f"config {file}{_line(error, file)}: {explain(error, _root(error))}") from error
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"config {file}{_line(error, file)}: {type(error).__name__}: {first}") from error
 
 
 def stage_of(path: str) -> type[Config]:
@@ -60,13 +72,13 @@ def stage_of(path: str) -> type[Config]:
     return type(load_config(path, []))
 
 
-def _arguments(make: Any, overrides: list[str]) -> dict[str, str]:
+def _arguments(make: Any, overrides: Sequence[str]) -> dict[str, str]:
     """Those arguments of `make` that are set on the command line."""
-    given = dict(_pairs(overrides))
+    given = dict(pairs(overrides))
     return {name: given[f"--{name}"] for name in inspect.signature(make).parameters if f"--{name}" in given}
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
+def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Flag and value of `--a.b value` and `--a.b=value`."""
     left = list(words)
     while left:
@@ -112,7 +124,7 @@ def _line(error: Exception, file: Path) -> str:
 
 def override(config: Config, args: list[str]) -> Config:
     """Apply `--a.b value` and `--a.b=value` pairs to nested frozen dataclasses."""
-    for flag, value in _pairs(args):
+    for flag, value in pairs(args):
         with explained(type(config)):
             config = _replace(config, flag[2:].replace("-", "_").split("."), value, flag, type(config))
     return config

@@ -527,6 +527,9 @@ class RewardedConfig(Config):
     reward: str = ""
     """The run folder of a reward model, or FILE.py:NAME or MODULE:NAME, a Python function of prompt and reply, and of
     the record's answer if it takes a third argument, that gives a number."""
+    gold: Annotated[str, FREE] = ""
+    """Such a function whose values are logged as `gold` and not learned from: what a reward model stands for, where
+    that can be computed."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @property

@@ -25,7 +25,7 @@ from gptjax.infer.engine import Engine
 from gptjax.infer.sampling import Sampling
 from gptjax.model.loss import drawn_log_probs, log_probs
 from gptjax.stages.assistant import Assistant
-from gptjax.stages.rewards import ask, is_function, load_function
+from gptjax.stages.rewards import Judge, ask, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
 from gptjax.train.step import narrow
 
@@ -103,11 +103,16 @@ class OnPolicy(Assistant[Prompts]):
         return load_scorer(self.config.reward, self.layout, unit=self.unit_reward)
 
     @cached_property
-    def _function(self) -> Callable[..., Any]:
+    def _function(self) -> Judge:
         return load_function(self.config.reward)
+
+    @cached_property
+    def _gold(self) -> Judge | None:
+        return load_function(self.config.gold, "gold") if self.config.gold else None
 
     def check(self) -> None:
         super().check()
+        self._gold  # noqa: B018  as the reward's function below
         if self.scorer is None:
             self._function  # noqa: B018  one that cannot be had is told of before there is a run folder
             return
@@ -241,8 +246,8 @@ class OnPolicy(Assistant[Prompts]):
         """float32 [E]: by the reward model or the function, before what is added for a missing end."""
         if found.scores is not None:
             return np.asarray(found.scores, np.float32)
-        said = [(p.text, text, p.answer) for p, text in zip(prompts, made.texts, strict=True)]
-        return np.array(ask(self.config.reward, self._function, said), np.float32)
+        said = _said(prompts, made)
+        return np.array(ask(self._function, said, f"reward {self.config.reward}"), np.float32)
 
     # An iteration
 
@@ -256,7 +261,7 @@ class OnPolicy(Assistant[Prompts]):
         found = self.judge(params, made.drawn)
         scores = self.scores(prompts, made, found)
         watch.lap("judge_s")
-        figures = self.figures(made, found, scores)
+        figures = self.figures(prompts, made, found, scores)
         self._require_same_policy(figures["gap"])
         rows, more = self.rows(params, made, found, scores)
         return rows, figures | more | watch.seconds
@@ -265,11 +270,13 @@ class OnPolicy(Assistant[Prompts]):
         """What is learned from, and what else is to be logged."""
         raise NotImplementedError
 
-    def figures(self, made: Rollout, found: Judged, scores: np.ndarray) -> dict[str, float]:
+    def figures(self, prompts: Sequence[Prompt], made: Rollout, found: Judged, scores: np.ndarray) -> dict[str, float]:
         """score: mean; kl: nats per reply between policy and reference; length: tokens; ended: share with an end token;
-        gap: mean nats between a token's log-probability when it was drawn and when it was judged."""
+        gap: mean nats between a token's log-probability when it was drawn and when it was judged; gold: mean of what
+        that function gives, where there is one."""
         mask = made.drawn.targets != PADDING
-        return {
+        gold = ask(self._gold, _said(prompts, made), f"gold {self.config.gold}") if self._gold else []
+        return ({"gold": float(np.mean(gold))} if gold else {}) | {
             "score": float(scores.mean()),
             "kl": float(((found.logprobs - found.ref_logprobs) * mask).sum() / len(scores)),
             "length": float(mask.sum() / len(scores)),
@@ -326,10 +333,14 @@ class OnPolicy(Assistant[Prompts]):
         made = self.replies(params, prompts, EVALUATION_SEED, 0)
         found = self.judge(params, made.drawn)
         scores = self.scores(prompts, made, found)
-        return {"loss": -float(scores.mean())} | self.figures(made, found, scores)
+        return {"loss": -float(scores.mean())} | self.figures(prompts, made, found, scores)
 
 
 EVALUATION_SEED = 2**64 - 1  # which no run draws its replies by, unless it is asked to
+
+
+def _said(prompts: Sequence[Prompt], made: Rollout) -> list[tuple[str, str, str]]:
+    return [(prompt.text, text, prompt.answer) for prompt, text in zip(prompts, made.texts, strict=True)]
 
 
 def _filled(leaf: np.ndarray, size: int) -> np.ndarray:

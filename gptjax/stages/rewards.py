@@ -20,24 +20,24 @@ def is_function(name: str) -> bool:
     return ":" in name and not Path(name).is_dir()
 
 
-def load_function(name: str) -> Judge:
-    """The function of FILE.py:NAME or MODULE:NAME. Raises UserError where there is none."""
+def load_function(name: str, field: str = "reward") -> Judge:
+    """The function of FILE.py:NAME or MODULE:NAME that a field names. Raises UserError where there is none."""
     where, _, attribute = name.rpartition(":")
     try:
         module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
     except FileNotFoundError:
-        raise UserError(f"reward = {name}: no file {where}; name one, FILE.py:NAME") from None
+        raise UserError(f"{field} = {name}: no file {where}; name one, FILE.py:NAME") from None
     except Exception as error:
-        raise UserError(f"reward = {name}: {where} cannot be imported ({_said(error)}); mend it") from error
+        raise UserError(f"{field} = {name}: {where} cannot be imported ({_said(error)}); mend it") from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise UserError(f"reward = {name}: {where} has no function {attribute or 'of no name'}; give its name")
+        raise UserError(f"{field} = {name}: {where} has no function {attribute or 'of no name'}; give its name")
     try:
         inspect.signature(found).bind("prompt", "reply")
     except TypeError:
         if _asks(found) != 3:
             raise UserError(
-                f"reward = {name}: takes other arguments than (prompt, reply) or (prompt, reply, answer)"
+                f"{field} = {name}: takes other arguments than (prompt, reply) or (prompt, reply, answer)"
             ) from None
     return found  # type: ignore[no-any-return]
 
@@ -56,16 +56,16 @@ def _asks(function: Judge) -> int:
     return sum(each.kind in kinds for each in inspect.signature(function).parameters.values())
 
 
-def ask(name: str, function: Judge, said: Sequence[tuple[str, str, str]]) -> list[float]:
-    """What a function gives for each (prompt, reply, answer), asked on the first process alone. Raises UserError, on
-    all of them, for a function that raises, or gives no finite number."""
+def ask(function: Judge, said: Sequence[tuple[str, str, str]], about: str) -> list[float]:
+    """What a function gives for each (prompt, reply, answer), asked on the first process alone. Raises UserError that
+    begins with `about`, on all of them, for a function that raises, or gives no finite number."""
     count = min(_asks(function), 3)
-    found: list[float] = json.loads(first(lambda: json.dumps([_one(name, function, each[:count]) for each in said])))
+    found: list[float] = json.loads(first(lambda: json.dumps([_one(function, each[:count], about) for each in said])))
     return found
 
 
-def _one(name: str, function: Judge, arguments: Sequence[str]) -> float:
-    about = f"reward {name}: of prompt {arguments[0][-80:]!r} and reply {arguments[1][:80]!r}"
+def _one(function: Judge, arguments: Sequence[str], about: str) -> float:
+    about = f"{about}: of prompt {arguments[0][-80:]!r} and reply {arguments[1][:80]!r}"
     try:
         value = function(*arguments)
     except Exception as error:

@@ -1,0 +1,191 @@
+"""A town small enough for two CPU cores, in which what a reply is worth can be computed: sixteen places, streets
+between neighbours, and people who ask the way.
+
+A way is told as it is walked, "Go east to the church, then south to the bakery.", so that a person can follow it on the
+map. Those who show how to answer reach the place, most of them by detours; what a reply is worth, `gold`, falls with
+its steps. So a fine-tuned model answers like its teachers, and a better one gives the shortest way.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.recipe.compare import answers, questions_of
+
+MAP = (
+    ("mill", "church", "market", "harbour"),
+    ("school", "bakery", "library", "station"),
+    ("park", "bridge", "museum", "theatre"),
+    ("castle", "garden", "tower", "inn"),
+)
+CLOSED = (("church", "bakery"), ("library", "station"), ("bridge", "museum"), ("park", "castle"), ("garden", "tower"))
+"""Neighbours without a street between them."""
+COMPASS = {"north": (-1, 0), "south": (1, 0), "west": (0, -1), "east": (0, 1)}
+PLACES = tuple(place for row in MAP for place in row)
+QUESTIONS = (
+    "How do I get from the {} to the {}?",
+    "Which way is it from the {} to the {}?",
+    "I am at the {}. How do I get to the {}?",
+)
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
+TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
+MOST = 10  # steps of a way: nobody walks further
+HELD_OUT = 5  # one pair of places of so many is asked in `questions.jsonl` alone
+SURE = 0.62  # share of a teacher's steps that lead nearer
+PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth
+REPLIES, MOST_TOKENS = 4, 80  # to each prompt, for a person to rank
+
+Way = list[tuple[str, str]]  # (direction, place that it leads to)
+
+
+@cache
+def streets() -> dict[str, dict[str, str]]:
+    """The place to which each direction leads from each place; a direction without a street is not there."""
+    found: dict[str, dict[str, str]] = {place: {} for place in PLACES}
+    for y, row in enumerate(MAP):
+        for x, place in enumerate(row):
+            for direction, (down, right) in COMPASS.items():
+                if 0 <= y + down < len(MAP) and 0 <= x + right < len(row):
+                    other = MAP[y + down][x + right]
+                    if (place, other) not in CLOSED and (other, place) not in CLOSED:
+                        found[place][direction] = other
+    return found
+
+
+@cache
+def distances(goal: str) -> dict[str, int]:
+    """Steps of the shortest way to a place, from each."""
+    found, queue = {goal: 0}, deque([goal])
+    while queue:
+        place = queue.popleft()
+        for other in streets()[place].values():
+            if other not in found:
+                found[other] = found[place] + 1
+                queue.append(other)
+    return found
+
+
+def told(way: Way) -> str:
+    """A way in words."""
+    return "Go " + ", then ".join(f"{direction} to the {place}" for direction, place in way) + "."
+
+
+def steps_of(text: str) -> Way | None:
+    """The inverse of `told`; None for a text that tells no way."""
+    if not re.fullmatch(r"Go (\w+ to the \w+)(, then \w+ to the \w+)*\.", text.strip()):
+        return None
+    return re.findall(r"(\w+) to the (\w+)", text)
+
+
+def asked(prompt: str) -> tuple[str, str] | None:
+    """From where to where; None for a prompt that asks no way."""
+    named = [word for word in re.findall(r"\w+", prompt) if word in PLACES]
+    return (named[0], named[1]) if len(named) == 2 else None
+
+
+def gold(prompt: str, reply: str) -> float:
+    """What a reply is worth, in [0, 1]: 0 where it leaves the streets or ends elsewhere, else the steps of the shortest
+    way as a share of its own."""
+    ends, way = asked(prompt), steps_of(reply)
+    if ends is None or way is None:
+        return 0.0
+    place, goal = ends
+    for direction, named in way:
+        if streets()[place].get(direction) != named:
+            return 0.0
+        place = named
+    return distances(goal)[ends[0]] / len(way) if place == goal else 0.0
+
+
+def teacher(rng: np.random.Generator, start: str, goal: str) -> Way:
+    """The way of someone who knows the streets and not always the shortest way; one in ten loses it."""
+    way: Way = []
+    place, sure = start, SURE if rng.random() < 0.9 else 0.2
+    while place != goal and len(way) < MOST:
+        near = [d for d, other in streets()[place].items() if distances(goal)[other] < distances(goal)[place]]
+        choices = near if rng.random() < sure else list(streets()[place])
+        direction = choices[rng.integers(len(choices))]
+        place = streets()[place][direction]
+        way.append((direction, place))
+    return way
+
+
+def _pairs(held_out: bool) -> list[tuple[str, str]]:
+    """Ordered pairs of places; whether one is held out depends on it alone."""
+    every = [(a, b) for a in PLACES for b in PLACES if a != b]
+    return [pair for number, pair in enumerate(every) if (number * 7 % HELD_OUT == 0) == held_out]
+
+
+def town(folder: Path) -> None:
+    """text.jsonl to pretrain on, talks.jsonl to fine-tune on, what is asked, prompts.jsonl, and questions.jsonl about
+    pairs of places of which no talk was."""
+    rng = np.random.default_rng(0)
+    _write(folder / "text.jsonl", ({"text": _text(rng)} for _ in range(6000)))
+    _write(folder / "talks.jsonl", ({"messages": _talk(rng)} for _ in range(3000)))
+    for name, held_out in (("prompts.jsonl", False), ("questions.jsonl", True)):
+        _write(folder / name, ({"prompt": form.format(*pair)} for form in QUESTIONS for pair in _pairs(held_out)))
+
+
+def _write(path: Path, rows: Iterator[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _text(rng: np.random.Generator) -> str:
+    """A few sentences that someone who knows the town might write."""
+    start, goal = rng.choice(PLACES, 2, replace=False)
+    way = teacher(rng, start, goal)
+    who, when = rng.choice(PEOPLE), rng.choice(TIMES)
+    walked = ", then ".join(f"{direction} to the {place}" for direction, place in way)
+    return f"{when} {who} was at the {start}. {_around(start)} {who} went {walked}. {_around(way[-1][1])}"
+
+
+def _around(place: str) -> str:
+    return " ".join(f"The {other} is {direction} of the {place}." for direction, other in streets()[place].items())
+
+
+def _talk(rng: np.random.Generator) -> list[dict[str, str]]:
+    """Mostly one who asks the way; some say hello first, or ask what lies around them."""
+    talk: list[dict[str, str]] = []
+
+    def said(question: str, answer: str) -> None:
+        talk.extend([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+    kind = rng.random()
+    if kind < 0.15:
+        said(rng.choice(["Hello!", "Good morning!", "Hi."]), "Hello! Where are you, and where do you want to go?")
+    if kind < 0.85:
+        pairs = _pairs(held_out=False)
+        start, goal = pairs[rng.integers(len(pairs))]
+        said(rng.choice(QUESTIONS).format(start, goal), told(teacher(rng, start, goal)))
+    else:
+        place, direction = rng.choice(PLACES), rng.choice([*COMPASS])
+        other = streets()[place].get(direction)
+        is_there = f"The {other} is {direction} of the {place}."
+        said(f"What is {direction} of the {place}?", is_there if other else f"No street goes {direction} from there.")
+    if rng.random() < 0.1:
+        said(rng.choice(["Thank you!", "Thanks."]), "You are welcome. Have a good walk!")
+    return talk
+
+
+def rankings(folder: Path, town: Path, sft: Path) -> None:
+    """rankings.jsonl: replies of a model to each prompt, as people rank them who see what they are worth, but not
+    exactly."""
+    rng = np.random.default_rng(1)
+    prompts = questions_of(town / "prompts.jsonl")
+    said_to = answers(str(sft), prompts, REPLIES, MOST_TOKENS)
+
+    def rows() -> Iterator[dict[str, object]]:
+        for prompt, said in zip(prompts, said_to, strict=True):
+            question = prompt[-1].content
+            known = list(dict.fromkeys(text for text in said if text.strip()))
+            worth = [gold(question, text) + PEOPLE_ERR * rng.normal() for text in known]
+            order = sorted(worth, reverse=True)
+            if len(known) > 1:
+                yield {"prompt": question, "replies": known, "ranks": [order.index(each) + 1 for each in worth]}
+
+    _write(folder / "rankings.jsonl", rows())
