@@ -50,7 +50,7 @@ def pretrain(town: Path, tokenizer: Path) -> Config:
         model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=128, vocab_size=384, scan_layers=False),
         data=DataConfig(source=str(town / "text.jsonl"), tokenizer=str(tokenizer / "tokenizer.model")),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_tokens=50_000, decay_tokens=0),
-        train=TrainConfig(batch_size=32, total_steps=300, log_interval=20, eval_interval=100, eval_batches=20),
+        train=TrainConfig(batch_size=32, total_steps=500, log_interval=20, eval_interval=100, eval_batches=20),
     )
 
 

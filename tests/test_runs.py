@@ -305,6 +305,14 @@ def test_a_ramp_goes_on_with_another_micro_batch(tiny: Config) -> None:
     assert {size for _, _, size in steps(saved, 0, 0)} == {8, 16}
 
 
+def test_a_decay_that_ends_with_the_training_goes_on_by_the_same_config(tiny: Config) -> None:
+    """The run knows the token at which that was; the config that it was started by, --resume auto's, says 0."""
+    given = replace(tiny, optimizer=replace(tiny.optimizer, decay_tokens=0, warmup_tokens=0))
+    saved = folders.pinned(replace(given, optimizer=replace(given.optimizer, decay_tokens=4096)))
+    config, noted = folders.going_on(saved, given, Path("run"))
+    assert (config, noted) == (saved, [])
+
+
 def test_another_text_is_refused_and_the_same_elsewhere_is_not(
     run: Path, small: Config, longer: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

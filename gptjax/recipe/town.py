@@ -34,9 +34,10 @@ QUESTIONS = (
 )
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
 TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
+AROUND = 0.2  # share of texts that say what lies around a place
 MOST = 10  # steps of a way: nobody walks further
 HELD_OUT = 5  # one pair of places of so many is asked in `questions.jsonl` alone
-SURE = 0.62  # share of a teacher's steps that lead nearer
+SURE = 0.7  # share of a teacher's steps that lead nearer
 PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth
 REPLIES, MOST_TOKENS = 4, 80  # to each prompt, for a person to rank
 
@@ -125,8 +126,8 @@ def town(folder: Path) -> None:
     """text.jsonl to pretrain on, talks.jsonl to fine-tune on, what is asked, prompts.jsonl, and questions.jsonl about
     pairs of places of which no talk was."""
     rng = np.random.default_rng(0)
-    _write(folder / "text.jsonl", ({"text": _text(rng)} for _ in range(6000)))
-    _write(folder / "talks.jsonl", ({"messages": _talk(rng)} for _ in range(3000)))
+    _write(folder / "text.jsonl", ({"text": _text(rng)} for _ in range(20_000)))
+    _write(folder / "talks.jsonl", ({"messages": _talk(rng)} for _ in range(6000)))
     for name, held_out in (("prompts.jsonl", False), ("questions.jsonl", True)):
         _write(folder / name, ({"prompt": form.format(*pair)} for form in QUESTIONS for pair in _pairs(held_out)))
 
@@ -136,12 +137,13 @@ def _write(path: Path, rows: Iterator[dict[str, object]]) -> None:
 
 
 def _text(rng: np.random.Generator) -> str:
-    """A few sentences that someone who knows the town might write."""
+    """What someone who knows the town might write of a walk, and now and then of what lies around."""
     start, goal = rng.choice(PLACES, 2, replace=False)
-    way = teacher(rng, start, goal)
     who, when = rng.choice(PEOPLE), rng.choice(TIMES)
+    way = teacher(rng, start, goal)
     walked = ", then ".join(f"{direction} to the {place}" for direction, place in way)
-    return f"{when} {who} was at the {start}. {_around(start)} {who} went {walked}. {_around(way[-1][1])}"
+    text = f"{when} {who} was at the {start} and wanted to go to the {goal}. {who} went {walked}."
+    return f"{text} {_around(rng.choice(PLACES))}" if rng.random() < AROUND else text
 
 
 def _around(place: str) -> str:

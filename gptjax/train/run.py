@@ -183,8 +183,9 @@ def going_on(saved: Config, given: Config, folder: Path) -> tuple[Config, list[C
 
     Raises UserError where the given config changes what it may not.
     """
-    kept = replace(given.train, ramp_multiple=given.train.ramp_multiple or saved.train.ramp_multiple)
-    config = validate(located(replace(given, run=saved.run, train=kept)))
+    ramp = replace(given.train, ramp_multiple=given.train.ramp_multiple or saved.train.ramp_multiple)
+    decay = replace(given.optimizer, decay_tokens=given.optimizer.decay_tokens or saved.optimizer.decay_tokens)
+    config = validate(located(replace(given, run=saved.run, train=ramp, optimizer=decay)))  # 0: as it was at the start
     every = [*changes(saved, config)]
     if wrong := [str(change) for change in every if change.allowed is None]:
         raise UserError(f"--resume {folder}: this config contradicts the run: " + "; ".join(wrong))
