@@ -50,7 +50,7 @@ def pretrain(town: Path, tokenizer: Path) -> Config:
         model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=128, vocab_size=384, scan_layers=False),
         data=DataConfig(source=str(town / "text.jsonl"), tokenizer=str(tokenizer / "tokenizer.model")),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_tokens=50_000, decay_tokens=0),
-        train=TrainConfig(batch_size=32, total_steps=500, log_interval=20, eval_interval=100, eval_batches=20),
+        train=TrainConfig(batch_size=32, total_steps=600, log_interval=20, eval_interval=100, eval_batches=20),
     )
 
 
@@ -72,7 +72,7 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
         init_from=str(sft),
         data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=4),
         optimizer=OptimizerConfig(learning_rate=3e-4, **PLAIN),
-        train=TrainConfig(batch_size=16, epochs=6, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
+        train=TrainConfig(batch_size=16, epochs=3, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
     )
 
 

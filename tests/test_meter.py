@@ -16,6 +16,7 @@ from gptjax.train.meter import Clock, Meter
 from gptjax.train.metrics import Reporter
 
 STEP = 0.2
+NAMES = ("loss", "grad_norm", "skipped", "bad_streak")
 
 
 class Later:
@@ -23,6 +24,9 @@ class Later:
 
     def __init__(self, at: float):
         self.at = at
+
+    def is_ready(self) -> bool:
+        return time.perf_counter() >= self.at
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         time.sleep(max(0.0, self.at - time.perf_counter()))
@@ -36,9 +40,8 @@ def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
     reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
     start, clock = time.perf_counter(), Clock()
     meter = Meter(config, tmp_path, reporter, clock, Position())
-    names = ("loss", "grad_norm", "skipped", "bad_streak")
     for step in (1, 2, 3):
-        metrics: Any = dict.fromkeys(names, Later(start + step * STEP))
+        metrics: Any = dict.fromkeys(NAMES, Later(start + step * STEP))
         meter.add(Position(step=step, tokens=100 * step), 0.1, metrics)
         now: Any = SimpleNamespace(position=Position(step=step))
         meter.end_window(now)
@@ -47,3 +50,20 @@ def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
     reporter.close()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["seconds"] for row in rows] == pytest.approx([STEP, 2 * STEP, 3 * STEP], abs=0.4 * STEP)
+
+
+def test_waiting_for_a_batch_counts_for_its_own_step(tmp_path: Path, tiny: Config) -> None:
+    """A batch that is drawn between two steps takes most of the time, and never more than there is."""
+    reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
+    meter = Meter(toy_config(tiny, 3), tmp_path, reporter, Clock(), Position())
+    for step in (1, 2, 3):
+        with meter.waiting():
+            time.sleep(0.9 * STEP)
+        metrics: Any = dict.fromkeys(NAMES, Later(time.perf_counter() + 0.1 * STEP))
+        meter.add(Position(step=step, tokens=100 * step), 0.1, metrics)
+        now: Any = SimpleNamespace(position=Position(step=step))
+        meter.end_window(now)
+    meter.flush()
+    reporter.close()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["data_wait"] for row in rows] == pytest.approx([0.9, 1, 1], abs=0.08)

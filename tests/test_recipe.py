@@ -78,7 +78,7 @@ def test_no_talk_is_about_what_is_asked_in_the_end(tmp_path: Path) -> None:
     read = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
     held_out = {town.asked(row["prompt"]) for row in read["questions.jsonl"]}
     taught = {town.asked(turn["content"]) for row in read["talks.jsonl"] for turn in row["messages"][::2]}
-    assert len(held_out) == 48 and not held_out & taught
+    assert len(held_out) == 30 and not held_out & taught
     assert not held_out & {town.asked(row["prompt"]) for row in read["prompts.jsonl"]}
 
 

@@ -26,12 +26,14 @@ class Repeated:
     """Marks a tuple of texts, of which a flag gives one, commas and all, each time that it is there."""
 
 
-class _Words:
-    """Marks the field that holds the config's fields as they were given."""
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Marks the argument that holds a config's fields as they were given: flags of this form."""
+
+    form: str = "--section.field value"
 
 
-WORDS = _Words()
-Overrides = Annotated[tuple[str, ...], WORDS]
+Overrides = Annotated[tuple[str, ...], Words()]
 HELP = ("-h", "--help")
 
 
@@ -45,7 +47,7 @@ class Verb(Protocol):
 def read(verb: str, cls: Any, words: list[str]) -> Verb:
     """The arguments of a verb. Raises UserError that names the word that is wrong."""
     flags = {as_flag(name): name for name in infos(cls) if not _marked(cls, name)}
-    takes_fields = any(WORDS in info.metadata for info in infos(cls).values())
+    takes_fields = any(isinstance(mark, Words) for info in infos(cls).values() for mark in info.metadata)
     values: dict[str, Any] = {}
     places: list[str] = []
     fields: list[str] = []
@@ -81,7 +83,7 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
 
 def _marked(cls: Any, name: str) -> bool:
     """Whether an argument has no flag."""
-    return any(isinstance(mark, Positional | _Words) for mark in infos(cls)[name].metadata)
+    return any(isinstance(mark, Positional | Words) for mark in infos(cls)[name].metadata)
 
 
 def _is_field(flag: str) -> bool:
@@ -123,11 +125,11 @@ def _by_place(verb: str, cls: Any, places: list[str]) -> dict[str, Any]:
 
 def usage(verb: str, cls: Any, root: type[Config]) -> str:
     """The help of a verb: its arguments, and every field of a config of a stage where it takes them."""
-    arguments, options, takes_fields = [], [], False
+    arguments, options, form = [], [], ""
     for leaf in walk(cls):
-        mark = next((mark for mark in leaf.metadata if isinstance(mark, Positional)), None)
-        if WORDS in leaf.metadata:
-            takes_fields = True
+        mark = next((mark for mark in leaf.metadata if isinstance(mark, (Positional, Words))), None)
+        if isinstance(mark, Words):
+            form = mark.form
         elif mark:
             many = "..." if str(leaf.hint).startswith("tuple") else ""
             required = leaf.default is dataclasses.MISSING
@@ -136,12 +138,12 @@ def usage(verb: str, cls: Any, root: type[Config]) -> str:
             kind = "" if leaf.hint is bool else "  " + described(cls, leaf)
             options.append((f"{as_flag(leaf.name)}{kind}", leaf.doc))
     line = " ".join(["usage: gptjax", verb, *(name for name, _ in arguments)])
-    line += (" [--option value ...]" if options else "") + (" [--section.field value ...]" if takes_fields else "")
+    line += (" [--option value ...]" if options else "") + (f" [{form} ...]" if form else "")
     parts = [line, textwrap.fill(" ".join((cls.__doc__ or "").split()), 120)]
     for title, rows in (("arguments", arguments), ("options", options)):
         if rows:
             parts.append("\n".join([f"{title}:", *(f"  {name}\n{_indented(doc)}" for name, doc in rows)]))
-    if takes_fields:
+    if form == Words.form:
         rows = [(f"--{leaf.name}  {described(root, leaf)}", leaf.doc) for leaf in walk(root)]
         title = f"fields of stage {root.stage} (those of another: gptjax {verb} CONFIG --help):"
         parts.append("\n".join([title, *(f"  {name}\n      {doc}" for name, doc in rows)]))

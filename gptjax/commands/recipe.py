@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from gptjax.commands.arguments import Overrides, Positional
+from gptjax.commands.arguments import Positional, Words
 from gptjax.config.fields import frozen
 
 
@@ -10,13 +10,13 @@ from gptjax.config.fields import frozen
 class Command:
     """Run a chain of stages, from text to a model that has learned from rankings, and write its report. What is done is
     left alone, what was cut off goes on, what is made from something else now is made again. Fields of a training are
-    set by its name before theirs: --sft.train.epochs 2."""
+    set behind its name: --sft.train.epochs 2."""
 
     config: Annotated[str, Positional("CONFIG")]
     """A file of configs/ that defines recipe()."""
     folder: str = ""
     """Where its steps lie, a folder each; empty is runs/NAME."""
-    overrides: Overrides = ()
+    overrides: Annotated[tuple[str, ...], Words("--step.section.field value")] = ()
 
     def run(self) -> int:
         """Do what is to be done; returns the exit status."""

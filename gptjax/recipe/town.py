@@ -36,9 +36,9 @@ PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
 TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
 AROUND = 0.2  # share of texts that say what lies around a place
 MOST = 10  # steps of a way: nobody walks further
-HELD_OUT = 5  # one pair of places of so many is asked in `questions.jsonl` alone
+HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
 SURE = 0.7  # share of a teacher's steps that lead nearer
-PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth
+PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth, and says to a tenth: equal ones are ties
 REPLIES, MOST_TOKENS = 4, 80  # to each prompt, for a person to rank
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
@@ -185,9 +185,9 @@ def rankings(folder: Path, town: Path, sft: Path) -> None:
         for prompt, said in zip(prompts, said_to, strict=True):
             question = prompt[-1].content
             known = list(dict.fromkeys(text for text in said if text.strip()))
-            worth = [gold(question, text) + PEOPLE_ERR * rng.normal() for text in known]
-            order = sorted(worth, reverse=True)
-            if len(known) > 1:
+            worth = [round(gold(question, text) + PEOPLE_ERR * rng.normal(), 1) for text in known]
+            order = sorted({*worth}, reverse=True)
+            if len(order) > 1:
                 yield {"prompt": question, "replies": known, "ranks": [order.index(each) + 1 for each in worth]}
 
     _write(folder / "rankings.jsonl", rows())

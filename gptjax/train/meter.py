@@ -60,12 +60,13 @@ class Meter:
 
     def __init__(self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position):
         self._config, self._run, self._reporter, self._clock = config, run, reporter, clock
-        self._queue: deque[tuple[Position, float, Metrics, Future[Read]]] = deque()
+        self._queue: deque[tuple[Position, float, float, Metrics, Future[Read]]] = deque()
         self._reader = ThreadPoolExecutor(1, "metrics")
         self._window: list[dict[str, float]] = []
         self._due: set[int] = set()
         self._total_steps = total_steps(config)
-        self._tokens, self._seconds, self._waited = position.tokens, clock.seconds(), 0.0
+        self._tokens, self._seconds = position.tokens, clock.seconds()
+        self._waited = self._told = 0.0  # seconds for data in all, and those of the windows that are out
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
         self._flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
@@ -75,13 +76,13 @@ class Meter:
         """For data. It counts where the devices have no step left to do: a batch that comes before has cost nothing."""
         before = time.perf_counter()
         yield
-        last: Any = self._queue[-1][2]["loss"] if self._queue else None
+        last: Any = self._queue[-1][3]["loss"] if self._queue else None
         if last is None or last.is_ready():
             self._waited += time.perf_counter() - before
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
         """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
-        self._queue.append((position, lr, metrics, self._reader.submit(self._fetch, metrics)))
+        self._queue.append((position, lr, self._waited, metrics, self._reader.submit(self._fetch, metrics)))
         if len(self._queue) > BEHIND:
             self._read()
 
@@ -95,13 +96,13 @@ class Meter:
             self._read()
 
     def _read(self) -> None:
-        position, lr, _, read = self._queue.popleft()
+        position, lr, waited, _, read = self._queue.popleft()
         seconds, values = read.result()
         self._window.append(values)
         reason = gone_bad(self._config, self._window[-1], position.step, self._total_steps)
         if reason or position.step in self._due:
             self._due.discard(position.step)
-            self._emit(position, lr, seconds)
+            self._emit(position, lr, waited, seconds)
         if reason:
             raise UserError(
                 f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
@@ -112,14 +113,14 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         return self._clock.seconds(), values
 
-    def _emit(self, position: Position, lr: float, seconds: float) -> None:
+    def _emit(self, position: Position, lr: float, waited: float, seconds: float) -> None:
         losses = np.array([m["loss"] for m in self._window])
         finite = losses[np.isfinite(losses)]
         more = {name: fmean(m[name] for m in self._window) for name in self._window[-1] if name not in OWN}
         last, self._window = self._window[-1], []
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
-        data_wait = self._waited / (seconds - self._seconds)
-        self._tokens, self._seconds, self._waited = position.tokens, seconds, 0.0
+        data_wait = (waited - self._told) / (seconds - self._seconds)
+        self._tokens, self._seconds, self._told = position.tokens, seconds, waited
         self._reporter.train(
             position.step,
             position.tokens,
