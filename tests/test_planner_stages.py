@@ -152,7 +152,7 @@ def test_time_of_a_rollout() -> None:
     drawn = rollout(place(config, pod))
     assert drawn and drawn.steps == 2 * 16
     weights = 2 * (12 * 2 * 128**2 + 512 * 128)
-    kept = 2 * 2 * 128 * 4 * 2 * (32 + 8)  # keys and values of 4 rows in 2 layers, 32 of a prompt and half a reply
+    kept = 2 * 2 * 8 * 128 * 4 * 2 * (32 + 8)  # 2 layers, 8 heads padded to 128, 4 rows, 32 of a prompt, half a reply
     assert drawn.parts["weights"] == pytest.approx(weights / pod.chip.hbm_rate)
     assert drawn.parts["keys and values"] == pytest.approx(kept / pod.chip.hbm_rate)
     assert drawn.parts["network"] > 0

@@ -99,9 +99,7 @@ def saved(place: Place, remat: str | None = None) -> float:
     whole = place.tokens * model.embed_dim * place.width  # [rows, length, D]
     shared = whole / place.length * place.residual_length
     normaliser = place.tokens * model.num_heads / tensor * FLOAT
-    heads = float(whole)
-    if place.topology.chip.platform == "tpu":  # whose registers have 128 lanes: smaller heads are padded to them
-        heads *= -(-model.head_dim // 128) * 128 / model.head_dim
+    heads = whole * place.padding
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner product
         return (heads + (3 + 4) * whole) / tensor + normaliser + shared
     # q, k and v, attention's output as it leaves the kernel and as the projection takes it, the MLP's inner product and

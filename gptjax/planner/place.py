@@ -95,6 +95,13 @@ class Place:
         return compute_dtype(self.model, self.topology.chip.platform).itemsize
 
     @property
+    def padding(self) -> float:
+        """Numbers in memory for each of a head's: a TPU's registers have 128 lanes, to which smaller heads are
+        padded."""
+        size = self.model.head_dim
+        return math.ceil(size / 128) * 128 / size if self.topology.chip.platform == "tpu" else 1.0
+
+    @property
     def rows(self) -> int:
         """Sequences of a micro-batch on this device's stage."""
         return self.config.micro_batch_size // self.ways("batch") * self.reading.sequences

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from gptjax.config import RewardedConfig
 from gptjax.model.accounting import Reading, cache_bytes
 from gptjax.planner.arithmetic import passes
-from gptjax.planner.place import Place
+from gptjax.planner.place import FLOAT, Place
 from gptjax.planner.traffic import Rates, judged
 
 SHARED_ROWS = 1  # of an engine's, beside the slots: what prompts share
@@ -41,8 +41,8 @@ class Rollout:
 def rollout(place: Place) -> Rollout | None:
     """None for a stage that draws nothing.
 
-    A device holds the whole of the policy's layers, but for what `tensor` cuts: where parameters are cut over `fsdp` or
-    `pipeline`, every step gathers them.
+    Every device computes all of the policy's layers, but for what `tensor` cuts of them: where parameters are cut over
+    `fsdp` or `pipeline`, every step gathers them.
     """
     c, model, mesh = place.config, place.model, place.mesh
     if not isinstance(c, RewardedConfig):
@@ -57,7 +57,7 @@ def rollout(place: Place) -> Rollout | None:
     sent = (("all-gather", ("pipeline", "fsdp"), weights), ("all-reduce", ("tensor",), residual))
     parts = {
         "weights": weights / chip.hbm_rate,
-        "keys and values": cache_bytes(model, rows, context, place.width) / tensor / chip.hbm_rate,
+        "keys and values": place.padding * cache_bytes(model, rows, context, place.width) / tensor / chip.hbm_rate,
         "products": flops / (chip.flops * chip.matmul),
         "network": sum(rates.seconds(*each) for each in sent),
     }
@@ -77,13 +77,15 @@ def drawing(place: Place) -> list[tuple[str, str, float]]:
     if not isinstance(place.config, RewardedConfig):
         return []
     model, rows = place.model, cache_rows(place)
-    cut = place.ways("layers") * place.ways("heads")
+    kept = place.padding * cache_bytes(model, rows, model.seq_len, place.width)
     every = rows * place.ways("batch") * model.padded_vocab_size
+    policy = place.of(place.reading).local_trained
     return [
-        ("cache", "keys and values of replies", cache_bytes(model, rows, model.seq_len, place.width) / cut),
+        ("cache", "keys and values of replies", kept / place.ways("layers") / place.ways("heads")),
         ("cache", "what sampling keeps of each id", SAMPLING * every),
-        ("temporaries", "the policy in the compute dtype", place.matrices * model.num_layers + place.embedding),
-        ("temporaries", "logits in float32", 4.0 * rows * model.padded_vocab_size / place.ways("vocab")),
+        ("temporaries", "the policy in the compute dtype", policy * place.width if place.width < FLOAT else 0.0),
+        ("temporaries", "weights of the layer at work, and the embedding", place.matrices + place.embedding),
+        ("temporaries", "logits in float32", FLOAT * rows * model.padded_vocab_size / place.ways("vocab")),
     ]
 
 
