@@ -33,13 +33,16 @@ class Later:
         return np.zeros((), np.float32)
 
 
-def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(tmp_path: Path, tiny: Config) -> None:
+def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
+    tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Read when the next is queued, the first would have taken two steps and the last none: 28 million tokens a second
-    were said of a GPU."""
+    were said of a GPU. The MFU is of what a stage needs for each of these tokens."""
+    monkeypatch.setattr("gptjax.train.meter.peak_flops", lambda kind: 1e6)
     config = toy_config(tiny, 3)
     reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
     start, clock = time.perf_counter(), Clock()
-    meter = Meter(config, tmp_path, reporter, clock, Position())
+    meter = Meter(config, tmp_path, reporter, clock, Position(), 7.0)
     for step in (1, 2, 3):
         metrics: Any = dict.fromkeys(NAMES, Later(start + step * STEP))
         meter.add(Position(step=step, tokens=100 * step), 0.1, metrics)
@@ -50,12 +53,13 @@ def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
     reporter.close()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["seconds"] for row in rows] == pytest.approx([STEP, 2 * STEP, 3 * STEP], abs=0.4 * STEP)
+    assert [row["mfu"] for row in rows] == pytest.approx([7 * row["tokens_per_s"] / 8e6 for row in rows])
 
 
 def test_waiting_for_a_batch_counts_for_its_own_step(tmp_path: Path, tiny: Config) -> None:
     """A batch that is drawn between two steps takes most of the time, and never more than there is."""
     reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
-    meter = Meter(toy_config(tiny, 3), tmp_path, reporter, Clock(), Position())
+    meter = Meter(toy_config(tiny, 3), tmp_path, reporter, Clock(), Position(), 7.0)
     for step in (1, 2, 3):
         with meter.waiting():
             time.sleep(0.9 * STEP)

@@ -52,6 +52,7 @@ class Toy(ByGradient):
     batch_seconds: float = 0.0
 
     on_policy = False
+    flops_per_token = 1.0
 
     def is_frozen(self, name: str) -> bool:
         return False

@@ -211,7 +211,7 @@ def _predict(setting: Setting, topology: Topology) -> dict[str, Any]:
         guess = estimate(place(setting.config, topology))
     except UserError as error:
         return {"not_predicted": str(error)}
-    return {"uncalibrated_s": guess.step_seconds, "predicted_bytes": guess.peak}
+    return {"uncalibrated_s": guess.update_seconds, "predicted_bytes": guess.peak}
 
 
 def _measure(setting: Setting, options: Options, facts: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.files import json_text, write_whole
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import train_flops_per_token, train_flops_per_token_6n
+from gptjax.model.accounting import train_flops_per_token_6n
+from gptjax.stages import stage_class
 
 ROUND_SECONDS = 0.2  # long enough for the clock and for the scheduler of a shared machine
 
@@ -55,7 +56,7 @@ def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[s
     the exact count of FLOPs, and, where all parameters are trained, by 6 N + 12 L T D."""
     low, high = np.percentile(times, (10, 90))
     rate = config.step_tokens / median(times)
-    flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
+    flops = stage_class(config)(config, "cpu").flops["updates"] / config.step_tokens
     peak, whole = peak_flops(facts["device"]), config.adapter is None and config.predicts and not config.has_reference
     return {
         "median_s": median(times),

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from gptjax.config import Config
-from gptjax.model.accounting import adapter_params, mean_keys, products_per_weight
+from gptjax.model.accounting import Reading, adapter_params, mean_keys
 from gptjax.planner.bill import CALLED, source, split
+from gptjax.stages import stage_class
 
 PARTS = {
     "attention": {"attention"},
@@ -123,21 +124,27 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     reads these, the output and its gradient and writes three gradients backward: 12 numbers a head channel. A
     LayerNorm with its residual moves 6 numbers a channel. The optimizer reads and writes the state and reads gradients.
     """
-    model = config.model
-    tokens = config.step_tokens
-    layers, dim = model.num_layers, model.embed_dim
-    keys = sum(mean_keys(kind, model.seq_len, model.window) for kind in model.layer_kinds)
-    each, head = products_per_weight(config.adapter, config.predicts, config.has_reference)
-    adapters = Counter(adapter_params(model, config.adapter))
-    flops = {
-        "attention": (16 if config.has_reference else 12) * dim * keys * tokens,
-        "projections": (each * 4 * layers * dim**2 + 6 * (adapters["qkv"] + adapters["projection"])) * tokens,
-        "MLP": (each * 8 * layers * dim**2 + 6 * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
-        "head and loss": head * model.vocab_size * dim * tokens,
-    }
+    tokens, layers, dim = config.step_tokens, config.model.num_layers, config.model.embed_dim
+    flops = Counter[str]()
+    for reading in stage_class(config)(config, "cpu").learning:
+        flops.update(_products(reading, config.updates * config.train.batch_size))
     moved = {
         "attention": 12 * dim * layers * tokens * width,
         "optimizer": 2 * sum(state_bytes.values()) + state_bytes["params"],
         "rest": 6 * dim * (2 * layers + 1) * tokens * width,
     }
     return {part: max(flops.get(part, 0) / limits["flops"], moved.get(part, 0) / limits["bytes"]) for part in PARTS}
+
+
+def _products(reading: Reading, rows: int) -> dict[str, float]:
+    """FLOPs of the parts that one model needs for so many rows."""
+    c, tokens = reading.model, rows * reading.sequences * reading.model.seq_len
+    keys = sum(mean_keys(kind, c.seq_len, c.window) for kind in c.layer_kinds)
+    each, head, adapter = reading.products_per_weight
+    adapters, square = Counter(adapter_params(c, reading.lora)), c.num_layers * c.embed_dim**2
+    return {
+        "attention": reading.products_per_key * c.embed_dim * keys * tokens,
+        "projections": (each * 4 * square + adapter * (adapters["qkv"] + adapters["projection"])) * tokens,
+        "MLP": (each * 8 * square + adapter * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
+        "head and loss": head * c.vocab_size * c.embed_dim * tokens,
+    }

@@ -376,7 +376,7 @@ class Config:
 
     @property
     def has_reference(self) -> bool:
-        """Whether frozen weights of the same shape read every token, too, forward alone."""
+        """Whether the weights that a run starts from stay beside those that it trains, frozen."""
         return False
 
     @property
@@ -539,6 +539,13 @@ class RewardedConfig(Config):
     @property
     def updates(self) -> int:
         return self.rollout.episodes * self.rollout.epochs // self.train.batch_size
+
+    @property
+    def text_tokens(self) -> tuple[int, int]:
+        """Tokens of a prompt and of its reply, at most."""
+        length = self.model.seq_len
+        prompt = self.data.max_prompt_tokens or length // 2
+        return prompt, min(self.rollout.max_tokens, length - prompt)
 
 
 @frozen

@@ -1,5 +1,7 @@
 """Exact parameter and FLOP counts, without the padding that the hardware likes."""
 
+from dataclasses import dataclass
+
 from gptjax.config import LoRAConfig, ModelConfig
 
 SIDES = {"qkv": 4, "projection": 2, "mlp_up": 5, "mlp_down": 5}
@@ -43,31 +45,61 @@ def cache_bytes(config: ModelConfig, rows: int, capacity: int, itemsize: int) ->
     return 2 * rows * config.embed_dim * sum(kept) * itemsize
 
 
-def train_flops_per_token(
-    config: ModelConfig, lora: LoRAConfig | None = None, predicts: bool = True, reference: bool = False
-) -> float:
-    """Model FLOPs of forward and backward per token, counting causality and the band exactly.
-
-    6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where adapters
-    are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term: frozen matrices are
-    multiplied going forward and for the gradient of what went in, not for one of their own. 6 V D again with an adapter
-    for the embedding, whose gradient is that of the whole table. Attention has no weights, and costs what it did.
-    A model that does not predict, such as a reward model, has no term in V D. A reference adds a third of all of it: it
-    reads every token forward.
-    """
-    layer, head = products_per_weight(lora, predicts, reference)
-    matrices = layer * 12 * config.num_layers * config.embed_dim**2 + head * config.vocab_size * config.embed_dim
-    keys = sum(mean_keys(kind, config.seq_len, config.window) for kind in config.layer_kinds)
-    adapters = sum(size for name, size in adapter_params(config, lora).items() if name in SIDES)
-    return matrices + 6 * adapters + (16 if reference else 12) * config.embed_dim * keys
+def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None, predicts: bool = True) -> float:
+    """Model FLOPs of forward and backward per token; see Reading."""
+    return Reading(config, lora=lora, predicts=predicts).flops_per_token
 
 
-def products_per_weight(lora: LoRAConfig | None, predicts: bool = True, reference: bool = False) -> tuple[int, int]:
-    """FLOPs per token and number of a layer's matrix, and of the head's: 6 where it has a gradient, else 4; 0 of a head
-    that is not computed; 2 more for those of a reference."""
-    layer, head = (4, 6 if "embedding" in lora.matrices else 4) if lora else (6, 6)
-    more = 2 if reference else 0
-    return layer + more, head + more if predicts else 0
+@dataclass(frozen=True)
+class Reading:
+    """One model that reads rows."""
+
+    model: ModelConfig
+    name: str = ""
+    """Where its parameters stand in the tree of a stage, such as reference; empty for the root."""
+    sequences: int = 1
+    """Of model.seq_len tokens, which it reads for each row."""
+    trained: bool = True
+    """Forward and backward; else forward alone."""
+    lora: LoRAConfig | None = None
+    predicts: bool = True
+    """Whether it is asked for tokens; else the head over the vocabulary is not computed."""
+
+    @property
+    def flops(self) -> float:
+        """For a row."""
+        return self.sequences * self.model.seq_len * self.flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs, counting causality and the band exactly.
+
+        6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where
+        adapters are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term: frozen
+        matrices are multiplied going forward and for the gradient of what went in, not for one of their own. 6 V D
+        again with an adapter for the embedding, whose gradient is that of the whole table. Attention has no weights,
+        and costs what it did. A model that does not predict, such as a reward model, has no term in V D. Forward alone
+        is a third of what is trained whole.
+        """
+        c, (layer, head, adapter) = self.model, self.products_per_weight
+        matrices = layer * 12 * c.num_layers * c.embed_dim**2 + head * c.vocab_size * c.embed_dim
+        keys = sum(mean_keys(kind, c.seq_len, c.window) for kind in c.layer_kinds)
+        adapters = sum(size for name, size in adapter_params(c, self.lora).items() if name in SIDES)
+        return matrices + adapter * adapters + self.products_per_key * c.embed_dim * keys
+
+    @property
+    def products_per_weight(self) -> tuple[int, int, int]:
+        """FLOPs per token and number of a layer's matrix, of the head's and of an adapter's: 2 forward, 2 for the
+        gradient of what goes in, 2 for its own where it has one; 0 of a head that is not computed."""
+        if not self.trained:
+            return 2, 2 * self.predicts, 2
+        layer, head = (4, 6 if "embedding" in self.lora.matrices else 4) if self.lora else (6, 6)
+        return layer, head * self.predicts, 6
+
+    @property
+    def products_per_key(self) -> int:
+        """FLOPs per token, key that it sees, and channel."""
+        return 12 if self.trained else 4
 
 
 def train_flops_per_token_palm(config: ModelConfig) -> float:

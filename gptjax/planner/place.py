@@ -1,20 +1,21 @@
 """A config on a mesh, seen from one device: the sizes that every formula of the planner is made of."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
 import numpy as np
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
+from gptjax.model.accounting import Reading
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
 from gptjax.planner.chips import Topology
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
-from gptjax.stages import stage_class
+from gptjax.stages import AnyStage, stage_class
 from gptjax.train.step import muon_axes
 
 FLOAT = 4  # bytes of a master weight, a moment, a gradient
@@ -29,7 +30,7 @@ class Array:
     axes: tuple[str | None, ...]
     dtype: np.dtype
     frozen: bool
-    """No step changes it: it has neither a gradient nor moments."""
+    """It has neither a gradient nor moments: no step changes it, or one that carries it on."""
 
 
 def parameters(config: Config, platform: str) -> tuple[Array, ...]:
@@ -37,18 +38,52 @@ def parameters(config: Config, platform: str) -> tuple[Array, ...]:
     stage = stage_class(config)(config, platform)
     boxed = jax.eval_shape(stage.init, jax.random.key(0))
     leaves = [(leaf_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed)]
-    return tuple(Array(name, x.value.shape, x.names, x.value.dtype, stage.is_frozen(name)) for name, x in leaves)
+
+    def frozen(name: str) -> bool:
+        return stage.is_frozen(name) or stage.is_carried(name)
+
+    return tuple(Array(name, x.value.shape, x.names, x.value.dtype, frozen(name)) for name, x in leaves)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A config on a mesh, seen from one device."""
+    """A config on a mesh, or one of its models, seen from one device."""
 
     config: Config
     topology: Topology
     mesh: dict[str, int]
     arrays: tuple[Array, ...]
     rules: Rules
+    reading: Reading
+    """Who reads the tokens that are counted here: of a whole config the decoder."""
+
+    @cached_property
+    def stage(self) -> AnyStage:
+        return stage_class(self.config)(self.config, self.topology.chip.platform)
+
+    @cached_property
+    def learners(self) -> tuple["Place", ...]:
+        """Each model that reads the rows of an update."""
+        return tuple(map(self.of, self.stage.learning))
+
+    @cached_property
+    def judges(self) -> tuple["Place", ...]:
+        """Each model that reads the rows of a step before any is learned from."""
+        return tuple(map(self.of, self.stage.judging))
+
+    def of(self, reading: Reading) -> "Place":
+        """One model of these."""
+        beside = self.stage.beside
+
+        def is_own(first: str) -> bool:
+            return first == reading.name if reading.name else first not in beside
+
+        own = tuple(array for array in self.arrays if is_own(array.name.split("/")[0]))
+        return replace(self, reading=reading, arrays=own)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.reading.model
 
     def ways(self, axis: str) -> int:
         """Parts into which the rules cut a logical axis."""
@@ -57,25 +92,27 @@ class Place:
     @property
     def width(self) -> int:
         """Bytes of a number in the compute dtype."""
-        return compute_dtype(self.config.model, self.topology.chip.platform).itemsize
+        return compute_dtype(self.model, self.topology.chip.platform).itemsize
+
+    @property
+    def padding(self) -> float:
+        """Numbers in memory for each of a head's: a TPU's registers have 128 lanes, to which smaller heads are
+        padded."""
+        size = self.model.head_dim
+        return math.ceil(size / 128) * 128 / size if self.topology.chip.platform == "tpu" else 1.0
 
     @property
     def rows(self) -> int:
         """Sequences of a micro-batch on this device's stage."""
-        return self.config.micro_batch_size // self.ways("batch") * self.config.row_sequences
-
-    @property
-    def references(self) -> int:
-        """Models of the same shape that read every token forward alone, beside the one that is trained."""
-        return int(self.config.has_reference)
+        return self.config.micro_batch_size // self.ways("batch") * self.reading.sequences
 
     @property
     def length(self) -> int:
-        return self.config.model.seq_len // self.ways("length")
+        return self.model.seq_len // self.ways("length")
 
     @property
     def residual_length(self) -> int:
-        return self.config.model.seq_len // self.ways("residual_length")
+        return self.model.seq_len // self.ways("residual_length")
 
     @property
     def tokens(self) -> int:
@@ -89,7 +126,7 @@ class Place:
 
     @property
     def layers(self) -> float:
-        return self.config.model.num_layers / self.mesh["pipeline"]
+        return self.model.num_layers / self.mesh["pipeline"]
 
     @property
     def chunks(self) -> int:
@@ -109,7 +146,7 @@ class Place:
     @property
     def matrices(self) -> float:
         """W: bytes of one layer's matrices, whole over fsdp."""
-        return 12 * self.config.model.embed_dim**2 * self.width / self.mesh["tensor"]
+        return 12 * self.model.embed_dim**2 * self.width / self.mesh["tensor"]
 
     @property
     def vectors(self) -> float:
@@ -123,7 +160,7 @@ class Place:
         split, rest = 0.0, 0.0
         for array in self.arrays:
             if is_adapter(array.name) and array.name.startswith("unit"):
-                numbers = math.prod(array.shape) / self.config.model.num_layers
+                numbers = math.prod(array.shape) / self.model.num_layers
                 if "embed" in array.axes:
                     split += numbers
                 else:
@@ -133,23 +170,22 @@ class Place:
     @cached_property
     def restarts(self) -> bool:
         """Whether tokens look their positions up: those of a row begin anew with each conversation."""
-        row = stage_class(self.config)(self.config, self.topology.chip.platform).row
-        return getattr(row, "positions", None) is not None
+        return getattr(self.stage.row, "positions", None) is not None
 
     @property
     def residual(self) -> float:
         """Bytes of the residual stream of a micro-batch, whole over tensor."""
-        return self.tokens * self.config.model.embed_dim * self.width
+        return self.tokens * self.model.embed_dim * self.width
 
     @property
     def resting(self) -> float:
         """Bytes of the residual stream of a micro-batch as a device holds it between layers."""
-        return self.rows * self.residual_length * self.config.model.embed_dim * self.width
+        return self.rows * self.residual_length * self.model.embed_dim * self.width
 
     @property
     def embedding(self) -> float:
         """Bytes of the embedding in the compute dtype, whole over fsdp."""
-        return self.config.model.padded_vocab_size * self.config.model.embed_dim * self.width / self.mesh["tensor"]
+        return self.model.padded_vocab_size * self.model.embed_dim * self.width / self.mesh["tensor"]
 
     def local(self, array: Array) -> float:
         """Numbers of a parameter on this device."""
@@ -193,5 +229,7 @@ def place(
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    arrays = arrays or parameters(config, topology.chip.platform)
-    return Place(config, topology, mesh, arrays, rules or rule_table(config.layout))
+    platform = topology.chip.platform
+    arrays = arrays or parameters(config, platform)
+    decoder = stage_class(config)(config, platform).learning[0]
+    return Place(config, topology, mesh, arrays, rules or rule_table(config.layout), decoder)

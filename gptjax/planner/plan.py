@@ -8,7 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import Compiled, available, compile_all
@@ -67,7 +66,7 @@ class Row:
     @property
     def tokens(self) -> int:
         """Of a step."""
-        return self.candidate.config.train.batch_size * self.candidate.config.row_tokens
+        return self.candidate.config.step_tokens
 
     @property
     def tokens_per_device(self) -> float:
@@ -77,12 +76,7 @@ class Row:
     @property
     def mfu(self) -> float:
         """Model FLOPs over the bfloat16 peak; recomputation does not count."""
-        return self.tokens_per_device * self._flops / self.chip.flops
-
-    @property
-    def _flops(self) -> float:
-        config = self.candidate.config
-        return train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
+        return self.tokens_per_device * self.candidate.place.stage.flops_per_token / self.chip.flops
 
     @property
     def length(self) -> int | None:

@@ -8,14 +8,18 @@ from pathlib import Path
 
 from rich.table import Table
 
-from gptjax.config import Config
+from gptjax.config import Config, RewardedConfig
 from gptjax.config.fields import walk
 from gptjax.model.accounting import cache_bytes
 from gptjax.model.gpt import compute_dtype
+from gptjax.planner.cost import learning
 from gptjax.planner.plan import Plan, Row
+from gptjax.planner.rollout import drawing, rollout
 from gptjax.planner.traffic import Transfer
+from gptjax.stages.rewards import is_function
+from gptjax.stages.scorer import is_there
 
-PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries", "cache")
 TITLES = (
     "layout / remat / micro-batch",
     "memory",
@@ -73,8 +77,16 @@ def headline(plan: Plan) -> str:
         f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
         f"{found.refused.total():,} do not divide; compiler: {plan.compiler}"
         + (f"\ndays: {plan.endless}" if plan.endless else "")
+        + (f"\nreward: {assumed}" if (assumed := assumption(plan.config)) else "")
         + f"\n{decoding(plan.config, plan.topology.chip.platform)}"
     )
+
+
+def assumption(config: Config) -> str:
+    """What is taken for granted of a reward model whose run is not there yet; empty where it is."""
+    if not isinstance(config, RewardedConfig) or is_function(config.reward) or is_there(config.reward):
+        return ""
+    return f"{config.reward} is not there; reward and value model are taken to be of the policy's size"
 
 
 def decoding(config: Config, platform: str) -> str:
@@ -98,10 +110,34 @@ def details(row: Row) -> str:
         + (f", by the compiler {row.compiled.peak / 1e9:.2f} GB" if row.compiled and row.compiled.peak else "")
     )
     lines.append(f"time     {', '.join(f'{name} {_seconds(s)}' for name, s in row.seconds.items() if s)}")
+    lines += iteration(row)
     lines += [f"traffic  {_transfer(t)}" for t in row.transfers if t.bytes > 1e6]
     lines += [f"surprise {text}" for text in row.surprises]
     lines.append(f"train    {flags(row.candidate.config)}")
     return "\n".join(lines)
+
+
+def iteration(row: Row) -> list[str]:
+    """Rollout, judging and updates of a policy that learns from its own replies, a line each; else none."""
+    place, c = row.candidate.place, row.candidate.config
+    drawn = rollout(place)
+    if drawn is None or not isinstance(c, RewardedConfig):
+        return []
+    prompt, reply = c.text_tokens
+    kept = sum(size for part, _, size in drawing(place) if part == "cache")
+    longest = max(drawn.parts, key=lambda part: drawn.parts[part])
+    episodes, names = c.rollout.episodes, [model.reading.name or "policy" for model in place.judges]
+    learners = [model.reading.name or "policy" for model in place.learners[:2]]
+    text = sum(model.reading.sequences for model in place.learners[2:])
+    return [
+        f"rollout  {episodes:,} replies of {reply} tokens to prompts of {prompt}, {c.rollout.slots} side by side: "
+        f"{drawn.steps:,} steps of {_seconds(drawn.step_seconds)}, most for {longest}, and prompts "
+        f"{_seconds(drawn.prompts)}; {_seconds(drawn.seconds)} at least; caches {kept / 1e6:,.1f} MB",
+        f"judging  {episodes:,} replies by {', '.join(names)}; {_seconds(row.seconds['judging'])}",
+        f"updates  {c.updates} of {c.train.batch_size} replies by {', '.join(learners)}"
+        + f", and {text} rows of text beside each" * bool(text)
+        + f"; {_seconds(learning(row.seconds))}",
+    ]
 
 
 def flags(config: Config) -> str:
@@ -111,8 +147,9 @@ def flags(config: Config) -> str:
     plain = {f"layout.{f.name}": f.default for f in dataclasses.fields(layout)}
     words = {name: value for name, value in given.items() if value != plain[name]}
     words |= {"model.remat": config.model.remat, "train.micro_batch_size": config.micro_batch_size}
-    words |= {"train.ramp_start": train.ramp_start}
-    words |= {leaf.name: config.data.lanes for leaf in walk(type(config)) if leaf.name == "data.lanes"}
+    used = {leaf.name for leaf in walk(type(config))}
+    some = {"train.ramp_start": train.ramp_start} | ({"data.lanes": config.data.lanes} if "data.lanes" in used else {})
+    words |= {name: value for name, value in some.items() if name in used}
     return " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
 
 
@@ -132,6 +169,8 @@ def _seconds(x: float) -> str:
         else f"{x * 1e3:.0f} ms"
         if x >= 0.01
         else f"{x * 1e3:.1f} ms"
+        if x >= 1e-4
+        else f"{x * 1e6:.1f} us"
     )
 
 
@@ -242,7 +281,7 @@ def pareto_plot(plan: Plan) -> bytes:
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     every = [(c.estimate.peak / 1e9, c) for c in (*plan.found.fitting, *plan.found.crowded)]
-    steps = plan.config.train.batch_size * plan.config.row_tokens / plan.topology.num_devices
+    steps = plan.config.step_tokens / plan.topology.num_devices
     points = [(peak, steps / c.estimate.step_seconds) for peak, c in every]
     axes.plot(*zip(*points, strict=True), ".", color="0.8", ms=3, label="priced by formula")
     front: list[tuple[float, float]] = []

@@ -5,6 +5,7 @@ a step; p, r and m the stages, rounds and chunks of a pipeline; W the bytes of a
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,34 +40,59 @@ class Transfer:
 
 
 def traffic(place: Place) -> list[Transfer]:
-    """What a step sends, in bytes of whole arrays, with times."""
-    model, layout, mesh = place.config.model, place.config.layout, place.mesh
-    micro, stages = place.config.max_accumulation, mesh["pipeline"]
-    rates = Rates(place)
-    unit = len(model.attention_pattern)
-    compute = sum(computation(place).values())
-    made: list[tuple[str, tuple[str, ...], str, float, float]] = []  # kind, axes, what, bytes, share hidden
+    """What a step's updates send, in bytes of whole arrays, with times."""
+    micro, updates = place.config.max_accumulation, place.config.updates
+    return _timed(place, place.learners, micro, updates, sum(computation(place).values()))
+
+
+def judged(place: Place, calls: int, compute: float) -> list[Transfer]:
+    """What so many micro-batches send that are only judged, in `compute` seconds."""
+    return _timed(place, place.judges, 1, calls, compute)
+
+
+About = tuple[str, tuple[str, ...], str, float]
+"""Kind, mesh axes, what, and the share that is hidden; see Transfer."""
+
+
+def _timed(place: Place, models: Sequence[Place], micro: int, times: int, compute: float) -> list[Transfer]:
+    """What models send that read so many micro-batches with the same parameters, so many times."""
+    rates, sizes = Rates(place), defaultdict[About, float](float)
+    for model in models:
+        for about, size in _sent(model, micro):
+            sizes[about] += size * times
+    return [
+        Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
+        for (kind, axes, what, hidden), size in sizes.items()
+        for seconds in [rates.seconds(kind, axes, size)]
+    ]
+
+
+def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
+    """Bytes that one model sends which reads so many micro-batches with the same parameters."""
+    model, layout, mesh, reading = place.model, place.config.layout, place.mesh, place.reading
+    stages, unit = mesh["pipeline"], len(model.attention_pattern)
+    trained, full = int(reading.trained), model.remat == "full"
+    made: list[tuple[About, float]] = []
 
     def add(kind: str, axes: tuple[str, ...], what: str, size: float, hidden: float = 0.0) -> None:
         used = tuple(axis for axis in axes if mesh[axis] > 1)
         if used and size:
-            made.append((kind, used, what, size, hidden))
+            made.append(((kind, used, f"{reading.name}: {what}" if reading.name else what, hidden), size))
 
     weights = place.matrices * place.layers * micro
     split, rest = (size * place.layers * micro for size in place.adapters)
-    more = place.references  # forward passes, which nothing goes back through
     if stages > 1:
-        add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + more), 0.0)
+        add("all-gather", ("fsdp",), "weights", weights + split, 0.0)
     else:
         # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
         # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
-        again = (12 * unit - 9) / (12 * unit) if model.remat == "full" else 0.0
-        add("all-gather", ("fsdp",), "weights", (weights + split) * (2 + again + more), 1.0)
+        again = (12 * unit - 9) / (12 * unit) if full else 0.0
+        add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + trained * (1 + again)), 1.0)
     fsdp = mesh["fsdp"]
     copies = ("replica", "data", "context")
     behind = 1.0 if stages == 1 else 0.0
-    lora = place.config.adapter
-    whole = 0 if lora else 1  # beside adapters nothing else has a gradient
+    lora = reading.lora
+    whole = 0 if lora else trained  # beside adapters nothing else has a gradient
     adapted = set(lora.matrices) if lora else set[str]()
     table = 1 if whole or "embedding" in adapted else 0  # the gradient of an adapter of it is made of its own
     add("reduce-scatter", ("fsdp",), "gradients", whole * weights + split, behind)
@@ -77,48 +103,46 @@ def traffic(place: Place) -> list[Transfer]:
     # embedding's.
     positions = model.seq_len * model.embed_dim * place.width
     others = ("replica", "pipeline", "data", "context")
-    add("all-gather", ("fsdp",), "embedding", (place.embedding + positions) * (1 + more))
+    add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
-    scored = place.embedding if place.config.predicts else 0.0
+    scored = place.embedding if reading.predicts else 0.0
     add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (scored + looked_up) * micro)
     if lora and "embedding" in adapted:  # of the half that has all of the vocabulary, in float32
         half = lora.rank * model.padded_vocab_size * FLOAT / mesh["tensor"]
         add("all-reduce", ("fsdp",), "gradient of the embedding's adapter", half * micro)
-    add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", place.vectors * micro)
+    add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", trained * place.vectors * micro)
     if place.restarts:
         wide = positions * FLOAT / place.width / mesh["tensor"]
         add("all-reduce", (*others, "fsdp"), "positions' gradient", whole * wide * micro)
     else:
-        add("reduce-scatter", ("fsdp",), "positions' gradient", positions * micro)
-        add("all-reduce", others, "positions' gradient", positions / fsdp * micro)
+        add("reduce-scatter", ("fsdp",), "positions' gradient", trained * positions * micro)
+        add("all-reduce", others, "positions' gradient", trained * positions / fsdp * micro)
 
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro
     # What goes into the second half of an adapter is summed with what its matrix sums.
     sums = residual * (1 + (len(adapted & SIDES.keys()) * lora.rank / (4 * model.embed_dim) if lora else 0))
-    recomputed = (2 * unit - 1) / unit if model.remat == "full" else 0.0  # a unit's last sum is not needed again
+    recomputed = (2 * unit - 1) / unit if full else 0.0  # a unit's last sum is not needed again
+    summed = 2 + trained * (2 + recomputed)
     add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + table * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
-    add("all-reduce", ("tensor",), "the loss's gradient", ends)
+    add("all-reduce", ("tensor",), "the loss's gradient", trained * ends)
     if layout.sequence_sharding:
         # Of an adapter's gradient, once more what its matrix needs of the residual's.
-        gathers = (6 if model.remat == "full" else 4) + len({"projection", "mlp_down"} & adapted)
-        add("all-gather", ("tensor",), "residual", residual * (gathers + 2 * more), HIDDEN_RESIDUAL)
-        add("reduce-scatter", ("tensor",), "residual", sums * (4 + recomputed + 2 * more), HIDDEN_RESIDUAL)
+        gathers = 2 + trained * (4 if full else 2) + len({"projection", "mlp_down"} & adapted)
+        add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
+        add("reduce-scatter", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
     else:
-        add("all-reduce", ("tensor",), "residual", sums * (4 + recomputed + 2 * more), HIDDEN_RESIDUAL)
+        add("all-reduce", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
 
     add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
 
     if stages > 1:
         handed = place.ticks * place.resting / place.chunks * micro
-        add("collective-permute", ("pipeline",), "stages", (2 + more) * handed, 0.0)
-        add("all-gather", ("pipeline",), "batch in and out", (3 + table) * place.resting * micro, 0.0)
-    return [
-        Transfer(kind, axes, what, size, seconds, _exposed(seconds, hidden, compute), rates.network(axes))
-        for kind, axes, what, size, hidden in made
-        for seconds in [rates.seconds(kind, axes, size)]
-    ]
+        add("collective-permute", ("pipeline",), "stages", (1 + trained) * handed, 0.0)
+        batches = 2 + trained * (1 + table)
+        add("all-gather", ("pipeline",), "batch in and out", batches * place.resting * micro, 0.0)
+    return made
 
 
 def _exposed(seconds: float, hidden: float, compute: float) -> float:
@@ -130,13 +154,13 @@ def _exposed(seconds: float, hidden: float, compute: float) -> float:
 
 def _context_bytes(place: Place) -> float:
     """Keys and values round the ring (dense) or over the chunks' edges (banded), forward and backward, one step."""
-    model, ways = place.config.model, place.mesh["context"]
+    model, ways, trained = place.model, place.mesh["context"], place.reading.trained
     if ways == 1:
         return 0.0
     pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
-    passes = 2 + place.references  # forward and backward
+    passes = 1 + trained  # forward and backward
     # Gradients go one step further: home.
-    ring = pair * place.length * (passes * (ways - 1) * place.width + ways * FLOAT)
+    ring = pair * place.length * (passes * (ways - 1) * place.width + trained * ways * FLOAT)
     halo = passes * 2 * pair * (model.window - 1) * place.width
     each = {"dense": ring, "banded": halo if model.window < model.seq_len else ring}
     return sum(each[kind] for kind in model.layer_kinds) / place.mesh["pipeline"]

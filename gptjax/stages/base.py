@@ -12,6 +12,7 @@ from gptjax.config import Config
 from gptjax.data.sources import Corpus, TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
+from gptjax.model.accounting import Reading
 from gptjax.model.lora import is_adapter
 from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
@@ -47,6 +48,33 @@ class Base(ByGradient):
     @cached_property
     def network(self) -> Network:
         return Network(self.config, self.platform, self.layout)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """First parts of the names of what stands beside the decoder in the tree of parameters."""
+        return ()
+
+    @property
+    def learning(self) -> tuple[Reading, ...]:
+        """Who reads the rows of an update, the decoder first."""
+        c = self.config
+        return (Reading(c.model, sequences=c.row_sequences, lora=c.adapter, predicts=c.predicts),)
+
+    @property
+    def judging(self) -> tuple[Reading, ...]:
+        """Who reads the rows of a step once before any is learned from."""
+        return ()
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Model FLOPs of a step after the ramp, by its parts."""
+        rows = self.config.updates * self.config.train.batch_size
+        return {"updates": rows * sum(each.flops for each in self.learning)}
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a step, for each token that it learns from."""
+        return sum(self.flops.values()) / self.config.step_tokens
 
     def init(self, key: Array) -> Any:
         return self.network.init(key)

@@ -6,6 +6,7 @@ there is one, stand beside it on the same mesh. Dropout is off: what is scored m
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from gptjax.config import RewardedConfig
+from gptjax.config import ModelConfig, RewardedConfig
 from gptjax.data.prompted import Prompt, Prompts, open_prompts
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource
@@ -23,6 +24,7 @@ from gptjax.data.stream import TokenStream
 from gptjax.errors import UserError
 from gptjax.infer.engine import Engine
 from gptjax.infer.sampling import Sampling
+from gptjax.model.accounting import Reading
 from gptjax.model.loss import drawn_log_probs, log_probs
 from gptjax.stages.assistant import Assistant
 from gptjax.stages.rewards import Judge, ask, is_function, load_function
@@ -30,6 +32,7 @@ from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
 from gptjax.train.step import narrow
 
 if TYPE_CHECKING:
+    from gptjax.stages.reward import Reward
     from gptjax.stages.scorer import Scorer
 
 REFERENCE, REWARD = "reference", "reward"
@@ -63,8 +66,8 @@ class OnPolicy(Assistant[Prompts]):
     def init(self, key: Array) -> Any:
         policy = super().init(key)
         more: dict[str, Any] = {REFERENCE: narrow(policy, self.network.plain_model.dtype)}
-        if self.scorer:
-            more[REWARD] = self.scorer.init(key)
+        if self.reward_model:
+            more[REWARD] = self.reward_model.init(key)
         return policy | more
 
     def is_frozen(self, name: str) -> bool:
@@ -78,7 +81,6 @@ class OnPolicy(Assistant[Prompts]):
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Names of what stands beside the policy."""
         return REFERENCE, REWARD
 
     def weights_of(self, name: str, load: Callable[[Any], Any], places: Any) -> Any:
@@ -92,6 +94,39 @@ class OnPolicy(Assistant[Prompts]):
         return {name: part for name, part in params.items() if name not in self.beside}
 
     # What judges
+
+    @cached_property
+    def reward_model(self) -> "Reward | None":
+        """Its shapes; None where a function judges. Of a run that is not there, as where a layout is planned, those of
+        the policy with a scalar head: `scorer` is what refuses it."""
+        if is_function(self.config.reward):
+            return None
+        from gptjax.stages.scorer import unscored  # which opens runs of any stage, and so imports all of them
+
+        return unscored(self.config, self.platform, self.layout)
+
+    @property
+    def judging(self) -> tuple[Reading, ...]:
+        policy = Reading(self.config.model, trained=False)
+        models = [policy, replace(policy, name=REFERENCE)]
+        if self.reward_model:
+            read = self._as_read(self.reward_model.config.model)
+            models.append(Reading(read, REWARD, trained=False, predicts=False))
+        return tuple(models)
+
+    def _as_read(self, model: ModelConfig) -> ModelConfig:
+        """A model that may have a longer context, as it reads these rows."""
+        return replace(model, seq_len=self.config.model.seq_len)
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Prompts and replies are taken to be as long as they may. The last token of a reply is fed to nobody, and the
+        prompt's are asked for nothing."""
+        c, (prompt, reply) = self.config, self.config.text_tokens
+        fed = Reading(replace(c.model, seq_len=prompt + reply - 1), trained=False, predicts=False)
+        drawn = fed.flops + 2 * reply * c.model.vocab_size * c.model.embed_dim
+        judged = sum(each.flops for each in self.judging)
+        return {"rollout": c.rollout.episodes * drawn, "judging": c.rollout.episodes * judged} | super().flops
 
     @cached_property
     def scorer(self) -> "Scorer | None":

@@ -6,6 +6,7 @@ policy's weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from gptjax.config import Config, PolicyConfig
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource, build
 from gptjax.data.stream import TokenStream, require_one_row
+from gptjax.model.accounting import Reading
 from gptjax.model.loss import cross_entropy
 from gptjax.model.scalar import NAME, init_head, is_head, read_each
 from gptjax.parallel.network import Network
@@ -84,8 +86,8 @@ class PPO(OnPolicy):
         return every
 
     def _first_value(self, key: Array) -> Any:
-        if self.scorer:
-            return self.scorer.init(key)
+        if self.reward_model:
+            return self.reward_model.init(key)
         return self.network.init(key) | {NAME: init_head(jax.random.fold_in(key, 1), self.config.model.embed_dim)}
 
     @staticmethod
@@ -99,7 +101,7 @@ class PPO(OnPolicy):
 
     def is_born(self, name: str) -> bool:
         value, _, rest = name.partition("/")
-        return name == KL_COEF or (value == VALUE and is_head(rest) and self.scorer is None)
+        return name == KL_COEF or (value == VALUE and is_head(rest) and self.reward_model is None)
 
     @property
     def rates(self) -> Mapping[str, float]:
@@ -110,7 +112,21 @@ class PPO(OnPolicy):
 
     @cached_property
     def _value_network(self) -> Network:
-        return self.scorer.network if self.scorer else self.network
+        return self.reward_model.network if self.reward_model else self.network
+
+    @property
+    def _value_model(self) -> Reading:
+        return Reading(self._as_read(self._value_network.config.model), VALUE, predicts=False)
+
+    @property
+    def learning(self) -> tuple[Reading, ...]:
+        c = self.config
+        text = (Reading(c.model, sequences=c.ppo.ptx_rows),) if c.ppo.ptx_coef else ()
+        return *super().learning, self._value_model, *text
+
+    @property
+    def judging(self) -> tuple[Reading, ...]:
+        return *super().judging, replace(self._value_model, trained=False)
 
     def values(self, params: Any, rows: Any) -> Array:
         network = self._value_network

@@ -14,6 +14,7 @@ from jax import Array
 from gptjax.config import PreferenceConfig
 from gptjax.data.ranked import RankedRows, Rankings
 from gptjax.data.rows import PADDING, Rows
+from gptjax.model.accounting import Reading
 from gptjax.model.loss import IGNORED, log_probs
 from gptjax.model.scalar import is_better
 from gptjax.rl.losses import dpo_loss, dpo_margin, implicit_rewards
@@ -36,6 +37,15 @@ class Preference(FromRankings, Assistant[Rankings]):
         """Policy and reference, equal; the reference in the dtype in which every product takes it."""
         policy = super().init(key)
         return policy | {REFERENCE: narrow(policy, self.network.plain_model.dtype)}
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (REFERENCE,)
+
+    @property
+    def learning(self) -> tuple[Reading, ...]:
+        policy = super().learning
+        return *policy, Reading(self.config.model, REFERENCE, self.config.row_sequences, trained=False)
 
     def is_frozen(self, name: str) -> bool:
         return name.split("/")[0] == REFERENCE

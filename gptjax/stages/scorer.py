@@ -9,11 +9,10 @@ from typing import Any
 import jax
 from jax import Array
 
-from gptjax.config import LayoutConfig, RewardConfig
+from gptjax.config import LayoutConfig, RankingConfig, RewardConfig, RewardedConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
 from gptjax.stages.reward import SCORES, Reward
 from gptjax.stages.weights import places, run_and_step
@@ -43,14 +42,6 @@ class Scorer:
     def config(self) -> RewardConfig:
         return self.stage.config
 
-    @property
-    def network(self) -> Network:
-        return self.stage.network
-
-    @property
-    def init(self) -> Callable[[Array], Any]:
-        return self.stage.init
-
     @cached_property
     def params(self) -> Any:
         """On the first device, or laid out."""
@@ -64,10 +55,8 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
 
     Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated.
     """
-    folder, step = run_and_step(path)
-    run, config = open_run(folder)
-    if not isinstance(config, RewardConfig):
-        raise UserError(f"{path}: a run of stage {config.stage}, not of a reward model; train one: stage reward")
+    step = run_and_step(path)[1]
+    run, config = _opened(path)
     step = chosen_step(run, best=config.train.keep_best, step=step)
     mean, std = _statistics(run, step)
     if unit and not std:
@@ -80,6 +69,28 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
         return (stage.scores(params, tokens, last, None) - mean) / (std if unit else 1.0)
 
     return Scorer(score, stage, partial(restore_params, run, step=step), saved_tokenizer(run), (mean, std))
+
+
+def unscored(config: RewardedConfig, platform: str, layout: Layout | None) -> Reward:
+    """The reward model of a policy's config without weights and scores; see OnPolicy.reward_model. Raises UserError as
+    `load_scorer` for a folder that is there."""
+    if is_there(config.reward):
+        return Reward(_opened(config.reward)[1], platform, layout)
+    alike = RewardConfig("reward", config.model, RankingConfig(config.data.source), init_from=config.init_from)
+    return Reward(alike, platform, layout)
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a folder of that run, or of that checkpoint's run."""
+    return Path(run_and_step(path)[0]).is_dir()
+
+
+def _opened(path: str) -> tuple[Path, RewardConfig]:
+    """The folder and the config of a run of a reward model, or of a checkpoint in it."""
+    run, config = open_run(run_and_step(path)[0])
+    if not isinstance(config, RewardConfig):
+        raise UserError(f"{path}: a run of stage {config.stage}, not of a reward model; train one: stage reward")
+    return run, config
 
 
 def _platform(layout: Layout) -> str:

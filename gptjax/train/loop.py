@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import adapter_params, num_params, scalar_params, train_flops_per_token
+from gptjax.model.accounting import adapter_params, num_params, scalar_params
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
@@ -55,6 +55,11 @@ class Stage(Objective, Parametrised, Protocol):
     @property
     def row(self) -> Rows:
         """The shapes of one row."""
+        ...
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a step, for each token that it learns from."""
         ...
 
     @property
@@ -123,7 +128,7 @@ def fit(
         log = run / LOG
         since = position.step if resume else None
         with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
-            _announce(config, layout, reporter, position, facts)
+            _announce(config, stage, layout, reporter, position, facts)
             return _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
 
 
@@ -160,7 +165,7 @@ def _loop(
         return figures
 
     clock = Clock(reporter.seconds)
-    meter = Meter(config, run, reporter, clock, position)
+    meter = Meter(config, run, reporter, clock, position, stage.flops_per_token)
     trace = Trace(train.profile_steps, position.step, run / "profile")
     todo = _todo(config, stage, meter, trace, save, evaluate, more)
 
@@ -307,12 +312,13 @@ def _whole(position: Position) -> Position:
     return replace(position, data=tuple(merge_positions(every.tolist())))
 
 
-def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, num_processes: int) -> dict[str, str]:
-    """What a run is, in words, on so many devices of a kind."""
+def plain_facts(
+    config: Config, flops: float, layout: Layout, count: int, device_kind: str, num_processes: int
+) -> dict[str, str]:
+    """What a run of so many FLOPs per token is, in words, on so many devices of a kind."""
     adapters = sum(adapter_params(config.model, config.adapter).values())
     params = num_params(config.model) + adapters + (0 if config.predicts else scalar_params(config.model))
     step_tokens = config.step_tokens
-    flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
     each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
     trained = f", of which {adapters:,} are trained" if adapters else ""
     trained += " beside a frozen reference of as many" if config.has_reference else ""
@@ -334,10 +340,13 @@ def plain_facts(config: Config, layout: Layout, count: int, device_kind: str, nu
     return lines
 
 
-def _announce(config: Config, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]) -> None:
+def _announce(
+    config: Config, stage: Stage, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]
+) -> None:
     """The plain facts before the first step."""
     devices = jax.devices()
-    lines = plain_facts(config, layout, len(devices), devices[0].device_kind, jax.process_count())
+    there = len(devices), devices[0].device_kind, jax.process_count()
+    lines = plain_facts(config, stage.flops_per_token, layout, *there)
     for name, text in (lines | facts).items():
         reporter.say(f"{name:<10}{text}")
     started = {

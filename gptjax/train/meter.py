@@ -16,7 +16,6 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import train_flops_per_token
 from gptjax.train.checkpoint import Position
 from gptjax.train.metrics import Reporter
 from gptjax.train.periodic import Moment
@@ -58,7 +57,9 @@ class Meter:
     whatever is logged.
     """
 
-    def __init__(self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position):
+    def __init__(
+        self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position, flops_per_token: float
+    ):
         self._config, self._run, self._reporter, self._clock = config, run, reporter, clock
         self._queue: deque[tuple[Position, float, float, Metrics, Future[Read]]] = deque()
         self._reader = ThreadPoolExecutor(1, "metrics")
@@ -69,7 +70,7 @@ class Meter:
         self._waited = self._told = 0.0  # seconds for data in all, and those of the windows that are out
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
-        self._flops = train_flops_per_token(config.model, config.adapter, config.predicts, config.has_reference)
+        self._flops = flops_per_token
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
