@@ -70,14 +70,14 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
         name="reward",
         model=chat_model(str(sft)),
         init_from=str(sft),
-        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=4),
-        optimizer=OptimizerConfig(learning_rate=3e-4, **PLAIN),
+        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=5),
+        optimizer=OptimizerConfig(learning_rate=6e-4, **PLAIN),
         train=TrainConfig(batch_size=16, epochs=3, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
     )
 
 
 def ppo(sft: Path, reward: Path, town: Path) -> PolicyConfig:
-    return policy(sft, reward, town, PPOConfig(kl_coef=0.05, kl_target=2.0, kl_horizon=2000, value_learning_rate=5e-4))
+    return policy(sft, reward, town, PPOConfig(kl_coef=0.2, kl_target=2.0, kl_horizon=1000, value_learning_rate=5e-4))
 
 
 def unchecked(sft: Path, reward: Path, town: Path) -> PolicyConfig:
@@ -94,7 +94,7 @@ def policy(sft: Path, reward: Path, town: Path, ppo: PPOConfig) -> PolicyConfig:
         data=PromptConfig(source=str(town / "prompts.jsonl"), train_split="train", eval_split="train"),
         ppo=ppo,
         rollout=RolloutConfig(episodes=128, epochs=2, max_tokens=80, slots=128),
-        optimizer=OptimizerConfig(learning_rate=2e-4, final_ratio=1.0, b2=0.999, eps=1e-5, **PLAIN),
+        optimizer=OptimizerConfig(learning_rate=1e-4, final_ratio=1.0, b2=0.999, eps=1e-5, **PLAIN),
         train=TrainConfig(
             batch_size=64, micro_batch_size=32, total_steps=40, log_interval=1, eval_batches=0, save_interval=10
         ),

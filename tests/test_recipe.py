@@ -1,10 +1,10 @@
 """A chain of stages: which steps are done, which go on, which are made again; the town; who wins."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -229,26 +229,34 @@ def test_what_has_changed_is_made_again_and_nothing_else(made: tuple[Path, Path,
 
 @pytest.mark.slow
 def test_a_chain_that_is_stopped_goes_on(made: tuple[Path, Path, str], tmp_path: Path) -> None:
-    """In a training by a signal, and in a step that writes files by a kill: the same weights as of one that was not."""
+    """In a training by a signal, and in a step that writes files by a kill: the same replies to rank as of one that was
+    not."""
     file, whole, _ = made
     folder = tmp_path / "all"
-    command = [sys.executable, "-m", "gptjax", "recipe", file, "--folder", folder, *words(sft=["train.log_interval 1"])]
-    stopped = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    log = folder / "sft" / LOG
-    while not (log.is_file() and '"train"' in log.read_text()):
-        assert stopped.poll() is None
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=300)
-    assert stopped.returncode in (128 + signal.SIGTERM, 0)
+    for name in ("town", "tokenizer", "pretrain"):
+        shutil.copytree(whole / name, folder / name)
+    notes = json.loads((whole / "steps.json").read_text())
+    (folder / "steps.json").write_text(json.dumps({name: notes[name] for name in ("town", "tokenizer", "pretrain")}))
 
-    (folder / "rankings.half").mkdir(exist_ok=True)  # what a kill leaves of a step that writes files
+    def until(sign: str, *given: str) -> tuple[int, str]:
+        """Its status and what it printed, of a chain that is stopped once it has printed that."""
+        command = [sys.executable, "-m", "gptjax", "recipe", file, "--folder", folder, *words(), *given]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(sign):
+                process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=300), "".join(lines)
+
+    status, text = until("step 1 ", "--sft.train.log_interval", "1")
+    assert status == 128 + signal.SIGTERM
+    assert said(text)["pretrain"] == "done, and nothing it is made from has changed"
+    (folder / "rankings.half").mkdir()  # what a kill leaves of a step that writes files
     (folder / "rankings.half" / "rankings.jsonl").write_text("half")
-    done = chain(file, folder, words())
-    assert done.returncode == 0, done.stderr
-    lines = said(done.stdout)
-    assert lines["pretrain"] == "done, and nothing it is made from has changed"
-    assert stopped.returncode == 0 or lines["sft"] == "goes on"
+    _, text = until("[6/8] reward")
+    assert said(text)["sft"] == "goes on"
     assert not (folder / "rankings.half").exists()
     assert (folder / "rankings" / "rankings.jsonl").read_bytes() == (whole / "rankings" / "rankings.jsonl").read_bytes()
 

@@ -23,6 +23,7 @@ from gptjax.stages.scorer import load_scorer
 from gptjax.terminal import Progress
 
 REPLIES = "replies.json"
+SLOTS = 128  # replies side by side
 SCORED = 32  # texts at once
 Each = list[list[float]]  # of each question, of each reply
 
@@ -41,7 +42,7 @@ def questions_of(path: Path, most: int | None = None) -> list[list[Message]]:
 def answers(path: str, questions: Sequence[list[Message]], replies: int, max_tokens: int) -> list[list[str]]:
     """So many replies of a model to each question, drawn at temperature 1. One that has learned no conversations
     continues the text of the question, to the end of its line."""
-    model = load(path, slots=32)
+    model = load(path, slots=SLOTS)
 
     def request(question: list[Message], sample: int) -> Any:
         how = {"max_tokens": max_tokens, "sample": sample}

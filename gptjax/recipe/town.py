@@ -39,7 +39,7 @@ MOST = 10  # steps of a way: nobody walks further
 HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
 SURE = 0.7  # share of a teacher's steps that lead nearer
 PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth, and says to a tenth: equal ones are ties
-REPLIES, MOST_TOKENS = 4, 80  # to each prompt, for a person to rank
+REPLIES, MOST_TOKENS = 5, 80  # to each prompt, for a person to rank
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
 
