@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -152,6 +153,15 @@ def as_file(config: Config, folder: Path) -> str:
 def table_row(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Prints a line in the summary at the end, also from a worker process."""
     return lambda line: record_property("table_row", line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers begin with halves of the tests as they are listed, and take from each other at the end: what the tests of
+    a file share is made by one of them alone, not by both."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
