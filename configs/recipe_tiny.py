@@ -70,7 +70,7 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
         name="reward",
         model=chat_model(str(sft)),
         init_from=str(sft),
-        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=5),
+        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=6),
         optimizer=OptimizerConfig(learning_rate=6e-4, **PLAIN),
         train=TrainConfig(batch_size=16, epochs=3, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
     )

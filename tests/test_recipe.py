@@ -49,7 +49,7 @@ def shortest() -> np.ndarray:
 def test_gold_is_the_share_of_steps_that_were_needed(seed: int, start: str, goal: str, form: str) -> None:
     if start == goal:
         return
-    way, question = town.teacher(np.random.default_rng(seed), start, goal), form.format(start, goal)
+    way, question = town.walk(np.random.default_rng(seed), start, goal), form.format(start, goal)
     assert town.steps_of(town.told(way)) == way
     needed = shortest()[town.PLACES.index(start), town.PLACES.index(goal)]
     assert town.gold(question, town.told(way)) == (needed / len(way) if way[-1][1] == goal else 0)

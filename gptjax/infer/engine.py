@@ -317,8 +317,9 @@ class Engine:
         """(row, tokens) of the longest beginning of a prompt that lies in a cache."""
         if not self.reuse or len(prompt) < SHARED:
             return -1, 0
-        found = [(self._usable(number, prompt), number) for number in range(len(self._held))]
-        shared, number = max(found, key=lambda pair: (pair[0], -pair[1]))
+        alike = [number for number, held in enumerate(self._held) if _alike(held, prompt)]
+        found = [(self._usable(number, prompt), number) for number in alike]
+        shared, number = max(found, key=lambda pair: (pair[0], -pair[1]), default=(0, -1))
         return (number, shared) if shared >= SHARED else (-1, 0)
 
     def _usable(self, number: int, prompt: Sequence[int]) -> int:
@@ -332,8 +333,8 @@ class Engine:
         if not self.reuse or len(prompt) < SHARED:
             return False
         for number, taken in self._taken.items():
-            other = taken.reply.request.prompt
-            if number not in self._stale and taken.filled < taken.goal and taken.reply.request.shared:
+            other, filling = taken.reply.request.prompt, taken.filled < taken.goal
+            if filling and number not in self._stale and taken.reply.request.shared and _alike(other, prompt):
                 will = common(other[: taken.goal], prompt)
                 if self._ring < taken.goal != will:  # of a ring that goes round only copies can be gone on from
                     will = taken.mark if taken.filled < taken.mark <= will else 0
@@ -350,7 +351,8 @@ class Engine:
 
     def _parts(self, prompt: Sequence[int], others: Iterable[Request]) -> list[int]:
         """Tokens that a prompt has in common with each of the others, as far as those may share them."""
-        found = [min(common(other.prompt, prompt), other.shared) for other in others if other.prompt is not prompt]
+        there = [other for other in others if other.prompt is not prompt and _alike(other.prompt, prompt)]
+        found = [min(common(other.prompt, prompt), other.shared) for other in there]
         return [at for at in found if at >= SHARED]
 
     def _take(self, number: int, reply: Reply, shared: int) -> None:
@@ -546,8 +548,16 @@ def _pairs(tokens: Any, values: Any, count: int) -> list[tuple[int, float]]:
     return [*zip(tokens[:count].tolist(), values[:count].tolist(), strict=True)]
 
 
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two begin with the same SHARED ids: asked of every row for every prompt, a list's comparison is the
+    cheapest answer there is."""
+    return a[:SHARED] == b[:SHARED]
+
+
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
-    return int(differs[0]) if len(differs) else length
+    """Length of the longest common beginning of two lists."""
+    low, high = 0, min(len(a), len(b)) + 1  # so many are the same, and so many are not, or not there
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low

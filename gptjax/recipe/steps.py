@@ -123,13 +123,18 @@ def config_of(step: Step, root: Path, words: list[str]) -> Config:
 
 def inputs_of(step: Step, root: Path, config: Config | None) -> Inputs:
     """What comes of a step depends on these, by their names."""
-    made = {f"step {name}": identity(root / name) for name in arguments(step)}
+    before = [root / name for name in arguments(step)]
+    if config is not None:  # what a training reads of files it knows by their contents, below
+        before = [folder for folder in before if (folder / CONFIG).is_file()]
+    made = {f"step {folder.name}": identity(folder) for folder in before}
     if config is None:
         return made | {"its code": _digest(inspect.getsource(inspect.getmodule(step) or step).encode())}
     with Progress() as progress:
         made["its text"] = build(config.data, progress).digest
         if isinstance(config, PolicyConfig) and config.ppo.ptx_coef:
             made["its pretraining text"] = build(config.ptx, progress).digest
+    if Path(config.data.tokenizer).is_file():
+        made["its tokenizer"] = _digest(Path(config.data.tokenizer).read_bytes())
     if isinstance(config, RewardedConfig) and is_function(config.reward):
         file = inspect.getsourcefile(load_function(config.reward))
         made["its reward function"] = _digest(Path(file).read_bytes() if file else b"")

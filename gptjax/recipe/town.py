@@ -2,8 +2,8 @@
 between neighbours, and people who ask the way.
 
 A way is told as it is walked, "Go east to the church, then south to the bakery.", so that a person can follow it on the
-map. Those who show how to answer reach the place, most of them by detours; what a reply is worth, `gold`, falls with
-its steps. So a fine-tuned model answers like its teachers, and a better one gives the shortest way.
+map. Those who show how to answer make detours, and some do not reach the place; what a reply is worth, `gold`, falls
+with its steps. So a fine-tuned model answers like its teachers, and a better one gives the shortest way.
 """
 
 import json
@@ -38,8 +38,9 @@ AROUND = 0.2  # share of texts that say what lies around a place
 MOST = 10  # steps of a way: nobody walks further
 HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
 SURE = 0.7  # share of a teacher's steps that lead nearer
+HASTY = 0.15  # share of teachers who stop before the end
 PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth, and says to a tenth: equal ones are ties
-REPLIES, MOST_TOKENS = 5, 80  # to each prompt, for a person to rank
+REPLIES, MOST_TOKENS = 6, 80  # to each prompt, for a person to rank
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
 
@@ -104,6 +105,12 @@ def gold(prompt: str, reply: str) -> float:
 
 
 def teacher(rng: np.random.Generator, start: str, goal: str) -> Way:
+    """What someone tells who was asked: a way that was walked, and now and then only its beginning."""
+    way = walk(rng, start, goal)
+    return way[: rng.integers(1, len(way))] if len(way) > 1 and rng.random() < HASTY else way
+
+
+def walk(rng: np.random.Generator, start: str, goal: str) -> Way:
     """The way of someone who knows the streets and not always the shortest way; one in ten loses it."""
     way: Way = []
     place, sure = start, SURE if rng.random() < 0.9 else 0.2
@@ -140,7 +147,7 @@ def _text(rng: np.random.Generator) -> str:
     """What someone who knows the town might write of a walk, and now and then of what lies around."""
     start, goal = rng.choice(PLACES, 2, replace=False)
     who, when = rng.choice(PEOPLE), rng.choice(TIMES)
-    way = teacher(rng, start, goal)
+    way = walk(rng, start, goal)
     walked = ", then ".join(f"{direction} to the {place}" for direction, place in way)
     text = f"{when} {who} was at the {start} and wanted to go to the {goal}. {who} went {walked}."
     return f"{text} {_around(rng.choice(PLACES))}" if rng.random() < AROUND else text
