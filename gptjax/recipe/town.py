@@ -39,7 +39,7 @@ MOST = 10  # steps of a way: nobody walks further
 HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
 SURE = 0.7  # share of a teacher's steps that lead nearer
 HASTY = 0.15  # share of teachers who stop before the end
-PEOPLE_ERR = 0.08  # deviation of what a person thinks a reply is worth, and says to a tenth: equal ones are ties
+PEOPLE_ERR = 0.05  # deviation of what a person thinks a way is worth that arrives, and says to a tenth; others are 0
 REPLIES, MOST_TOKENS = 6, 80  # to each prompt, for a person to rank
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
@@ -192,9 +192,13 @@ def rankings(folder: Path, town: Path, sft: Path) -> None:
         for prompt, said in zip(prompts, said_to, strict=True):
             question = prompt[-1].content
             known = list(dict.fromkeys(text for text in said if text.strip()))
-            worth = [round(gold(question, text) + PEOPLE_ERR * rng.normal(), 1) for text in known]
-            order = sorted({*worth}, reverse=True)
+            worth = [_thought(rng, gold(question, text)) for text in known]
+            order = sorted({*worth}, reverse=True)  # equal ones are ties
             if len(order) > 1:
                 yield {"prompt": question, "replies": known, "ranks": [order.index(each) + 1 for each in worth]}
 
     _write(folder / "rankings.jsonl", rows())
+
+
+def _thought(rng: np.random.Generator, worth: float) -> float:
+    return round(worth + PEOPLE_ERR * rng.normal(), 1) if worth else 0.0
