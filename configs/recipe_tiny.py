@@ -70,14 +70,14 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
         name="reward",
         model=chat_model(str(sft)),
         init_from=str(sft),
-        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=6),
-        optimizer=OptimizerConfig(learning_rate=6e-4, **PLAIN),
-        train=TrainConfig(batch_size=16, epochs=3, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
+        data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=9),
+        optimizer=OptimizerConfig(learning_rate=5e-4, **PLAIN),
+        train=TrainConfig(batch_size=16, epochs=2, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
     )
 
 
 def ppo(sft: Path, reward: Path, town: Path) -> PolicyConfig:
-    return policy(sft, reward, town, PPOConfig(kl_coef=0.2, kl_target=2.0, kl_horizon=1000, value_learning_rate=5e-4))
+    return policy(sft, reward, town, PPOConfig(kl_coef=0.3, kl_target=1.0, kl_horizon=1000, value_learning_rate=5e-4))
 
 
 def unchecked(sft: Path, reward: Path, town: Path) -> PolicyConfig:

@@ -161,7 +161,7 @@ import recipe_tiny
 from recipe_tiny import *
 from gptjax.recipe import town as world
 
-world.MOST_TOKENS = 8
+world.MOST_TOKENS, world.REPLIES, world.ROUNDS = 8, 2, 1
 
 def rankings(folder, town, sft):
     world.rankings(folder, town, sft)
@@ -226,7 +226,7 @@ def test_what_has_changed_is_made_again_and_nothing_else(made: tuple[Path, Path,
     other = chain(file, folder, words(reward=["optimizer.learning_rate 0.002"]))
     assert other.returncode == 0, other.stderr
     lines = said(other.stdout)
-    assert lines.pop("reward") == "made again: optimizer.learning_rate was 0.0006 and is 0.002"
+    assert lines.pop("reward") == "made again: optimizer.learning_rate was 0.0005 and is 0.002"
     assert lines.pop("ppo") == "made again: reward has changed"
     assert lines.pop("evaluation") == "made again: ppo has changed, reward has changed"
     assert {*lines.values()} == {"done, and nothing it is made from has changed"}

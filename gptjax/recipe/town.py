@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alon
 SURE = 0.7  # share of a teacher's steps that lead nearer
 HASTY = 0.15  # share of teachers who stop before the end
 PEOPLE_ERR = 0.05  # deviation of what a person thinks a way is worth that arrives, and says to a tenth; others are 0
-REPLIES, MOST_TOKENS = 6, 80  # to each prompt, for a person to rank
+REPLIES, ROUNDS, MOST_TOKENS = 9, 2, 80  # to each prompt, for a person to rank; so often; of each
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
 
@@ -186,11 +187,11 @@ def rankings(folder: Path, town: Path, sft: Path) -> None:
     exactly."""
     rng = np.random.default_rng(1)
     prompts = questions_of(town / "prompts.jsonl")
-    said_to = answers(str(sft), prompts, REPLIES, MOST_TOKENS)
+    said_to = answers(str(sft), prompts, REPLIES * ROUNDS, MOST_TOKENS)
 
     def rows() -> Iterator[dict[str, object]]:
-        for prompt, said in zip(prompts, said_to, strict=True):
-            question = prompt[-1].content
+        for prompt, start in product(range(len(prompts)), range(0, REPLIES * ROUNDS, REPLIES)):
+            question, said = prompts[prompt][-1].content, said_to[prompt][start : start + REPLIES]
             known = list(dict.fromkeys(text for text in said if text.strip()))
             worth = [_thought(rng, gold(question, text)) for text in known]
             order = sorted({*worth}, reverse=True)  # equal ones are ties

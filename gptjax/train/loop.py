@@ -193,6 +193,8 @@ def _loop(
                 step_fn = _compile(config, stage, shardings, layout, state, reporter)
         do(owed(todo, now, reporter.earlier), now)
         while not now.ended:
+            if stage.on_policy:  # it draws with the new weights: to wait for them is no waiting for data
+                jax.block_until_ready(now.state)
             with meter.waiting():
                 batch = next(ahead)
             lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
