@@ -7,6 +7,7 @@ and so does the fine-tuned model; what it learns from rankings of its own replie
 learns without a price on leaving the fine-tuned model: its score rises while what the score stands for falls.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from gptjax.config import (
@@ -77,11 +78,11 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
 
 
 def ppo(sft: Path, reward: Path, town: Path) -> PolicyConfig:
-    return policy(sft, reward, town, PPOConfig(kl_coef=0.3, kl_target=1.0, kl_horizon=1000, value_learning_rate=5e-4))
+    return policy(sft, reward, town, PPOConfig(kl_coef=0.1, kl_target=1.5, kl_horizon=1000))
 
 
 def unchecked(sft: Path, reward: Path, town: Path) -> PolicyConfig:
-    return policy(sft, reward, town, PPOConfig(kl_coef=0.0, value_learning_rate=5e-4))
+    return policy(sft, reward, town, PPOConfig(kl_coef=0.0))
 
 
 def policy(sft: Path, reward: Path, town: Path, ppo: PPOConfig) -> PolicyConfig:
@@ -92,10 +93,10 @@ def policy(sft: Path, reward: Path, town: Path, ppo: PPOConfig) -> PolicyConfig:
         reward=str(reward),
         gold=GOLD,
         data=PromptConfig(source=str(town / "prompts.jsonl"), train_split="train", eval_split="train"),
-        ppo=ppo,
-        rollout=RolloutConfig(episodes=128, epochs=2, max_tokens=80, slots=128),
+        ppo=replace(ppo, value_warmup=5, value_learning_rate=1e-3),
+        rollout=RolloutConfig(episodes=128, epochs=4, max_tokens=80, slots=128),
         optimizer=OptimizerConfig(learning_rate=1e-4, final_ratio=1.0, b2=0.999, eps=1e-5, **PLAIN),
         train=TrainConfig(
-            batch_size=64, micro_batch_size=32, total_steps=40, log_interval=1, eval_batches=0, save_interval=10
+            batch_size=64, micro_batch_size=32, total_steps=35, log_interval=1, eval_batches=0, save_interval=10
         ),
     )

@@ -303,7 +303,7 @@ def reply_rows(count: int, seed: int = 0) -> tuple[Rollout, Judged, np.ndarray]:
 def test_rewards_and_advantages_are_those_of_loops_in_float64(how: PPOConfig, small: PolicyConfig) -> None:
     rollout, found, scores = reply_rows(16)
     beta = 0.17
-    rows, told = made(replace(small, ppo=how)).rows({"kl_coef": np.float32(beta)}, rollout, found, scores)
+    rows, told = made(replace(small, ppo=how)).rows({"kl_coef": np.float32(beta)}, rollout, found, scores, 0)
     each, kl = [], []
     for i in range(16):
         at = [t for t in range(T) if rollout.drawn.targets[i, t] != PADDING]
@@ -342,6 +342,18 @@ def test_rewards_and_advantages_are_those_of_loops_in_float64(how: PPOConfig, sm
     assert told["reward"] == pytest.approx(np.mean(final), rel=1e-6) and told["kl_coef"] == pytest.approx(beta)
     left = (returns - values)[said]
     assert told["explained_variance"] == pytest.approx(1 - left.var() / returns[said].var(), abs=1e-5)
+
+
+def test_a_policy_waits_for_its_value_model(small: PolicyConfig) -> None:
+    """No advantage, and so no gradient, before; the same as ever after."""
+    warm = made(replace(small, ppo=replace(small.ppo, value_warmup=2)))
+    about = {"kl_coef": np.float32(0.1)}, *reply_rows(16)
+    plain, _ = made(small).rows(*about, 0)
+    for iteration in range(4):
+        rows, _ = warm.rows(*about, iteration)
+        np.testing.assert_array_equal(rows.advantages, plain.advantages * (iteration >= 2))
+        assert rows.advantages.dtype == np.float32
+        np.testing.assert_array_equal(rows.returns, plain.returns)
 
 
 # A run
@@ -594,7 +606,7 @@ def test_a_group_is_the_replies_to_one_prompt_and_is_judged_alone(grouped: Group
     rollout.ended[8:12], scores[8:12] = True, 0.1
     for by_std in (True, False):
         stage = made(replace(grouped, grpo=GRPOConfig(group=4, missing_end=-1.25, scale_by_std=by_std)))
-        rows, told = stage.rows({}, rollout, found, scores)
+        rows, told = stage.rows({}, rollout, found, scores, 0)
         for at in range(0, 16, 4):
             worth = [float(scores[i]) if rollout.ended[i] else -1.25 for i in range(at, at + 4)]
             mean = sum(worth) / 4
@@ -614,7 +626,7 @@ def test_equal_rewards_teach_nothing(grouped: GroupPolicyConfig) -> None:
         config = replace(grouped, model=model, grpo=GRPOConfig(group=4, kl_coef=beta, missing_end=0.37))
         layout = one_device(config)
         stage = made(config, layout)
-        rows, _ = stage.rows({}, rollout, found, np.full_like(scores, 0.37))
+        rows, _ = stage.rows({}, rollout, found, np.full_like(scores, 0.37), 0)
         assert (rows.advantages == 0).all()
         state = init_state(config, stage, layout)
         before = jax.device_get(state.params)

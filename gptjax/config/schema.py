@@ -568,6 +568,9 @@ class PPOConfig:
     """How far from the old one a value still counts, in units of the score."""
     value_learning_rate: Annotated[float, Field(gt=0)] = 9e-6
     """Peak learning rate of the value model; its schedule is the policy's."""
+    value_warmup: Count = 0
+    """Iterations in which the value model alone learns: advantages by one that foretells nothing lead a policy astray
+    (see explained_variance)."""
     missing_end: float = -1.0
     """Score of a reply that has no end token."""
     unit_reward: bool = True

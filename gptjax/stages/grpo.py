@@ -52,7 +52,9 @@ class GRPO(OnPolicy):
         a, b = ((rng.normal(size=(2, *tokens.shape)) - 5) * (targets != PADDING)).astype(np.float32)
         return Compared(tokens, targets, a, b, rng.normal(size=lead).astype(np.float32))
 
-    def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Compared, dict[str, float]]:
+    def rows(
+        self, params: Any, made: Rollout, found: Judged, scores: np.ndarray, iteration: int
+    ) -> tuple[Compared, dict[str, float]]:
         c = self.config.grpo
         rewards = penalised(scores=jnp.asarray(scores), ended=jnp.asarray(made.ended), penalty=c.missing_end)
         groups = rewards.reshape(-1, c.group)

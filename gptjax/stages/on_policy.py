@@ -298,10 +298,12 @@ class OnPolicy(Assistant[Prompts]):
         watch.lap("judge_s")
         figures = self.figures(prompts, made, found, scores)
         self._require_same_policy(figures["gap"])
-        rows, more = self.rows(params, made, found, scores)
+        rows, more = self.rows(params, made, found, scores, start // self.config.rollout.episodes)
         return rows, figures | more | watch.seconds
 
-    def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Any, dict[str, float]]:
+    def rows(
+        self, params: Any, made: Rollout, found: Judged, scores: np.ndarray, iteration: int
+    ) -> tuple[Any, dict[str, float]]:
         """What is learned from, and what else is to be logged."""
         raise NotImplementedError
 

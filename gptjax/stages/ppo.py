@@ -153,7 +153,9 @@ class PPO(OnPolicy):
         ptx = Rows(text, np.roll(text, -1, -1)) if self.config.ppo.ptx_coef else None
         return Episodes(tokens, targets, a - 5, b, c, d, np.full(lead, self.config.ppo.kl_coef, np.float32), ptx)
 
-    def rows(self, params: Any, made: Rollout, found: Judged, scores: np.ndarray) -> tuple[Episodes, dict[str, float]]:
+    def rows(
+        self, params: Any, made: Rollout, found: Judged, scores: np.ndarray, iteration: int
+    ) -> tuple[Episodes, dict[str, float]]:
         c, beta, mask = self.config.ppo, float(params[KL_COEF]), made.drawn.targets != PADDING
         worth: Worth = jax.device_get(self._worth(found, scores, made.ended, mask, beta))
         kl, episodes = float(((found.logprobs - found.ref_logprobs) * mask).sum() / len(mask)), len(mask)
@@ -163,7 +165,7 @@ class PPO(OnPolicy):
             made.drawn.targets,
             found.logprobs,
             found.values * mask,
-            worth.advantages,
+            worth.advantages * (iteration >= c.value_warmup),  # no advantage, no gradient of the policy
             worth.returns,
             np.full(episodes, coef, np.float32),
         )
