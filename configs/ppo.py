@@ -4,8 +4,8 @@ gptjax train configs/ppo.py --init_from runs/sft --reward runs/reward --data.sou
 
 --reward FILE.py:NAME takes a Python function of prompt and reply in its place. Coefficient, clipping and one epoch are
 InstructGPT's (arXiv 2203.02155, appendix C), its 512 replies an iteration and its learning rates for 1.3B parameters
-and more. With --ppo.kl_target the coefficient follows the KL; with --ppo.ptx_coef 27.8 pretraining text (--ptx.source)
-is learned beside the replies.
+and more; the value model learns alone for 5 iterations. With --ppo.kl_target the coefficient follows the KL; with
+--ppo.ptx_coef 27.8 pretraining text (--ptx.source) is learned beside the replies.
 
 Compiled for cpu-1: 0.176 GB a device with a function; a reward model comes on top.
 """
@@ -23,7 +23,7 @@ def config(init_from: str = "runs/sft") -> PolicyConfig:
         init_from=init_from,
         reward="runs/reward",
         data=PromptConfig(source="prompts/*.jsonl"),
-        ppo=PPOConfig(kl_coef=0.02, value_learning_rate=1e-4),
+        ppo=PPOConfig(kl_coef=0.02, value_learning_rate=1e-4, value_warmup=5),
         rollout=RolloutConfig(episodes=128, max_tokens=64),
         optimizer=OptimizerConfig(learning_rate=3e-5, warmup_tokens=0, decay_tokens=0, weight_decay=0.0, eps=1e-5),
         train=TrainConfig(
