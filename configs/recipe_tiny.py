@@ -1,10 +1,10 @@
-"""ChatGPT's recipe in a small town, from text to a policy that rankings have taught: 2 CPU cores, half an hour.
+"""ChatGPT's recipe in a small town, from text to a policy that rankings have taught: 2 CPU cores, not timed whole.
 
 gptjax recipe configs/recipe_tiny.py
 
 The town and its people are made up (gptjax/recipe/town.py): they ask the way. Who shows how to answer makes detours,
-and so does the fine-tuned model; what it learns from rankings of its own replies is to go straight there. `unchecked`
-learns without a price on leaving the fine-tuned model: its score rises while what the score stands for falls.
+and so does the fine-tuned model; rankings of its own replies are to teach it to go straight there. So far its reward
+model can be fooled (see the README). `unchecked` learns without a price on leaving the fine-tuned model.
 """
 
 from dataclasses import replace

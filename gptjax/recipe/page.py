@@ -66,8 +66,8 @@ def _page(recipe: Recipe, root: Path, logs: dict[str, list[Record]]) -> str:
 <h2>What each stage made better</h2>
 <div class="wide">{_worth(found)}</div>
 <h2>The same questions</h2>
-<p class="soft">Drawn at temperature 1, the first of {_count(found)} replies to each question; chosen by nobody: the
-questions are every {max(1, len(found["questions"]) // SHOWN)}th of {len(found["questions"])}.</p>
+<p class="soft">Drawn at temperature 1, the first of {_count(found)} replies to each question. Chosen by nobody: these
+questions stand evenly among all {len(found["questions"])}.</p>
 <div class="wide">{_replies(found)}</div>
 <h2>Curves</h2>
 {"".join(pictures)}
@@ -192,7 +192,7 @@ def _overoptimisation(policies: dict[str, list[Record]]) -> Any:
     for axes, name in zip(every, ("score", "gold"), strict=True):
         for policy, rows in policies.items():
             axes.plot(*_curve(rows, "kl", name), "o-", ms=2.5, lw=0.8, label=policy)
-        axes.set(xlabel=POLICY["kl"], ylabel=POLICY[name], xscale="symlog")
+        axes.set(xlabel=POLICY["kl"], ylabel=POLICY[name])
         axes.legend(frameon=False)
     return figure
 
