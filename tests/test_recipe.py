@@ -162,6 +162,7 @@ from recipe_tiny import *
 from gptjax.recipe import town as world
 
 world.MOST_TOKENS, world.REPLIES, world.ROUNDS = 8, 2, 1
+world.gold = lambda prompt, reply: len(reply) / 9  # of ways that a model of this size tells none arrives
 
 def rankings(folder, town, sft):
     world.rankings(folder, town, sft)

@@ -8,14 +8,14 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.files import read_json, write_whole
+from gptjax.files import write_whole
 from gptjax.recipe import compare, page
 from gptjax.recipe.steps import (
     FOLDER,
+    NOTES,
     Comparison,
     Inputs,
     Recipe,
@@ -25,6 +25,7 @@ from gptjax.recipe.steps import (
     config_of,
     identity,
     inputs_of,
+    noted,
     todo,
     words_for,
     writes_files,
@@ -34,7 +35,7 @@ from gptjax.train.lock import RunLock
 from gptjax.train.processes import warn
 from gptjax.train.run import CONFIG, going_on, open_run
 
-NOTES, EVALUATION = "steps.json", "evaluation"
+EVALUATION = "evaluation"
 HALF = ".half"  # at the end of the name of a folder that is still written to
 
 
@@ -64,7 +65,7 @@ def run(recipe: Recipe, root: Path, words: list[str]) -> int:
 def _step(title: str, step: Step, root: Path, words: list[str]) -> int:
     config = None if writes_files(step) else config_of(step, root, words)
     inputs, folder = inputs_of(step, root, config), root / step.__name__
-    due = todo(_noted(root).get(step.__name__), inputs, (folder / CONFIG).is_file() if config else folder.is_dir())
+    due = todo(noted(root).get(step.__name__), inputs, (folder / CONFIG).is_file() if config else folder.is_dir())
     print(f"\n{title}: {due.why}", flush=True)
     if due.what == "skip":
         return 0
@@ -101,7 +102,7 @@ def _make(step: Step, root: Path) -> int:
 def _evaluate(title: str, asked: Comparison, root: Path) -> None:
     names = dict.fromkeys((*asked.models, *filter(None, [asked.reward])))
     inputs: Inputs = {f"step {name}": identity(root / name) for name in names} | {"questions": repr(asked)}
-    due = todo(_noted(root).get(EVALUATION), inputs, (root / EVALUATION).is_dir())
+    due = todo(noted(root).get(EVALUATION), inputs, (root / EVALUATION).is_dir())
     print(f"\n{title}: {due.why}", flush=True)
     if due.what != "skip":
         _note(root, EVALUATION, inputs, done=False)
@@ -109,11 +110,6 @@ def _evaluate(title: str, asked: Comparison, root: Path) -> None:
         _note(root, EVALUATION, inputs, done=True)
 
 
-def _noted(root: Path) -> dict[str, Any]:
-    path = root / NOTES
-    return read_json(path, "remove it: all steps are then made again") if path.is_file() else {}
-
-
 def _note(root: Path, name: str, inputs: Inputs, *, done: bool) -> None:
-    notes = _noted(root) | {name: {"inputs": inputs, "done": done}}
+    notes = noted(root) | {name: {"inputs": inputs, "done": done}}
     write_whole(root / NOTES, json.dumps(notes, indent=1).encode())

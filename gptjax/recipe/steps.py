@@ -19,6 +19,7 @@ from gptjax.config.load import made_by, override, pairs, told
 from gptjax.config.saved import get
 from gptjax.data.sources import build
 from gptjax.errors import UserError
+from gptjax.files import read_json
 from gptjax.stages.rewards import is_function, load_function
 from gptjax.terminal import Progress
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
@@ -27,7 +28,7 @@ from gptjax.train.run import CONFIG, open_run
 
 Step = Callable[..., Any]
 Inputs = dict[str, str]
-FOLDER = "folder"
+FOLDER, NOTES = "folder", "steps.json"
 MATTERS = ("total_tokens", "total_steps", "epochs", "eval_interval", "eval_batches", "keep_best")
 """Of a training's fields that a run which goes on may change, those that change which weights come of it."""
 
@@ -157,12 +158,19 @@ def _matters(leaf: Any) -> bool:
     return not free and leaf.name not in ("run", "data.source", "ptx.source")  # texts are known by their digests
 
 
+def noted(root: Path) -> dict[str, Any]:
+    """What each step was made from, and whether it is done."""
+    path = root / NOTES
+    return read_json(path, "remove it: all steps are then made again") if path.is_file() else {}
+
+
 def identity(folder: Path) -> str:
-    """What tells what is in a folder from anything else that could be there. Of a run its config and the steps that are
-    saved, of files their contents."""
+    """What tells what is in a folder from anything else that could be there. Of a run its config, what it was made from
+    and the steps that are saved, of files their contents."""
     if (folder / CONFIG).is_file():
         run, config = open_run(str(folder))
-        return _digest(json.dumps([saved_steps(run / CHECKPOINTS), _fields(config, folder.parent)]).encode())
+        before = noted(folder.parent).get(folder.name, {}).get("inputs")
+        return _digest(json.dumps([saved_steps(run / CHECKPOINTS), _fields(config, folder.parent), before]).encode())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _digest(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
 
