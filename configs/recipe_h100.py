@@ -19,7 +19,9 @@ TEXT = "text/*.jsonl"
 
 
 def recipe() -> Recipe:
-    asked = Comparison(("pretrain", "sft", "ppo"), "questions.jsonl", reward="reward", max_tokens=256)
+    asked = Comparison(
+        ("pretrain", "sft", "ppo"), str(Path("questions.jsonl").absolute()), reward="reward", max_tokens=256
+    )
     return Recipe("recipe_h100", (pretrain, sft, reward, ppo), asked)
 
 

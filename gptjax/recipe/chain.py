@@ -14,6 +14,7 @@ from gptjax.errors import UserError
 from gptjax.files import write_whole
 from gptjax.recipe import compare, page
 from gptjax.recipe.steps import (
+    EVALUATION,
     FOLDER,
     NOTES,
     Comparison,
@@ -35,7 +36,6 @@ from gptjax.train.lock import RunLock
 from gptjax.train.processes import warn
 from gptjax.train.run import CONFIG, going_on, open_run
 
-EVALUATION = "evaluation"
 HALF = ".half"  # at the end of the name of a folder that is still written to
 
 

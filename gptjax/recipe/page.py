@@ -4,15 +4,13 @@ which needs nothing else."""
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import UserError
 from gptjax.evaluate.page import STYLE
-from gptjax.files import write_whole
+from gptjax.files import read_json, write_whole
 from gptjax.recipe.compare import REPLIES
-from gptjax.recipe.steps import Recipe, writes_files
+from gptjax.recipe.steps import EVALUATION, Recipe, writes_files
 from gptjax.train.metrics import LOG, Record, read_log
 from gptjax.train.report import report
 
@@ -44,11 +42,8 @@ def write(recipe: Recipe, root: Path) -> Path:
 
 
 def _page(recipe: Recipe, root: Path, logs: dict[str, list[Record]]) -> str:
-    path = root / "evaluation" / REPLIES
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or cut short; remove {path.parent}, and it is made again") from error
+    folder = root / EVALUATION
+    found = read_json(folder / REPLIES, f"remove {folder}, and it is made again")
     policies = {name: rows for name, log in logs.items() if "kl" in (rows := _of(log, "train"))[-1]}
     others = {name: log for name, log in logs.items() if name not in policies}
     pictures = [_image("loss of each stage over its tokens", _losses(others))]

@@ -28,7 +28,7 @@ from gptjax.train.run import CONFIG, open_run
 
 Step = Callable[..., Any]
 Inputs = dict[str, str]
-FOLDER, NOTES = "folder", "steps.json"
+FOLDER, NOTES, EVALUATION = "folder", "steps.json", "evaluation"
 MATTERS = ("total_tokens", "total_steps", "epochs", "eval_interval", "eval_batches", "keep_best")
 """Of a training's fields that a run which goes on may change, those that change which weights come of it."""
 
