@@ -16,7 +16,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.engine import Engine, Request
 from gptjax.infer.look import Look, require_room
-from gptjax.infer.prepare import DTYPES, apart, prepared, unrolled
+from gptjax.infer.prepare import DTYPES, apart, held, unrolled
 from gptjax.infer.sampling import Sampling
 from gptjax.model.attention import Mask, visible
 from gptjax.model.gpt import GPT, Parallelism, forward, layer_mask
@@ -53,9 +53,8 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
     config = replace(config, layout=layout or config.layout)
     network = Network(config, jax.default_backend(), place)
     params = source.load(config.model, places(network.init, place))
-    finish = jax.jit(partial(prepared, weights=weights, dtype=network.plain_model.dtype))
     stage = kind(config, network.platform, place, kind.fit_tokenizer(config, tokenizer))
-    return Model(path, stage, finish(params), slots)
+    return Model(path, stage, held(params, weights, network.plain_model.dtype), slots)
 
 
 def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:

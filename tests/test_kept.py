@@ -1,5 +1,6 @@
 """Programs that are kept for another process: here another engine, whose own have not been traced."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +80,16 @@ def test_another_model_and_another_code_have_programs_of_their_own(
 def test_a_cache_that_cannot_be_written_is_none(folder: Path) -> None:
     folder.write_text("a file where the folder should be")
     assert engine().run([Request([1, 2, 3], 2, Sampling(0.0))])[0].reason == "length"
+
+
+def test_the_program_of_replies_is_read_beside_that_of_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, threads, read = answers(engine()), {}, kept._read
+
+    def told(path: Path, device: jax.Device) -> object:
+        assert path not in threads, "read twice"
+        threads[path] = threading.current_thread() is threading.main_thread()
+        return read(path, device)
+
+    monkeypatch.setattr(kept, "_read", told)
+    assert answers(engine()) == plain
+    assert list(threads.values()).count(False) == 1 < len(threads)

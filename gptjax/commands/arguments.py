@@ -9,7 +9,7 @@ import difflib
 import textwrap
 from typing import Annotated, Any, Protocol
 
-from gptjax.config.fields import described, explained, infos, parse, walk
+from gptjax.config.fields import described, docs, explained, infos, parse, walk
 from gptjax.config.fields import flag as as_flag
 from gptjax.config.schema import STAGES, Config
 from gptjax.errors import UserError
@@ -117,7 +117,7 @@ def _by_place(verb: str, cls: Any, places: list[str]) -> dict[str, Any]:
         elif left:
             values[name] = parse(info.annotation, left.pop(0), mark.metavar)
         if info.is_required() and not values.get(name):
-            raise UserError(f"gptjax {verb}: {mark.metavar} is missing: {' '.join((info.description or '').split())}")
+            raise UserError(f"gptjax {verb}: {mark.metavar} is missing: {docs(cls)[name]}")
     if left:
         raise UserError(f"{left[0]}: gptjax {verb} takes no such word; see its --help")
     return values

@@ -4,15 +4,20 @@ change them. One mechanism checks values from Python files, the command line and
 What it finds wrong becomes one line that names field, value and the nearest right one.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +37,7 @@ __all__ = [
     "Positive",
     "Seed",
     "described",
+    "docs",
     "every_leaf",
     "explain",
     "explained",
@@ -64,12 +70,8 @@ else:
 
     def frozen(cls: type) -> type:
         """A frozen dataclass with checked fields, each with its docstring below it, or in the class it is from."""
-        rules = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-        made = pydantic_dataclass(cls, frozen=True, config=rules)
-        for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):  # pydantic reads the class itself alone
-            for name, info in infos(base).items():
-                infos(made)[name].description = infos(made)[name].description or info.description
-        return made
+        rules = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+        return pydantic_dataclass(cls, frozen=True, config=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,12 @@ class Leaf:
     hint: Any
     default: Any
     """dataclasses.MISSING where a value must be given."""
-    doc: str
     metadata: tuple[Any, ...]
+    owner: type
+
+    @property
+    def doc(self) -> str:
+        return docs(self.owner)[self.name.rpartition(".")[2]]
 
     @property
     def on_resume(self) -> OnResume | None:
@@ -108,8 +114,30 @@ def every_leaf(cls: Any, prefix: str = "", inherited: tuple[Any, ...] = ()) -> I
             yield from every_leaf(info.annotation, f"{prefix}{name}.", tuple(info.metadata))
         else:
             default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
-            doc = " ".join((info.description or "").split())
-            yield Leaf(prefix + name, info.annotation, default, doc, (*info.metadata, *inherited))
+            yield Leaf(prefix + name, info.annotation, default, (*info.metadata, *inherited), cls)
+
+
+def docs(cls: type) -> dict[str, str]:
+    """The docstring below each field, of the class or of the one it is from, in one line; "" where there is none. Read
+    from the source when they are asked for: at each import that would be a tenth of a second."""
+    found = dict.fromkeys(infos(cls), "")
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        found |= _classes(base.__module__)[base.__name__]
+    return found
+
+
+@cache
+def _classes(module: str) -> dict[str, dict[str, str]]:
+    """What stands below the fields of each class of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: dict(_below_fields(node)) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def _below_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for pair in pairwise(node.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
 
 
 @contextmanager

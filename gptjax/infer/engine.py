@@ -160,7 +160,7 @@ class Engine:
         self._arrange: Callable[[Any], Any] | None = None
         if self._on_cpu and layout is None:
             model, self._arrange = for_cpu(model)
-        keep = self._arrange is not None
+        keep = self._unread = self._arrange is not None
         self.model, self.programs = model, Programs(model, rows, self.capacity, layout, keep)
         self._params = self._arranged(params)
         self._bias = self._allowed()
@@ -273,6 +273,9 @@ class Engine:
         until all prompts that have a row are in, since a step costs little more for many rows than for one."""
         with self._whole():
             self._admit()
+            if self._unread and self._taken:  # beside the program of prompts, a quarter of a second of the first answer
+                self._unread = False
+                self.programs.decode.read_ahead(self._params, self._state, *self._rows([*self._taken], 0))
             self._fill()
             self._admit()  # what waited for a prefix
             speaking = any(taken.reply.tokens for taken in self._taken.values())
@@ -467,15 +470,19 @@ class Engine:
         going = {number: taken for number, taken in self._taken.items() if taken.filled == taken.goal}
         if not going:
             return
-        longest = max(len(self._held[number]) for number in going) + self.steps
-        wanted, numbers = self._read(min(longest, self.capacity)), self._numbers(list(going))
-        self._state, drawn = self.programs.decode(self._params, self._state, numbers, self.steps, wanted)
+        longest = max(len(self._held[number]) for number in going)
+        numbers, *sizes = self._rows(list(going), longest)
+        self._state, drawn = self.programs.decode(self._params, self._state, numbers, *sizes)
         if not any(taken.reply.request.tops for taken in going.values()):
             drawn = drawn._replace(top_tokens=None, top_logprobs=None)
         drawn = jax.device_get(drawn)
         for i, (number, taken) in enumerate(going.items()):
             place = number if numbers is None else i
             self._take_in(number, taken, jax.tree.map(lambda x, place=place: x[:, place], drawn))
+
+    def _rows(self, going: list[int], longest: int) -> tuple[np.ndarray | None, int, int]:
+        """How rows are decoded of which the longest holds so many tokens: their numbers, steps, and slots to read."""
+        return self._numbers(going), self.steps, self._read(min(longest + self.steps, self.capacity))
 
     def _numbers(self, going: list[int]) -> np.ndarray | None:
         """Rows that a program decodes: on a CPU, where each costs, those that go, up to a power of two; elsewhere,

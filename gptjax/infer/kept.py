@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,23 +36,33 @@ class Kept:
         the arguments, the last ones, are numbers that make another program; rest: makes the named tuple."""
         self._jitted, self._about, self._statics, self._rest = jitted, about, statics, rest
         self._programs: dict[Any, Any] = {}
+        self._reading: dict[Any, Future[Any]] = {}
+
+    def read_ahead(self, *args: Any) -> None:
+        """Begin to read the program that a call with such arguments runs, beside what goes on until then: what takes
+        the time, linking it, keeps no other thread waiting."""
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        key, leaves = self._key(args)
+        if folder and key not in self._programs:
+            pool = ThreadPoolExecutor(1)
+            self._reading[key] = pool.submit(_read, self._path(folder, key, leaves), leaves[0].device)
+            pool.shutdown(wait=False)
 
     def __call__(self, params: Any, slots: Any, *rest: Any) -> tuple[Any, Any]:
         folder = jax.config.values["jax_compilation_cache_dir"]
         if not folder:
             made: tuple[Any, Any] = self._jitted(params, slots, *rest)
             return made
-        arrays, statics = rest[: -self._statics], rest[-self._statics :]
-        leaves, tree = jax.tree.flatten((params, slots, *arrays))
-        key = tree, statics, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        key, leaves = self._key((params, slots, *rest))
         first, (kept, form) = len(jax.tree.leaves(params)), jax.tree.flatten(slots)
         if key not in self._programs:
+            tree, statics, _ = key
 
             def program(*every: Any) -> list[Any]:
                 return jax.tree.leaves(self._jitted(*jax.tree.unflatten(tree, every), *statics))
 
             donated = tuple(range(first, first + len(kept)))
-            self._programs[key] = self._compiled(Path(folder), key, jax.jit(program, donate_argnums=donated), leaves)
+            self._programs[key] = self._compiled(folder, key, jax.jit(program, donate_argnums=donated), leaves)
         out = self._programs[key](*leaves)
         more = out[len(kept) :]
         return jax.tree.unflatten(form, out[: len(kept)]), self._rest(*more) if more else None
@@ -60,20 +71,34 @@ class Kept:
         """Programs so far, as a jit counts them."""
         return len(self._programs) or self._jitted._cache_size()
 
-    def _compiled(self, folder: Path, key: Any, jitted: Any, leaves: Any) -> Any:
-        """From its file, or compiled and put there. What cannot be read is made again; a cache that cannot be written
-        is none."""
-        device = leaves[0].device
-        about = [code_digest(), jax.__version__, *_machine(device), *self._about, *map(str, key)]
-        path = folder / FOLDER / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
-        with suppress(Exception):
-            program, ins, outs = pickle.loads(path.read_bytes())
-            return deserialize_and_load(program, ins, outs, execution_devices=[device])
+    def _key(self, args: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """What tells a program from others, and the arrays that it reads."""
+        arrays, statics = args[: -self._statics], args[-self._statics :]
+        leaves, tree = jax.tree.flatten(arrays)
+        return (tree, statics, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)), leaves
+
+    def _path(self, folder: str, key: Any, leaves: Any) -> Path:
+        about = [code_digest(), jax.__version__, *_machine(leaves[0].device), *self._about, *map(str, key)]
+        return Path(folder) / FOLDER / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:40]
+
+    def _compiled(self, folder: str, key: Any, jitted: Any, leaves: Any) -> Any:
+        """From its file, or compiled and put there. A cache that cannot be written is none."""
+        path, ahead = self._path(folder, key, leaves), self._reading.pop(key, None)
+        if found := ahead.result() if ahead else _read(path, leaves[0].device):
+            return found
         with _beside_the_cache():
             compiled = jitted.lower(*leaves).compile()
         with suppress(OSError, ValueError):  # the latter: a backend whose programs cannot be kept
             write_whole(path, pickle.dumps(serialize(compiled)))
         return compiled
+
+
+def _read(path: Path, device: Any) -> Any:
+    """The program of a file; None where there is none, or one that cannot be read, which is then made again."""
+    with suppress(Exception):
+        program, ins, outs = pickle.loads(path.read_bytes())
+        return deserialize_and_load(program, ins, outs, execution_devices=[device])
+    return None
 
 
 @contextmanager

@@ -38,7 +38,19 @@ def prepared(params: Any, weights: str, dtype: jnp.dtype) -> Any:
     and biases stay in float32. For a jit."""
     if weights == "int8":
         return quantised(params)
-    return jax.tree.map(partial(_narrowed, dtype=dtype if weights == "auto" else jnp.dtype(weights)), params)
+    return jax.tree.map(partial(_narrowed, dtype=_wanted(weights, dtype)), params)
+
+
+def held(params: Any, weights: str, dtype: jnp.dtype) -> Any:
+    """The same of arrays that are there; what is so already is left alone, where nothing would have to be compiled."""
+    matrices = {leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
+    if weights != "int8" and matrices == {_wanted(weights, dtype)}:
+        return params
+    return jax.jit(partial(prepared, weights=weights, dtype=dtype))(params)
+
+
+def _wanted(weights: str, dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(dtype if weights == "auto" else weights)
 
 
 def _narrowed(leaf: Array, dtype: jnp.dtype) -> Array:
