@@ -36,22 +36,22 @@ PLAIN = {"warmup_tokens": 0, "decay_tokens": 0, "weight_decay": 0.0}
 
 def recipe() -> Recipe:
     steps = (town, tokenizer, pretrain, sft, rankings, reward, ppo, unchecked)
-    asked = Comparison(("pretrain", "sft", "ppo"), "town/questions.jsonl", GOLD, "reward", max_tokens=80)
+    asked = Comparison(("pretrain", "sft", "ppo"), "town/questions.jsonl", GOLD, "reward", max_tokens=56)
     return Recipe("recipe_tiny", steps, asked)
 
 
 def tokenizer(folder: Path, town: Path) -> None:
     texts = ((town / name).read_text() for name in ("text.jsonl", "talks.jsonl"))
-    train_sentencepiece((line for text in texts for line in text.splitlines()), 384, folder / "tokenizer.model")
+    train_sentencepiece((line for text in texts for line in text.splitlines()), 512, folder / "tokenizer.model")
 
 
 def pretrain(town: Path, tokenizer: Path) -> Config:
     return Config(
         name="pretrain",
-        model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=128, vocab_size=384, scan_layers=False),
+        model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=96, vocab_size=512, scan_layers=False),
         data=DataConfig(source=str(town / "text.jsonl"), tokenizer=str(tokenizer / "tokenizer.model")),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_tokens=50_000, decay_tokens=0),
-        train=TrainConfig(batch_size=32, total_steps=600, log_interval=20, eval_interval=100, eval_batches=20),
+        train=TrainConfig(batch_size=32, total_steps=800, log_interval=20, eval_interval=100, eval_batches=20),
     )
 
 
@@ -73,7 +73,7 @@ def reward(sft: Path, rankings: Path) -> RewardConfig:
         init_from=str(sft),
         data=RankingConfig(source=str(rankings / "rankings.jsonl"), max_replies=9),
         optimizer=OptimizerConfig(learning_rate=5e-4, **PLAIN),
-        train=TrainConfig(batch_size=16, epochs=2, log_interval=5, eval_interval=20, eval_batches=-1, keep_best=True),
+        train=TrainConfig(batch_size=4, epochs=2, log_interval=20, eval_interval=100, eval_batches=-1, keep_best=True),
     )
 
 
@@ -94,7 +94,7 @@ def policy(sft: Path, reward: Path, town: Path, ppo: PPOConfig) -> PolicyConfig:
         gold=GOLD,
         data=PromptConfig(source=str(town / "prompts.jsonl"), train_split="train", eval_split="train"),
         ppo=replace(ppo, value_warmup=5, value_learning_rate=1e-3),
-        rollout=RolloutConfig(episodes=128, epochs=4, max_tokens=80, slots=128),
+        rollout=RolloutConfig(episodes=128, epochs=4, max_tokens=56, slots=128),
         optimizer=OptimizerConfig(learning_rate=1e-4, final_ratio=1.0, b2=0.999, eps=1e-5, **PLAIN),
         train=TrainConfig(
             batch_size=64, micro_batch_size=32, total_steps=35, log_interval=1, eval_batches=0, save_interval=10

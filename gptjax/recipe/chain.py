@@ -7,6 +7,8 @@ FOLDER/steps.json notes what each step was made from, and whether it is done.
 import json
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gptjax.config import Config
@@ -24,9 +26,11 @@ from gptjax.recipe.steps import (
     Todo,
     arguments,
     config_of,
+    digest_of,
     identity,
     inputs_of,
     noted,
+    source_of,
     todo,
     words_for,
     writes_files,
@@ -65,14 +69,22 @@ def run(recipe: Recipe, root: Path, words: list[str]) -> int:
 def _step(title: str, step: Step, root: Path, words: list[str]) -> int:
     config = None if writes_files(step) else config_of(step, root, words)
     inputs, folder = inputs_of(step, root, config), root / step.__name__
-    due = todo(noted(root).get(step.__name__), inputs, (folder / CONFIG).is_file() if config else folder.is_dir())
+    there = (folder / CONFIG).is_file() if config else folder.is_dir()
+    work = partial(_train, config, folder) if config else partial(_make, step, root)
+    return _do(title, root / step.__name__, inputs, there, work)
+
+
+def _do(title: str, folder: Path, inputs: Inputs, there: bool, work: Callable[[Todo], int]) -> int:
+    """What is to become of a folder is said, done and noted; returns the exit status."""
+    root, name = folder.parent, folder.name
+    due = todo(noted(root).get(name), inputs, there)
     print(f"\n{title}: {due.why}", flush=True)
     if due.what == "skip":
         return 0
-    _note(root, step.__name__, inputs, done=False)
-    status = _train(config, folder, due) if config else _make(step, root)
+    _note(root, name, inputs, done=False)
+    status = work(due)
     if not status:
-        _note(root, step.__name__, inputs, done=True)
+        _note(root, name, inputs, done=True)
     return status
 
 
@@ -83,7 +95,7 @@ def _train(config: Config, folder: Path, due: Todo) -> int:
     return train(going_on(saved, config, path)[0], Resumed(path, saved))
 
 
-def _make(step: Step, root: Path) -> int:
+def _make(step: Step, root: Path, due: Todo) -> int:
     """Files are written beside, and get their name when all of them are there."""
     folder, half = root / step.__name__, root / (step.__name__ + HALF)
     shutil.rmtree(half, ignore_errors=True)
@@ -101,13 +113,16 @@ def _make(step: Step, root: Path) -> int:
 
 def _evaluate(title: str, asked: Comparison, root: Path) -> None:
     names = dict.fromkeys((*asked.models, *filter(None, [asked.reward])))
-    inputs: Inputs = {f"step {name}": identity(root / name) for name in names} | {"questions": repr(asked)}
-    due = todo(noted(root).get(EVALUATION), inputs, (root / EVALUATION).is_dir())
-    print(f"\n{title}: {due.why}", flush=True)
-    if due.what != "skip":
-        _note(root, EVALUATION, inputs, done=False)
+    inputs: Inputs = {f"step {name}": identity(root / name) for name in names} | {"comparison": repr(asked)}
+    inputs["its questions"] = digest_of(root / asked.questions)
+    if asked.gold:
+        inputs["its gold function"] = digest_of(source_of(asked.gold))
+
+    def work(_: Todo) -> int:
         compare.write(asked, root, root / EVALUATION)
-        _note(root, EVALUATION, inputs, done=True)
+        return 0
+
+    _do(title, root / EVALUATION, inputs, (root / EVALUATION).is_dir(), work)
 
 
 def _note(root: Path, name: str, inputs: Inputs, *, done: bool) -> None:

@@ -135,10 +135,9 @@ def inputs_of(step: Step, root: Path, config: Config | None) -> Inputs:
         if isinstance(config, PolicyConfig) and config.ppo.ptx_coef:
             made["its pretraining text"] = build(config.ptx, progress).digest
     if Path(config.data.tokenizer).is_file():
-        made["its tokenizer"] = _digest(Path(config.data.tokenizer).read_bytes())
+        made["its tokenizer"] = digest_of(Path(config.data.tokenizer))
     if isinstance(config, RewardedConfig) and is_function(config.reward):
-        file = inspect.getsourcefile(load_function(config.reward))
-        made["its reward function"] = _digest(Path(file).read_bytes() if file else b"")
+        made["its reward function"] = digest_of(source_of(config.reward))
     return made | _fields(config, root)
 
 
@@ -173,6 +172,16 @@ def identity(folder: Path) -> str:
         return _digest(json.dumps([saved_steps(run / CHECKPOINTS), _fields(config, folder.parent), before]).encode())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _digest(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
+
+
+def source_of(function: str) -> Path:
+    """The file of a reward function, FILE.py:NAME or MODULE:NAME."""
+    return Path(inspect.getsourcefile(load_function(function)) or "")
+
+
+def digest_of(file: Path) -> str:
+    """What tells the contents of a file from others; those of one that cannot be read are none."""
+    return _digest(file.read_bytes() if file.is_file() else b"")
 
 
 def _digest(*parts: bytes) -> str:

@@ -36,12 +36,12 @@ QUESTIONS = (
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
 TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
 AROUND = 0.2  # share of texts that say what lies around a place
-MOST = 10  # steps of a way: nobody walks further
+MOST = 8  # steps of a way: nobody walks further
 HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
-SURE = 0.7  # share of a teacher's steps that lead nearer
-HASTY = 0.15  # share of teachers who stop before the end
+SURE = 0.75  # share of a teacher's steps that lead nearer
+HASTY = 0.3  # share of teachers who stop before the end
 PEOPLE_ERR = 0.05  # deviation of what a person thinks a way is worth that arrives, and says to a tenth; others are 0
-REPLIES, ROUNDS, MOST_TOKENS = 9, 2, 80  # to each prompt, for a person to rank; so often; of each
+REPLIES, ROUNDS, MOST_TOKENS = 9, 2, 56  # to each prompt, for a person to rank; so often; of each
 
 Way = list[tuple[str, str]]  # (direction, place that it leads to)
 
