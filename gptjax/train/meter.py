@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,17 @@ OWN = {"loss", "grad_norm", "skipped", "bad_streak"}  # of every step; what else
 Read = tuple[float, dict[str, float]]
 """What a step's metrics are, and the seconds of the clock when they were there."""
 BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
+
+
+class Queued(NamedTuple):
+    """A step that is on the devices, or was when it was queued."""
+
+    position: Position
+    lr: float
+    waited: float
+    """Seconds for data until then, of all steps."""
+    metrics: Metrics
+    read: Future[Read]
 
 
 class Clock:
@@ -61,7 +72,7 @@ class Meter:
         self, config: Config, run: Path, reporter: Reporter, clock: Clock, position: Position, flops_per_token: float
     ):
         self._config, self._run, self._reporter, self._clock = config, run, reporter, clock
-        self._queue: deque[tuple[Position, float, float, Metrics, Future[Read]]] = deque()
+        self._queue: deque[Queued] = deque()
         self._reader = ThreadPoolExecutor(1, "metrics")
         self._window: list[dict[str, float]] = []
         self._due: set[int] = set()
@@ -77,13 +88,13 @@ class Meter:
         """For data. It counts where the devices have no step left to do: a batch that comes before has cost nothing."""
         before = time.perf_counter()
         yield
-        last: Any = self._queue[-1][3]["loss"] if self._queue else None
+        last: Any = self._queue[-1].metrics["loss"] if self._queue else None
         if last is None or last.is_ready():
             self._waited += time.perf_counter() - before
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
         """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
-        self._queue.append((position, lr, self._waited, metrics, self._reader.submit(self._fetch, metrics)))
+        self._queue.append(Queued(position, lr, self._waited, metrics, self._reader.submit(self._fetch, metrics)))
         if len(self._queue) > BEHIND:
             self._read()
 
@@ -97,13 +108,13 @@ class Meter:
             self._read()
 
     def _read(self) -> None:
-        position, lr, waited, _, read = self._queue.popleft()
-        seconds, values = read.result()
+        step = self._queue.popleft()
+        seconds, values = step.read.result()
         self._window.append(values)
-        reason = gone_bad(self._config, self._window[-1], position.step, self._total_steps)
-        if reason or position.step in self._due:
-            self._due.discard(position.step)
-            self._emit(position, lr, waited, seconds)
+        reason = gone_bad(self._config, self._window[-1], step.position.step, self._total_steps)
+        if reason or step.position.step in self._due:
+            self._due.discard(step.position.step)
+            self._emit(step.position, step.lr, step.waited, seconds)
         if reason:
             raise UserError(
                 f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
