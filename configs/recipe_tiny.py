@@ -48,10 +48,10 @@ def tokenizer(folder: Path, town: Path) -> None:
 def pretrain(town: Path, tokenizer: Path) -> Config:
     return Config(
         name="pretrain",
-        model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=96, vocab_size=512, scan_layers=False),
+        model=ModelConfig(num_layers=3, num_heads=4, embed_dim=96, seq_len=128, vocab_size=512, scan_layers=False),
         data=DataConfig(source=str(town / "text.jsonl"), tokenizer=str(tokenizer / "tokenizer.model")),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_tokens=50_000, decay_tokens=0),
-        train=TrainConfig(batch_size=32, total_steps=800, log_interval=20, eval_interval=100, eval_batches=20),
+        train=TrainConfig(batch_size=32, total_steps=1000, log_interval=20, eval_interval=100, eval_batches=20),
     )
 
 

@@ -73,12 +73,20 @@ def test_a_way_that_is_none_is_worth_nothing(reply: str) -> None:
     assert town.gold("Hello!", "Go east to the church.") == 0
 
 
+def test_what_lies_beside_a_place_is_right_or_wrong() -> None:
+    assert town.gold("What is east of the mill?", "The church is east of the mill.") == 1
+    assert town.gold("What is east of the mill?", "The market is east of the mill.") == 0
+    assert town.gold("What is north of the mill?", "No street goes north from there.") == 1
+    assert town.gold("What is south of the church?", "No street goes south from there.") == 1  # it is closed
+    assert town.gold("What is east of the mill?", "Go east to the church.") == 0
+
+
 def test_no_talk_is_about_what_is_asked_in_the_end(tmp_path: Path) -> None:
     town.town(tmp_path)
     read = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
     held_out = {town.asked(row["prompt"]) for row in read["questions.jsonl"]}
     taught = {town.asked(turn["content"]) for row in read["talks.jsonl"] for turn in row["messages"][::2]}
-    assert len(held_out) == 30 and not held_out & taught
+    assert len(held_out) == 30 + 8 and not held_out & taught
     assert not held_out & {town.asked(row["prompt"]) for row in read["prompts.jsonl"]}
 
 

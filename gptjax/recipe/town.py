@@ -1,5 +1,5 @@
 """A town small enough for two CPU cores, in which what a reply is worth can be computed: sixteen places, streets
-between neighbours, and people who ask the way.
+between neighbours, and people who ask the way, or what lies next to a place.
 
 A way is told as it is walked, "Go east to the church, then south to the bakery.", so that a person can follow it on the
 map. Those who show how to answer make detours, and some do not reach the place; what a reply is worth, `gold`, falls
@@ -9,7 +9,7 @@ with its steps. So a fine-tuned model answers like its teachers, and a better on
 import json
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -33,11 +33,12 @@ QUESTIONS = (
     "Which way is it from the {} to the {}?",
     "I am at the {}. How do I get to the {}?",
 )
+BESIDE = "What is {} of the {}?"
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
 TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
-AROUND = 0.2  # share of texts that say what lies around a place
+AROUND = 0.2  # share of texts that say what lies around a place, and of talks that ask it
 MOST = 8  # steps of a way: nobody walks further
-HELD_OUT = 8  # one pair of places of so many is asked in `questions.jsonl` alone
+HELD_OUT = 8  # one question of so many is asked in `questions.jsonl` alone
 SURE = 0.75  # share of a teacher's steps that lead nearer
 HASTY = 0.3  # share of teachers who stop before the end
 PEOPLE_ERR = 0.05  # deviation of what a person thinks a way is worth that arrives, and says to a tenth; others are 0
@@ -85,16 +86,24 @@ def steps_of(text: str) -> Way | None:
     return re.findall(r"(\w+) to the (\w+)", text)
 
 
+def beside(direction: str, place: str) -> str:
+    """What lies there, in words."""
+    other = streets()[place].get(direction)
+    return f"The {other} is {direction} of the {place}." if other else f"No street goes {direction} from there."
+
+
 def asked(prompt: str) -> tuple[str, str] | None:
-    """From where to where; None for a prompt that asks no way."""
-    named = [word for word in re.findall(r"\w+", prompt) if word in PLACES]
+    """From where to where, or in which direction from where; None for a prompt that asks neither."""
+    named = [word for word in re.findall(r"\w+", prompt) if word in PLACES or word in COMPASS]
     return (named[0], named[1]) if len(named) == 2 else None
 
 
 def gold(prompt: str, reply: str) -> float:
-    """What a reply is worth, in [0, 1]: 0 where it leaves the streets or ends elsewhere, else the steps of the shortest
-    way as a share of its own."""
+    """What a reply is worth, in [0, 1]: of a way 0 where it leaves the streets or ends elsewhere, else the steps of the
+    shortest as a share of its own; what lies beside a place is right or wrong."""
     ends, way = asked(prompt), steps_of(reply)
+    if ends and prompt == BESIDE.format(*ends):
+        return float(reply.strip() == beside(*ends))
     if ends is None or way is None:
         return 0.0
     place, goal = ends
@@ -124,20 +133,26 @@ def walk(rng: np.random.Generator, start: str, goal: str) -> Way:
     return way
 
 
-def _pairs(held_out: bool) -> list[tuple[str, str]]:
-    """Ordered pairs of places; whether one is held out depends on it alone."""
-    every = [(a, b) for a in PLACES for b in PLACES if a != b]
+def _pairs(firsts: Iterable[str], held_out: bool) -> list[tuple[str, str]]:
+    """What may be asked: ordered pairs of one of `firsts` and a place. Whether one is held out depends on it alone."""
+    every = [(a, b) for a in firsts for b in PLACES if a != b]
     return [pair for number, pair in enumerate(every) if (number * 7 % HELD_OUT == 0) == held_out]
 
 
+def _questions(held_out: bool) -> Iterator[dict[str, object]]:
+    every = [form.format(*pair) for form in QUESTIONS for pair in _pairs(PLACES, held_out)]
+    every += [BESIDE.format(*pair) for pair in _pairs(COMPASS, held_out)]
+    return ({"prompt": each} for each in every)
+
+
 def town(folder: Path) -> None:
-    """text.jsonl to pretrain on, talks.jsonl to fine-tune on, what is asked, prompts.jsonl, and questions.jsonl about
-    pairs of places of which no talk was."""
+    """text.jsonl to pretrain on, talks.jsonl to fine-tune on, what is asked, prompts.jsonl, and questions.jsonl that no
+    talk answers."""
     rng = np.random.default_rng(0)
     _write(folder / "text.jsonl", ({"text": _text(rng)} for _ in range(20_000)))
-    _write(folder / "talks.jsonl", ({"messages": _talk(rng)} for _ in range(6000)))
-    for name, held_out in (("prompts.jsonl", False), ("questions.jsonl", True)):
-        _write(folder / name, ({"prompt": form.format(*pair)} for form in QUESTIONS for pair in _pairs(held_out)))
+    _write(folder / "talks.jsonl", ({"messages": _talk(rng)} for _ in range(8000)))
+    _write(folder / "prompts.jsonl", _questions(held_out=False))
+    _write(folder / "questions.jsonl", _questions(held_out=True))
 
 
 def _write(path: Path, rows: Iterator[dict[str, object]]) -> None:
@@ -155,7 +170,7 @@ def _text(rng: np.random.Generator) -> str:
 
 
 def _around(place: str) -> str:
-    return " ".join(f"The {other} is {direction} of the {place}." for direction, other in streets()[place].items())
+    return " ".join(beside(direction, place) for direction in streets()[place])
 
 
 def _talk(rng: np.random.Generator) -> list[dict[str, str]]:
@@ -168,15 +183,12 @@ def _talk(rng: np.random.Generator) -> list[dict[str, str]]:
     kind = rng.random()
     if kind < 0.15:
         said(rng.choice(["Hello!", "Good morning!", "Hi."]), "Hello! Where are you, and where do you want to go?")
-    if kind < 0.85:
-        pairs = _pairs(held_out=False)
-        start, goal = pairs[rng.integers(len(pairs))]
-        said(rng.choice(QUESTIONS).format(start, goal), told(teacher(rng, start, goal)))
+    pairs = _pairs(PLACES if kind < 1 - AROUND else COMPASS, held_out=False)
+    pair = pairs[rng.integers(len(pairs))]
+    if kind < 1 - AROUND:
+        said(rng.choice(QUESTIONS).format(*pair), told(teacher(rng, *pair)))
     else:
-        place, direction = rng.choice(PLACES), rng.choice([*COMPASS])
-        other = streets()[place].get(direction)
-        is_there = f"The {other} is {direction} of the {place}."
-        said(f"What is {direction} of the {place}?", is_there if other else f"No street goes {direction} from there.")
+        said(BESIDE.format(*pair), beside(*pair))
     if rng.random() < 0.1:
         said(rng.choice(["Thank you!", "Thanks."]), "You are welcome. Have a good walk!")
     return talk

@@ -17,6 +17,7 @@ LOG = "log.jsonl"
 Record = dict[str, Any]
 """kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
 over all starts."""
+TOLD = ("score", "gold", "kl", "length")  # where a stage has them, beside its loss, which says little there
 
 
 class Reporter:
@@ -63,7 +64,8 @@ class Reporter:
         self.record("train", step, tokens=tokens, seconds=seconds, **values)
         if not self._active:
             return
-        text = f"step {step}  loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tok/s"
+        told = "".join(f"  {name} {values[name]:.2f}" for name in TOLD if name in values)
+        text = f"step {step}  loss {values['loss']:.4f}{told}  {values['tokens_per_s']:,.0f} tok/s"
         text += f"  mfu {values['mfu']:.1%}" if values.get("mfu") else ""
         text += f"  waits for data {values['data_wait']:.0%}" if values.get("data_wait", 0) >= 0.01 else ""
         text += f"  skipped {values['skipped']}" if values.get("skipped") else ""
