@@ -12,6 +12,7 @@ import numpy as np
 
 from gptjax.config import Config, LayoutConfig, TrainConfig
 from gptjax.data.chat import is_chat, require_no_other
+from gptjax.data.infill import infill_prompt
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.engine import Engine, Request
@@ -101,10 +102,18 @@ class Model:
             network.decoder, self.params, slots=self.slots, tokenizer=self.tokenizer, layout=self.stage.layout
         )
 
+    def prompt(self, text: str, suffix: str | None = None) -> list[int]:
+        """The ids of a text that is continued, or, by a model that has learned conversations, answered; with a suffix
+        those after which a model that has learned it writes what stands between the two."""
+        ids = self.stage.prompt(text) if suffix is None else infill_prompt(self.tokenizer, text, suffix)
+        found: list[int] = ids.tolist()
+        return found
+
     def request(self, prompt: str | Sequence[int], seed: int = 0, sample: int = 0, **how: Any) -> Request:
-        """A prompt as a request. A text is continued, or, by a model that has learned conversations, answered; token
-        ids are taken as they are. `how` as for `generate`."""
-        ids = self.stage.prompt(prompt).tolist() if isinstance(prompt, str) else [int(i) for i in prompt]
+        """A prompt as a request: a text as `prompt` reads it; token ids are taken as they are. `how` as for
+        `generate`."""
+        suffix = how.pop("suffix", None)
+        ids = self.prompt(prompt, suffix) if isinstance(prompt, str) else [int(i) for i in prompt]
         own = {
             name: how.pop(name) for name in ("max_tokens", "stop", "tops", "prompt_logprobs", "drawn") if name in how
         }
@@ -117,8 +126,9 @@ class Model:
         """The text that follows a prompt, or of several prompts (a list of texts or of token ids) a list of texts.
 
         max_tokens, 16 unless given; stop, a string or several; temperature (1; 0 takes the likeliest), top_k, top_p,
-        min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias. The same seed gives the same text,
-        whatever is asked beside it. Raises UserError for a prompt or a value that cannot be.
+        min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias; suffix, a text that it ends before,
+        of a model that has learned to fill in. The same seed gives the same text, whatever is asked beside it. Raises
+        UserError for a prompt or a value that cannot be.
         """
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
         prompts = [prompt] if one else prompt

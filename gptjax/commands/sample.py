@@ -28,6 +28,8 @@ class Command:
     An empty one starts a text of its own."""
     file: str = ""
     """A file with a prompt a line, or - for standard input, whole."""
+    suffix: str = ""
+    """What the text ends before, of a model that has learned to fill in (data.fim_rate)."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
     """Divides the logits; 0 takes the likeliest token."""
     top_k: Annotated[int, Field(ge=-1)] = 0
@@ -57,6 +59,8 @@ class Command:
 
     def run(self) -> None:
         """Print each prompt with its continuations, as they come."""
+        if self.roll and self.suffix:
+            raise UserError("--roll and --suffix: give one of them; what is filled in stands within one context")
         prompts = self._prompts()
         from gptjax import api
 
@@ -86,6 +90,7 @@ class Command:
             print("\n---\n" * (i > 0) + model.stage.shown(rolling.prompt, ""), end="", flush=True)
             for piece in rolling.pieces(going):
                 print(piece, end="", flush=True)
+            print(self.suffix, end="")
         print()
 
     def _lines(self, model: "Model", asked: list[tuple[str, int]]) -> None:
@@ -100,7 +105,7 @@ class Rolling:
     def __init__(self, model: "Model", prompt: str, sample: int, how: Command) -> None:
         self.model, self.prompt, self.how, self.sample = model, prompt, how, sample
         self.parts: list[Reply] = []
-        self._go_on(model.stage.prompt(prompt).tolist(), how.tokens)
+        self._go_on(model.prompt(prompt, how.suffix or None), how.tokens)
 
     def _go_on(self, ids: list[int], tokens: int) -> None:
         if self.how.roll and len(ids) >= self.model.context:

@@ -138,6 +138,9 @@ class DataConfig(SourceConfig):
     lanes: Positive = 1
     """Independent packed streams that fill a batch side by side; divides the micro-batch. A
     process reads only the lanes of its rows."""
+    fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of documents that are learned with their middle last, half of them in each of the orders PSM and SPM, so
+    that the model can fill in between two texts (arXiv 2207.14255); three more ids of model.vocab_size. 0 is none."""
 
 
 @frozen
@@ -598,7 +601,13 @@ class PolicyConfig(RewardedConfig):
     """Proximal policy optimisation (PPO, arXiv 1707.06347) with a value model beside the policy."""
 
     stage: ClassVar[str] = "ppo"
-    unused: ClassVar[tuple[str, ...]] = (*RewardedConfig.unused, "ptx.tokenizer", "ptx.eval_split", "ptx.lanes")
+    unused: ClassVar[tuple[str, ...]] = (
+        *RewardedConfig.unused,
+        "ptx.tokenizer",
+        "ptx.eval_split",
+        "ptx.lanes",
+        "ptx.fim_rate",
+    )
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
     ptx: PretrainingConfig = field(default_factory=PretrainingConfig)

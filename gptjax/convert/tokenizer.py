@@ -9,7 +9,7 @@ from gptjax.data.tokenizers import SPECIALS, Tokenizer
 from gptjax.data.tokenizers.byte_level import PAIRS, byte_names, byte_pairs
 from gptjax.data.tokenizers.huggingface import CONFIG, RULES, rules_of
 from gptjax.data.tokenizers.sentencepiece import FILE as SENTENCEPIECE
-from gptjax.data.tokenizers.tokenizer import TEMPLATE
+from gptjax.data.tokenizers.tokenizer import INFILL, TEMPLATE
 
 
 def tokenizer_spec(folder: Path) -> str:
@@ -60,7 +60,7 @@ def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path)
     they are to be used, those that it has itself are named too: its vocabulary may have one that no file calls special.
     """
     first = 0 if is_chat(tokenizer) else tokenizer.own_size
-    ours = [name for name in SPECIALS if special.get(name, -1) >= first]
+    ours = [name for name in (*SPECIALS, *INFILL) if special.get(name, -1) >= first]
     if not ours:
         return
     made_by = "PreTrainedTokenizerFast" if RULES in tokenizer.files else "GPT2Tokenizer"

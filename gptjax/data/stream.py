@@ -7,6 +7,7 @@
   on, so that documents stay apart, but no target, for the document does not end there.
 - Row r of a micro-batch of b rows belongs to lane r // (b / lanes), so a process that holds some of the
   rows runs only the lanes they touch, and the sequence is the same for any number of processes.
+- With `fim_rate` such a share of documents, drawn anew in each epoch, has its middle last (see `infill`).
 - A lane's position is one integer, so a stream resumes anywhere, on any number of processes.
 """
 
@@ -20,6 +21,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from gptjax.data.infill import rearranged
 from gptjax.data.reading import Reader
 from gptjax.data.rows import CUT, PADDING, Rows, next_token
 from gptjax.data.store import Record
@@ -60,6 +62,7 @@ class TokenStream:
         separate: bool = False,
         threads: int = 1,
         positions: Sequence[int] | None = None,
+        fim_rate: float = 0.0,
     ):
         require_one_row(source, tokenizer, seq_len)
         if micro_batch % lanes:
@@ -80,9 +83,13 @@ class TokenStream:
         def reader(lane: int) -> Reader:
             number_of = order(len(source), seed, lane, lanes)
 
+            def made(place: int, record: Record) -> np.ndarray:
+                rng = np.random.default_rng((seed or 0, lane, place)) if fim_rate and record.last else None
+                return _encode(record, tokenizer, apart, rng if rng and rng.random() < fim_rate else None)
+
             def make(places: range) -> list[np.ndarray]:
                 records = [source[number] for number in [number_of(place) for place in places]]
-                return [_encode(record, tokenizer, apart) for record in records]
+                return [made(place, record) for place, record in zip(places, records, strict=True)]
 
             return Reader(make, start[lane] >> 32, None, self._pool, -(-2 * threads // len(run)))
 
@@ -262,9 +269,10 @@ def _pool(threads: int) -> ThreadPoolExecutor | None:
     return ThreadPoolExecutor(threads, "tokens") if threads > 1 else None
 
 
-def _encode(record: Record, tokenizer: Tokenizer, apart: bool) -> np.ndarray:
-    """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document."""
-    tokens = tokenizer.encode(record.text)
+def _encode(record: Record, tokenizer: Tokenizer, apart: bool, rng: np.random.Generator | None = None) -> np.ndarray:
+    """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document, `rng` draws where
+    its middle is, which then comes last."""
+    tokens = rearranged(record.text, tokenizer, rng) if rng else tokenizer.encode(record.text)
     if record.last or ((apart or record.cut) and len(tokens)):
         text, tokens = tokens, np.empty(len(tokens) + 1, np.int32)
         tokens[:-1], tokens[-1] = text, tokenizer.eot if record.last else CUT - tokenizer.eot

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax.config import Config
 from gptjax.data.rows import Rows, next_token
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers.tokenizer import INFILL
+from gptjax.errors import UserError
 from gptjax.model.loss import IGNORED, log_probs
 from gptjax.stages.next_token import NextToken
 
@@ -21,6 +25,20 @@ class Pretrain(NextToken):
 
     grows = False
     example_prompt = "def "
+
+    @classmethod
+    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
+        if not config.data.fim_rate:
+            return super().fit_tokenizer(config, tokenizer)
+        wanted = tokenizer.with_infill()
+        fitted = super().fit_tokenizer(config, wanted)
+        if not fitted.infills:
+            needed = 1 + max(wanted.special[name] for name in INFILL)
+            raise UserError(
+                f"model.vocab_size = {config.model.vocab_size}: no room for the tokens of data.fim_rate, "
+                f"{' '.join(INFILL)}; nearest {needed}"
+            )
+        return fitted
 
     @property
     def row(self) -> Rows:
@@ -68,6 +86,7 @@ class Pretrain(NextToken):
             separate=self.config.separates,
             threads=data.threads,
             positions=positions,
+            fim_rate=data.fim_rate,
         )
 
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:

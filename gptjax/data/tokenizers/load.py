@@ -13,10 +13,12 @@ FORMS = "use bytes, a folder with a Hugging Face tokenizer (tokenizer.json, or v
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `data.tokenizer`: bytes, DIR or gpt2:DIR (a Hugging Face directory, GPT-2's own files, or
     a folder with tokenizer.model alone), or a SentencePiece .model file; and bytes:DIR, bytes with the chat template of
-    a folder.
+    a folder. fim: before any of them reserves the tokens to fill in the middle of a text.
 
     Raises UserError where files are missing or are not what they should be, and for a .model that loses characters.
     """
+    if spec.startswith("fim:"):
+        return load_tokenizer(spec.removeprefix("fim:")).with_infill()
     if spec == "bytes":
         return bytes_tokenizer()
     if spec.startswith("bytes:"):

@@ -11,6 +11,8 @@ from gptjax.files import write_whole
 
 SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Our reserved tokens: end of text where the tokenizer has no own, the three chat roles, end of turn."""
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+"""Reserved beside them where a model learns to fill in the middle of a text."""
 TEMPLATE = "chat_template.jinja"  # among the files of a tokenizer, by the name that `transformers` reads
 
 
@@ -60,6 +62,11 @@ class Tokenizer:
     def lossless(self) -> bool:
         """Whether every text comes back as it was."""
         return not self.changes
+
+    @property
+    def infills(self) -> bool:
+        """Whether it is of a model that learns to fill in the middle of a text."""
+        return self.special.keys() >= set(INFILL)
 
     @cached_property
     def possible(self) -> np.ndarray:
@@ -126,9 +133,16 @@ class Tokenizer:
         pieces = [*self.pieces[:vocab_size], *[b""] * (vocab_size - self.vocab_size)]
         return replace(self, pieces=pieces, special=special, beyond=self.beyond | beyond)
 
+    def with_infill(self) -> "Tokenizer":
+        """The same with the tokens of INFILL, after its last id."""
+        if self.infills:
+            return self
+        pieces, special = reserve(self.pieces, self.special, INFILL)
+        return replace(self, pieces=pieces, special=special, spec=f"fim:{self.spec}")
+
     def with_template(self, text: str) -> "Tokenizer":
         """The same with a chat template among its files."""
-        spec = "bytes:{}" if self.spec == "bytes" else self.spec
+        spec = f"{self.spec}:{{}}" if self.spec in ("bytes", "fim:bytes") else self.spec
         return replace(self, spec=spec, files=self.files | {TEMPLATE: text.encode()})
 
     def save(self, folder: Path) -> str:
