@@ -44,7 +44,11 @@ from gptjax.config import (
     RolloutConfig,
     SFTConfig,
     TrainConfig,
+    from_json,
+    to_json,
 )
+from gptjax.config.fields import explained
+from gptjax.config.load import override
 from gptjax.data.rows import PADDING
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
@@ -873,3 +877,29 @@ def test_the_bench_tells_an_iteration_s_parts_and_later_ones_compile_nothing(
     assert "0 programs compiled" in capsys.readouterr().out
     with pytest.raises(UserError, match="the first 2 warm up; nearest 3"):
         cli.run(["bench", "ppo", as_file(small, tmp_path), "--iterations", "2"])
+
+
+# What may be switched off, and figures
+
+
+def test_a_missing_end_may_cost_nothing(small: PolicyConfig, grouped: GroupPolicyConfig) -> None:
+    """The score of a reply that was cut off is then its own, and all that else depends on it."""
+    rollout, found, scores = reply_rows(16)
+    ended = replace(rollout, ended=np.ones(16, bool))
+    for config in (small, grouped):
+        free = override(config, [f"--{'ppo' if config is small else 'grpo'}.missing_end", "none"])
+        assert from_json(to_json(free)) == free
+        rows, told = made(free).rows({"kl_coef": np.float32(0.1)}, rollout, found, scores, 0)
+        wanted, _ = made(config).rows({"kl_coef": np.float32(0.1)}, ended, found, scores, 0)
+        assert told["reward"] == pytest.approx(scores.mean(), rel=1e-6) and equal(rows, wanted)
+        assert not equal(rows, made(config).rows({"kl_coef": np.float32(0.1)}, rollout, found, scores, 0)[0])
+
+
+def test_the_way_to_switch_a_missing_end_off_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "--help", str(Path(__file__).parents[1] / "configs" / "ppo.py")]) == 0
+    assert "--ppo.missing_end  float|none  (default -1.0)" in capsys.readouterr().out
+    with (
+        pytest.raises(UserError, match=r"ppo.missing_end = often: expected a number.*, or none"),
+        explained(PolicyConfig),
+    ):
+        PPOConfig(missing_end="often")  # type: ignore[arg-type]
