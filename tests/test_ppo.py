@@ -903,3 +903,22 @@ def test_the_way_to_switch_a_missing_end_off_is_told(capsys: pytest.CaptureFixtu
         explained(PolicyConfig),
     ):
         PPOConfig(missing_end="often")  # type: ignore[arg-type]
+
+
+def test_the_ratio_s_error_is_the_largest_whatever_the_micro_batches(grouped: GroupPolicyConfig) -> None:
+    """Of eight replies at once, and in parts of two. What PPO and GRPO log is told in one place."""
+    model = replace(grouped.model, num_layers=1, seq_len=16, attention_pattern=("dense",))
+    layout, found = one_device(grouped), {}
+    for micro in (8, 2):
+        config = replace(grouped, model=model, train=replace(grouped.train, batch_size=8, micro_batch_size=micro))
+        config = replace(config, rollout=replace(config.rollout, episodes=8))
+        stage = stage_class(config)(config, "cpu", layout)
+        state, rows = init_state(config, stage, layout), stage.random_rows(0, (8,))
+        step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+        parts = [np.reshape(leaf, (-1, micro, *leaf.shape[1:])) for leaf in rows]
+        state, found[micro] = step(state, type(rows)(*parts), np.float32(0), np.int32(8 // micro), np.int32(0))
+    ours, _ = jax.jit(stage.log_probs)(state.every_param, rows)  # which a rate of 0 left as they were
+    off = np.where(rows.targets == PADDING, 0, np.expm1(ours - rows.logprobs))
+    assert float(found[8]["ratio_error"]) == pytest.approx(np.abs(off).max(), rel=1e-4)
+    for name in ("ratio_error", "loss", "entropy", "clip_fraction"):
+        assert float(found[2][name]) == pytest.approx(float(found[8][name]), rel=1e-4), name

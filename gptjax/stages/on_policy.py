@@ -58,6 +58,7 @@ class OnPolicy(Assistant[Prompts]):
 
     config: RewardedConfig
     on_policy = True
+    maxima = ("ratio_error",)
     group = 1  # replies to each prompt of an iteration
     unit_reward = False
 
@@ -352,7 +353,7 @@ class OnPolicy(Assistant[Prompts]):
 
     def summary(self, figures: dict[str, Array]) -> dict[str, Array]:
         """Means over the updates, and of the first one how far it is from the policy that was judged: the largest
-        |ratio - 1| of each micro-batch, added up."""
+        |ratio - 1|."""
         return jax.tree.map(jnp.mean, figures) | {"ratio_error": figures["ratio_error"][0]}
 
     def loss(self, params: Any, rows: Any, counts: Any, key: Array | None) -> Array:
