@@ -38,6 +38,7 @@ from gptjax.config import (
     OptimizerConfig,
     PolicyConfig,
     PPOConfig,
+    PretrainingConfig,
     PromptConfig,
     RankingConfig,
     RewardConfig,
@@ -922,3 +923,42 @@ def test_the_ratio_s_error_is_the_largest_whatever_the_micro_batches(grouped: Gr
     assert float(found[8]["ratio_error"]) == pytest.approx(np.abs(off).max(), rel=1e-4)
     for name in ("ratio_error", "loss", "entropy", "clip_fraction"):
         assert float(found[2][name]) == pytest.approx(float(found[8][name]), rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_another_function_or_pretraining_text_is_refused_unless_it_is_meant(
+    small: PolicyConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the function its file. The same text may lie elsewhere, and gold, which is logged alone, be another."""
+    alone(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    judge, gold = write_functions(tmp_path), tmp_path / "gold.py"
+    gold.write_text("def gold(prompt, reply):\n    return 1.0\n")
+    shutil.copytree(corpus, tmp_path / "text")
+    text = PretrainingConfig(source="text/*.txt", cache_dir=small.data.cache_dir)
+    config = replace(small, ptx=text, ppo=PPOConfig(ptx_coef=0.5, ptx_rows=1))
+    config = replace(config, reward=f"{judge}:fraction", gold=f"{gold}:gold")
+    config = replace(config, rollout=RolloutConfig(episodes=8, max_tokens=4, slots=8))
+    config = replace(config, train=replace(config.train, total_steps=1))
+    assert cli.run(["train", as_file(config, tmp_path), "--run", "run"]) == 0
+    on = ["train", "--resume", "run", "--train.total_steps"]
+
+    gold.write_text("def gold(prompt, reply):\n    return 2.0\n")
+    monkeypatch.chdir(tmp_path / "text")  # from where the names of its files mean nothing
+    (tmp_path / "text").rename(tmp_path / "moved")
+    elsewhere = ["--ptx.source", str(tmp_path / "moved" / "*.txt")]
+    on[2] = str(tmp_path / "run")
+    assert cli.run([*on, "2", *elsewhere, "--dry-run"]) == 0
+
+    judge.write_text(judge.read_text().replace("0.73", "0.74"))
+    first = sorted((tmp_path / "moved").iterdir())[0]
+    first.write_text(first.read_text()[::-1])
+    with pytest.raises(UserError) as error:
+        cli.run([*on, "2", *elsewhere])
+    for name in (f"reward = {judge}:fraction", f"ptx.source = {elsewhere[1]}"):
+        assert f"{name} is not what the run was trained with (digest " in str(error.value)
+    assert str(error.value).endswith("give the old one, or --new-data to go on with this one")
+    assert "\n" not in str(error.value) and cli.run([*on, "2", *elsewhere, "--dry-run"]) == 1
+    assert cli.run([*on, "2", *elsewhere, "--new-data"]) == 0
+    assert [r["gold"] for r in records(tmp_path / "run", "train")] == [1.0, 2.0]
+    assert cli.run([*on, "3", "--dry-run"]) == 0  # they are the run's now

@@ -587,10 +587,7 @@ class PPOConfig:
 
 @frozen
 class PretrainingConfig(DataConfig):
-    """The text that a policy is not to forget; see ppo.ptx_coef."""
-
-    source: Annotated[str, Field(min_length=1)] = "stdlib"
-    """As data.source of pretraining. Its bytes are not pinned: leave the files as they are while a run lasts."""
+    """The text that a policy is not to forget, as the data of pretraining; see ppo.ptx_coef."""
 
 
 @frozen

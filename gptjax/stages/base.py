@@ -55,6 +55,11 @@ class Base(ByGradient):
         return ()
 
     @property
+    def beside_text(self) -> dict[str, str]:
+        """Field -> digest of what it names, which a run learns from beside its text; pinned as that is."""
+        return {}
+
+    @property
     def learning(self) -> tuple[Reading, ...]:
         """Who reads the rows of an update, the decoder first."""
         c = self.config

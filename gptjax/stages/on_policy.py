@@ -27,7 +27,7 @@ from gptjax.infer.sampling import Sampling
 from gptjax.model.accounting import Reading
 from gptjax.model.loss import drawn_log_probs, log_probs
 from gptjax.stages.assistant import Assistant
-from gptjax.stages.rewards import Judge, ask, is_function, load_function
+from gptjax.stages.rewards import Judge, ask, function_digest, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
 from gptjax.train.step import narrow
 
@@ -163,6 +163,11 @@ class OnPolicy(Assistant[Prompts]):
                 f"model.seq_len = {self.config.model.seq_len}: the reward model {self.config.reward} reads "
                 f"{self.scorer.config.model.seq_len}; nearest {self.scorer.config.model.seq_len}"
             )
+
+    @property
+    def beside_text(self) -> dict[str, str]:
+        """The function that judges; a reward model is known by its weights (launch), and gold teaches nothing."""
+        return {"reward": function_digest(self.config.reward)} if is_function(self.config.reward) else {}
 
     # Prompts and replies
 
