@@ -54,7 +54,6 @@ from gptjax.data.rows import PADDING
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine
 from gptjax.model.loss import drawn_log_probs, log_probs
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
@@ -539,11 +538,27 @@ def test_what_is_drawn_in_another_way_is_learned_from_in_that_way(
         np.testing.assert_allclose(judged.plain, rollout.logprobs, atol=1e-4)
 
 
+KILLED = """
+import os, signal, sys
+from gptjax.infer.engine import Engine
+step, rounds = Engine.step, []
+
+def dies(engine):
+    step(engine)
+    rounds.append(engine.busy)
+    if len(rounds) == 3 and engine.busy:  # the first half of the replies of the third step
+        print("in a rollout", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Engine.step = dies
+"""
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: PolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a signal, and in the middle of a rollout: the same bits of all that a checkpoint holds."""
+    """By a signal, and by signal 9 in the middle of a rollout: the same bits of all that a checkpoint holds."""
     alone(monkeypatch)
     config = replace(
         small, train=replace(small.train, total_steps=3, save_interval=1), rollout=replace(small.rollout, slots=8)
@@ -562,19 +577,9 @@ def test_a_run_that_is_stopped_ends_where_it_would_have(
         patch.setattr(loop, "learning_rate", rate)
         assert cli.run(["train", file, "--run", str(cut)]) == 128 + 15
     assert [r["step"] for r in records(cut, "train")] == [1]
-    with monkeypatch.context() as patch:
-        rounds, step = [0], Engine.step
-
-        def fails(engine: Engine) -> None:
-            step(engine)
-            rounds[0] += 1
-            if rounds[0] == 3:  # the first half of the replies of the third step
-                assert engine.busy
-                raise RuntimeError("the power is gone")
-
-        patch.setattr(Engine, "step", fails)
-        with pytest.raises(RuntimeError, match="the power is gone"):
-            cli.run(["train", "--resume", str(cut)])
+    code = f"{KILLED}import sys; from gptjax import cli; sys.exit(cli.run(['train', '--resume', {str(cut)!r}]))"
+    killed = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL and killed.stderr.endswith("in a rollout\n"), killed.stderr
     assert [r["step"] for r in records(cut, "train")] == [1, 2]
     assert cli.run(["train", "--resume", str(cut)]) == 0
     ours, theirs = (kept(cut, small), kept(whole, small))
