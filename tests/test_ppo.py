@@ -23,6 +23,7 @@ from devices import environment
 from flax.traverse_util import flatten_dict
 from ranked import MODEL, K, T, alone, decoder, one_device, write_base, write_rankings
 from rewarded import MEAN, STD, write_functions, write_prompts, write_reward
+from test_processes import both
 from toy import records
 from walks_reward import LETTERS, WORLD, text
 
@@ -967,3 +968,24 @@ def test_another_function_or_pretraining_text_is_refused_unless_it_is_meant(
     assert cli.run([*on, "2", *elsewhere, "--new-data"]) == 0
     assert [r["gold"] for r in records(tmp_path / "run", "train")] == [1.0, 2.0]
     assert cli.run([*on, "3", "--dry-run"]) == 0  # they are the run's now
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(
+    small: PolicyConfig, reward: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a reward model and pretraining text, of which each reads its own rows."""
+    alone(monkeypatch)
+    text = PretrainingConfig(source=str(corpus / "*.txt"), cache_dir=small.data.cache_dir)
+    config = replace(small, reward=str(reward), ptx=text, ppo=replace(small.ppo, ptx_coef=0.5, ptx_rows=2))
+    config = replace(config, rollout=RolloutConfig(episodes=8, max_tokens=4, slots=8))
+    file = as_file(config, tmp_path)
+    assert cli.run(["train", file, "--run", str(tmp_path / "one")]) == 0
+    words = [file, "--run", str(tmp_path / "two")]
+    done = both(words, words)
+    assert [status for status, _, _ in done] == [0, 0], done[1][2]
+    told = "loss", "grad_norm", "score", "reward", "kl", "kl_coef", "length", "entropy", "value_loss", "ptx_loss"
+    for one, two in zip(*(records(tmp_path / name, "train") for name in ("one", "two")), strict=True):
+        assert two["ratio_error"] <= 1e-6 and two["gap"] < 1e-4
+        for figure in told:
+            assert two[figure] == pytest.approx(one[figure], rel=1e-4, abs=1e-5), figure

@@ -137,6 +137,7 @@ def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus)
     tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
     with Progress() as progress:
         made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
+        made.agree()
         first(lambda: made.check() or "")  # what it measures of a text it keeps, for those that share the cache
         made = together(lambda: _checked(made))
     return replace(made, report=Base.report)

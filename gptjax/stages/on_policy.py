@@ -146,6 +146,9 @@ class OnPolicy(Assistant[Prompts]):
     def _gold(self) -> Judge | None:
         return load_function(self.config.gold, "gold") if self.config.gold else None
 
+    def agree(self) -> None:
+        self.scorer  # noqa: B018  whose checkpoint is that which the first process sees
+
     def check(self) -> None:
         super().check()
         self._gold  # noqa: B018  as the reward's function below

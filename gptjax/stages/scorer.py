@@ -17,6 +17,7 @@ from gptjax.sharding.rules import Layout
 from gptjax.stages.reward import SCORES, Reward
 from gptjax.stages.weights import places, run_and_step
 from gptjax.train.checkpoint import chosen_step, restore_params
+from gptjax.train.processes import together
 from gptjax.train.run import open_run, saved_tokenizer
 
 Score = Callable[[Any, Array, Array], Array]
@@ -53,12 +54,13 @@ def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) 
     out. Its scores are shifted so that those of held-out replies have mean 0, and with `unit` divided by their standard
     deviation.
 
-    Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated.
+    Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated. All
+    processes call it at once.
     """
     step = run_and_step(path)[1]
-    run, config = _opened(path)
+    run, config = together(lambda: _opened(path))
     step = chosen_step(run, best=config.train.keep_best, step=step)
-    mean, std = _statistics(run, step)
+    mean, std = together(lambda: _statistics(run, step))
     if unit and not std:
         raise UserError(f"{run / SCORES}: all scores of step {step} are equal; nothing can be divided by that")
     if layout is None:
