@@ -989,3 +989,58 @@ def test_two_processes_learn_what_one_does(
         assert two["ratio_error"] <= 1e-6 and two["gap"] < 1e-4
         for figure in told:
             assert two[figure] == pytest.approx(one[figure], rel=1e-4, abs=1e-5), figure
+
+
+# A reward model of another size
+
+
+@pytest.fixture(scope="session")
+def larger(scorer: RewardConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deeper, wider and with a longer context than the policy, from a run with another batch and pipeline."""
+    model = replace(MODEL, num_layers=4, num_heads=4, embed_dim=48, seq_len=40, attention_pattern=("dense",))
+    train = replace(scorer.train, batch_size=12, micro_batch_size=12)
+    config = replace(scorer, model=model, train=train)
+    run = write_reward(tmp_path_factory.mktemp("larger"), config)
+    layout = LayoutConfig(pipeline=4, pipeline_chunks=12)
+    (run / "config.json").write_text(to_json(replace(config, layout=layout)))
+    return run
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_size_judges_and_becomes_the_value_model(
+    seen: Seen, small: PolicyConfig, larger: Path, tmp_path: Path, one_torch_thread: None
+) -> None:
+    config = replace(small, reward=str(larger), rollout=RolloutConfig(episodes=8, max_tokens=4, slots=8))
+    assert cli.run(["train", as_file(config, tmp_path), "--run", str(tmp_path / "run")]) == 0
+    start, end = seen.params[0], seen.params[-1]
+    theirs = on_disk(larger)
+    assert equal(start["reward"], theirs) and equal(start["value"], theirs) and not equal(end["value"], theirs)
+    assert theirs["positions"].shape == (40, 48) and start["positions"].shape == (T, 32)
+    alone, drawn, judged = load_scorer(str(larger), unit=True), seen.made[0].drawn, seen.judged[0]
+    np.testing.assert_allclose(judged.scores, alone.score(alone.params, drawn.tokens, drawn.last), atol=1e-4)
+    values = judged.values[np.arange(8), drawn.last]  # where a value model says at first what the reward model does
+    np.testing.assert_allclose(values, judged.scores * STD + MEAN, atol=1e-4)
+
+
+def test_a_reward_model_that_the_mesh_does_not_divide_is_refused(
+    small: PolicyConfig, scorer: RewardConfig, tmp_path: Path
+) -> None:
+    odd = write_reward(tmp_path, replace(scorer, model=replace(MODEL, num_heads=3, embed_dim=48)))
+    message = f"reward = {odd}: its model does not fit the mesh: layout.tensor = 2: does not divide model.num_heads = 3"
+    refused(small, ["--reward", str(odd), "--layout.tensor", "2", "--layout.fsdp", "4"], message, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_reward_model_lies_on_the_policy_s_layout(small: PolicyConfig, larger: Path) -> None:
+    """Whatever that of its own run was: scores and values by the policy's micro-batches, stages and rounds."""
+    model = replace(MODEL, attention_pattern=("dense",))
+    config = replace(small, model=model, reward=str(larger))
+    rows, found = reply_rows(8)[0].drawn, []
+    for layout, devices in ((LayoutConfig(), 1), (LayoutConfig(pipeline=2, fsdp=4), 8)):
+        config = replace(config, layout=layout)
+        on = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(layout))
+        stage = PPO(config, "cpu", on)
+        found.append(stage.judge(init_state(config, stage, on).every_param, rows))
+    one, many = found
+    for name in ("logprobs", "values", "scores"):
+        np.testing.assert_allclose(getattr(many, name), getattr(one, name), atol=1e-4, err_msg=name)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from gptjax.config import ModelConfig, RewardedConfig
+from gptjax.config import Config, ModelConfig, RewardedConfig
 from gptjax.data.prompted import Prompt, Prompts, open_prompts
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource
@@ -26,6 +26,9 @@ from gptjax.infer.engine import Engine
 from gptjax.infer.sampling import Sampling
 from gptjax.model.accounting import Reading
 from gptjax.model.loss import drawn_log_probs, log_probs
+from gptjax.sharding.mesh import MESH_AXES
+from gptjax.sharding.mesh import check as check_mesh
+from gptjax.sharding.rules import Layout
 from gptjax.stages.assistant import Assistant
 from gptjax.stages.rewards import Judge, ask, function_digest, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
@@ -136,7 +139,7 @@ class OnPolicy(Assistant[Prompts]):
             return None
         from gptjax.stages.scorer import load_scorer  # which opens runs of any stage, and so imports all of them
 
-        return load_scorer(self.config.reward, self.layout, unit=self.unit_reward)
+        return load_scorer(self.config.reward, self.layout, policy=self.config, unit=self.unit_reward)
 
     @cached_property
     def _function(self) -> Judge:
@@ -166,6 +169,15 @@ class OnPolicy(Assistant[Prompts]):
                 f"model.seq_len = {self.config.model.seq_len}: the reward model {self.config.reward} reads "
                 f"{self.scorer.config.model.seq_len}; nearest {self.scorer.config.model.seq_len}"
             )
+        if self.layout is not None:
+            self._require_fits(self.scorer.config, self.layout)
+
+    def _require_fits(self, judge: Config, layout: Layout) -> None:
+        """The reward model may have another size than the policy, on whose mesh it lies."""
+        try:
+            check_mesh(judge, tuple(layout.mesh.shape[axis] for axis in MESH_AXES))
+        except UserError as error:
+            raise UserError(f"reward = {self.config.reward}: its model does not fit the mesh: {error}") from None
 
     @property
     def beside_text(self) -> dict[str, str]:
