@@ -31,6 +31,7 @@ import gptjax
 from gptjax import cli
 from gptjax.config import (
     Config,
+    DataConfig,
     DialogueConfig,
     DPOConfig,
     GroupPolicyConfig,
@@ -817,6 +818,7 @@ def walker(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(config: Any, folder: Path, code: str = "") -> Path:
     """A run in a process of its own, whose programs are optimised, since its steps take longer than to compile them.
     `code` is what precedes it there."""
+    folder.mkdir(exist_ok=True)
     words = ["train", as_file(config, folder), "--run", str(folder / "run")]
     start = [sys.executable, "-c", f"{code}import sys; from gptjax import cli; sys.exit(cli.run({words!r}))"]
     subprocess.run(start, env=environment(flags=""), cwd=Path(__file__).parent, check=True)  # where rewards import from
@@ -1121,11 +1123,39 @@ def whole(request: pytest.FixtureRequest) -> None:
 def test_a_learned_reward_makes_walks_shorter(
     whole: None, walker: Path, judge: Path, tiny: Config, tmp_path: Path
 ) -> None:
-    """By their true worth, which the policy is never told; 0.966 after 8 iterations when this was written."""
+    """By their true worth, which the policy is never told: 0.94 in the last five iterations when this was written. Of
+    the held-out replies it was 0.895 then, 0.966 in another run: the last update alone moves it so far."""
     ppo = PPOConfig(kl_coef=0.2, kl_target=0.8, kl_horizon=1000, value_learning_rate=1e-3)
     function = f"{Path(__file__).parent / 'walks_reward.py'}:gold"
     run = walked(walker, tiny, tmp_path / "learned", 10, reward=str(judge), gold=function, ppo=ppo)
     before, after = records(run, "eval")
-    assert before["gold"] < 0.85 and after["gold"] >= 0.9 and after["score"] > before["score"] + 0.2
+    assert before["gold"] < 0.8 and after["gold"] >= 0.85 and after["score"] > before["score"] + 0.2
     assert 0.2 <= after["kl"] <= 1.2
-    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in records(run, "train"))
+    log = records(run, "train")
+    assert np.mean([r["gold"] for r in log[-5:]]) >= 0.9
+    assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in log)
+
+
+@pytest.mark.slow
+def test_pretraining_text_beside_the_replies_is_not_forgotten(whole: None, tiny: Config, tmp_path: Path) -> None:
+    """Of a text of walks in capitals, which fine-tuning on those in small letters had taken from 1.4 nats a token to
+    about 6: after ten iterations 6.2 without it, 0.80 with it (10.2 and 0.79 in another run), and walks shorter by
+    either, when this was written."""
+    walks = WORLD.walks(np.random.default_rng(5), 2000)
+    source = write_lines(tmp_path / "text.jsonl", [{"text": text(ids[1:]).upper()} for ids in walks])
+    shared = {"source": source, "cache_dir": tiny.data.cache_dir, "train_split": "train[:90%]"}
+    optimizer = replace(WALK_OPTIMIZER, learning_rate=3e-3, final_ratio=0.1, eps=1e-8)
+    about = {"model": WALKER, "optimizer": optimizer, "train": walk_train(tiny, 300, eval_batches=0)}
+    pretrained = trained(Config("text", data=DataConfig(**shared), **about), tmp_path / "pretrained")
+    said = [(LETTERS[ids[1]], text(ids[2:])) for ids in WORLD.walks(np.random.default_rng(0), 1000)]
+    replies = write_lines(tmp_path / "walks.jsonl", [{"prompt": start, "response": reply} for start, reply in said])
+    data = DialogueConfig(source=replies, packing=False, cache_dir=tiny.data.cache_dir)
+    tuned = trained(SFTConfig("walks", data=data, init_from=str(pretrained), **about), tmp_path / "tuned")
+    lost = {}
+    for coef in (1e-6, 0.5):  # the first one tells the loss, and teaches nothing
+        ppo = PPOConfig(kl_coef=0.0, value_learning_rate=1e-3, ptx_coef=coef, ptx_rows=1)
+        run = walked(tuned, tiny, tmp_path / f"ptx {coef}", 10, ppo=ppo, ptx=PretrainingConfig(**shared))
+        lost[coef] = [r["ptx_loss"] for r in records(run, "train")]
+        before, after = (r["score"] / 0.99 for r in records(run, "eval"))
+        assert before < 0.8 and after >= 0.85
+    assert lost[1e-6][-1] > 3 and lost[0.5][-1] < 1.5
