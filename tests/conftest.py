@@ -165,7 +165,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="every cell of the attention table, every config compiled")
+    parser.addoption("--whole", action="store_true", help="every cell of attention, config and walk")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

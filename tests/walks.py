@@ -71,6 +71,13 @@ class World:
             nodes.append(int(rng.choice(np.flatnonzero(self.adjacency[nodes[-1]]))))
         return [*nodes[1:], EOS]
 
+    def stray(self, rng: np.random.Generator, prompt_ids: Ids) -> list[int]:
+        """A random walk, of which four in ten have any node in the place of one: what a judge must know is no edge."""
+        nodes = self.reply(rng, prompt_ids)
+        if rng.random() < 0.4:
+            nodes[int(rng.integers(len(nodes) - 1))] = int(rng.integers(NODES))
+        return nodes
+
     def gold(self, prompt_ids: Ids, reply_ids: Ids) -> float:
         """From 0, where the goal is not reached over edges before the tenth node, to 1 for a shortest way.
 

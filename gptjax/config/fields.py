@@ -300,6 +300,8 @@ def example(hint: Any) -> str:
         return f"values in a tuple, each {example(_item_hint(hint))}"
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if isinstance(hint, types.UnionType):
+        return f"{example(_given(hint))}, or none"
     return EXAMPLES.get(hint, type_name(hint))
 
 
@@ -313,8 +315,18 @@ def type_name(hint: Any) -> str:
     if origin is tuple:
         return f"{type_name(options[0])},..."
     if isinstance(hint, types.UnionType):
-        return "|".join(type_name(option) for option in options if option is not types.NoneType)
+        return type_name(_given(hint))
     return str(hint.__name__).lower()
+
+
+def _given(hint: types.UnionType) -> Any:
+    """The type of a value that may be left out or switched off."""
+    return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+
+
+def _is_off(hint: types.UnionType, text: str) -> bool:
+    """Whether a word switches a number off; as text or a path it would name something."""
+    return text.lower() == "none" and _given(hint) in (int, float)
 
 
 def described(cls: type, leaf: Leaf) -> str:
@@ -323,7 +335,8 @@ def described(cls: type, leaf: Leaf) -> str:
     assert info is not None
     limits = re.sub(r"\b(be|lie) ", "", bounds(info))
     default = "required" if leaf.default is dataclasses.MISSING else f"default {_shown(leaf.default)}"
-    return f"{type_name(leaf.hint)}  ({f'{limits}; ' if limits else ''}{default})"
+    off = "|none" if isinstance(leaf.hint, types.UnionType) and leaf.default is not None else ""
+    return f"{type_name(leaf.hint)}{off}  ({f'{limits}; ' if limits else ''}{default})"
 
 
 def _shown(value: Any) -> str:
@@ -344,7 +357,7 @@ def parse(hint: Any, text: str, name: str) -> Any:
     if origin is Annotated:
         return parse(options[0], text, name)
     if isinstance(hint, types.UnionType):
-        return parse(next(option for option in options if option is not types.NoneType), text, name)
+        return None if _is_off(hint, text) else parse(_given(hint), text, name)
     if origin is Literal:
         if text in options:
             return text

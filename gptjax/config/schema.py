@@ -574,8 +574,8 @@ class PPOConfig:
     value_warmup: Count = 0
     """Iterations in which the value model alone learns: advantages by one that foretells nothing lead a policy astray
     (see explained_variance)."""
-    missing_end: float = -1.0
-    """Score of a reply that has no end token."""
+    missing_end: float | None = -1.0
+    """Score of a reply that has no end token; none leaves it the one that it has."""
     unit_reward: bool = True
     """Divide a reward model's scores by their deviation on its held-out replies."""
     whiten_rewards: bool = False
@@ -590,10 +590,7 @@ class PPOConfig:
 
 @frozen
 class PretrainingConfig(DataConfig):
-    """The text that a policy is not to forget; see ppo.ptx_coef."""
-
-    source: Annotated[str, Field(min_length=1)] = "stdlib"
-    """As data.source of pretraining. Its bytes are not pinned: leave the files as they are while a run lasts."""
+    """The text that a policy is not to forget, as the data of pretraining; see ppo.ptx_coef."""
 
 
 @frozen
@@ -625,8 +622,8 @@ class GRPOConfig:
     """How far from 1 the ratio of a token's probabilities still counts."""
     scale_by_std: bool = True
     """Divide a group's advantages by its deviation."""
-    missing_end: float = -1.0
-    """Score of a reply that has no end token."""
+    missing_end: float | None = -1.0
+    """Score of a reply that has no end token; none leaves it the one that it has."""
 
 
 @frozen

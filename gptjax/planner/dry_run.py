@@ -224,18 +224,20 @@ class Rehearsal:
         yield text
         if corpus is None:
             return
+        beside: dict[str, str] = {}
         if self.tokenizer:
             kind = stage_class(self.config)
             tokenizer = kind.fit_tokenizer(self.config, self.tokenizer)
             stage = kind(self.config, "cpu", tokenizer=tokenizer, corpus=corpus)
             stage.check()
+            beside = stage.beside_text
             yield stage.facts()
             length = with_length(self.config, lambda: stage.epoch_tokens)
             if self.config.train.epochs:
                 yield f"{length.train.total_tokens:,} tokens, {total_steps(length):,} steps"
-        changed = folders.changed_data(self.resumed.folder, self.config, corpus) if self.resumed else None
+        changed = folders.changed_data(self.resumed.folder, self.config, corpus, beside) if self.resumed else None
         if self.resumed and changed and not self.resumed.new_data:
-            raise UserError(f"{changed}; give the old text, or --new-data to go on with this one")
+            raise UserError(f"{changed}; {folders.NEW_DATA}")
 
     def weights(self) -> Iterator[str]:
         first_weights(self.config)

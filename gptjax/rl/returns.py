@@ -9,12 +9,14 @@ from jax import Array
 from gptjax.rl.responses import inside, last_index
 
 
-def penalised(*, scores: Array, ended: Array, penalty: float) -> Array:
+def penalised(*, scores: Array, ended: Array, penalty: float | None) -> Array:
     """float32 [...]: the scores, and `penalty` in place of that of a response which has no end token.
 
-    scores: of any dtype; ended: bool, from `responses.extent`; penalty: -1 in arXiv 2403.17031 (the EOS trick).
+    scores: of any dtype; ended: bool, from `responses.extent`; penalty: -1 in arXiv 2403.17031 (the EOS trick), None
+    for none: what was cut off is worth what it scores.
     """
-    return jnp.where(ended, scores.astype(jnp.float32), penalty)
+    scores = scores.astype(jnp.float32)
+    return scores if penalty is None else jnp.where(ended, scores, penalty)
 
 
 def token_rewards(*, logprobs: Array, ref_logprobs: Array, scores: Array, mask: Array, beta: float | Array) -> Array:

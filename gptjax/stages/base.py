@@ -54,6 +54,14 @@ class Base(ByGradient):
         """First parts of the names of what stands beside the decoder in the tree of parameters."""
         return ()
 
+    def agree(self) -> None:
+        """What all processes look up together, before each of them checks the stage for itself."""
+
+    @property
+    def beside_text(self) -> dict[str, str]:
+        """Field -> digest of what it names, which a run learns from beside its text; pinned as that is."""
+        return {}
+
     @property
     def learning(self) -> tuple[Reading, ...]:
         """Who reads the rows of an update, the decoder first."""

@@ -137,6 +137,7 @@ def _stage(config: Config, layout: Layout, tokenizer: Tokenizer, corpus: Corpus)
     tokenizer = together(lambda: kind.fit_tokenizer(config, tokenizer))
     with Progress() as progress:
         made = kind(config, jax.default_backend(), layout, tokenizer, corpus, progress)
+        made.agree()
         first(lambda: made.check() or "")  # what it measures of a text it keeps, for those that share the cache
         made = together(lambda: _checked(made))
     return replace(made, report=Base.report)
@@ -206,7 +207,7 @@ def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bo
         made, lock = folders.claim(config, named, warn, overwrite)
         held.append(lock)
         assert stage.tokenizer
-        folders.fill_run(made, replace(config, run=str(made)), stage.tokenizer, stage.corpus)
+        folders.fill_run(made, replace(config, run=str(made)), stage.tokenizer, stage.corpus, stage.beside_text)
         return str(made)
 
     try:
@@ -243,13 +244,11 @@ def _take_over(stage: AnyStage, resumed: Resumed) -> None:
     started = folders.provenance()
     if text := folders.changed_code(resumed.folder, started):
         warn(text)
-    if text := folders.changed_data(resumed.folder, config, corpus):
+    if text := folders.changed_data(resumed.folder, config, corpus, stage.beside_text):
         if not resumed.new_data:
-            raise UserError(
-                f"--resume {resumed.folder}: {text}; give the old text, or --new-data to go on with this one"
-            )
+            raise UserError(f"--resume {resumed.folder}: {text}; {folders.NEW_DATA}")
         warn(f"{text}: going on with it as --new-data says")
-    folders.pin_data(resumed.folder, config, corpus)
+    folders.pin_data(resumed.folder, config, corpus, stage.beside_text)
     folders.go_on(resumed.folder, resumed.saved, config, started)
 
 

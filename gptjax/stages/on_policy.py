@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from gptjax.config import ModelConfig, RewardedConfig
+from gptjax.config import Config, ModelConfig, RewardedConfig
 from gptjax.data.prompted import Prompt, Prompts, open_prompts
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource
@@ -26,8 +26,11 @@ from gptjax.infer.engine import Engine
 from gptjax.infer.sampling import Sampling
 from gptjax.model.accounting import Reading
 from gptjax.model.loss import drawn_log_probs, log_probs
+from gptjax.sharding.mesh import MESH_AXES
+from gptjax.sharding.mesh import check as check_mesh
+from gptjax.sharding.rules import Layout
 from gptjax.stages.assistant import Assistant
-from gptjax.stages.rewards import Judge, ask, is_function, load_function
+from gptjax.stages.rewards import Judge, ask, function_digest, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
 from gptjax.train.step import narrow
 
@@ -58,6 +61,7 @@ class OnPolicy(Assistant[Prompts]):
 
     config: RewardedConfig
     on_policy = True
+    maxima = ("ratio_error",)
     group = 1  # replies to each prompt of an iteration
     unit_reward = False
 
@@ -135,7 +139,7 @@ class OnPolicy(Assistant[Prompts]):
             return None
         from gptjax.stages.scorer import load_scorer  # which opens runs of any stage, and so imports all of them
 
-        return load_scorer(self.config.reward, self.layout, unit=self.unit_reward)
+        return load_scorer(self.config.reward, self.layout, policy=self.config, unit=self.unit_reward)
 
     @cached_property
     def _function(self) -> Judge:
@@ -144,6 +148,9 @@ class OnPolicy(Assistant[Prompts]):
     @cached_property
     def _gold(self) -> Judge | None:
         return load_function(self.config.gold, "gold") if self.config.gold else None
+
+    def agree(self) -> None:
+        self.scorer  # noqa: B018  whose checkpoint is that which the first process sees
 
     def check(self) -> None:
         super().check()
@@ -162,6 +169,20 @@ class OnPolicy(Assistant[Prompts]):
                 f"model.seq_len = {self.config.model.seq_len}: the reward model {self.config.reward} reads "
                 f"{self.scorer.config.model.seq_len}; nearest {self.scorer.config.model.seq_len}"
             )
+        if self.layout is not None:
+            self._require_fits(self.scorer.config, self.layout)
+
+    def _require_fits(self, judge: Config, layout: Layout) -> None:
+        """The reward model may have another size than the policy, on whose mesh it lies."""
+        try:
+            check_mesh(judge, tuple(layout.mesh.shape[axis] for axis in MESH_AXES))
+        except UserError as error:
+            raise UserError(f"reward = {self.config.reward}: its model does not fit the mesh: {error}") from None
+
+    @property
+    def beside_text(self) -> dict[str, str]:
+        """The function that judges; a reward model is known by its weights (launch), and gold teaches nothing."""
+        return {"reward": function_digest(self.config.reward)} if is_function(self.config.reward) else {}
 
     # Prompts and replies
 
@@ -352,7 +373,7 @@ class OnPolicy(Assistant[Prompts]):
 
     def summary(self, figures: dict[str, Array]) -> dict[str, Array]:
         """Means over the updates, and of the first one how far it is from the policy that was judged: the largest
-        |ratio - 1| of each micro-batch, added up."""
+        |ratio - 1|."""
         return jax.tree.map(jnp.mean, figures) | {"ratio_error": figures["ratio_error"][0]}
 
     def loss(self, params: Any, rows: Any, counts: Any, key: Array | None) -> Array:

@@ -18,7 +18,7 @@ from jax import Array
 
 from gptjax.config import Config, PolicyConfig
 from gptjax.data.rows import PADDING, Rows
-from gptjax.data.sources import TextSource, build
+from gptjax.data.sources import Corpus, TextSource, build
 from gptjax.data.stream import TokenStream, require_one_row
 from gptjax.model.accounting import Reading
 from gptjax.model.loss import cross_entropy
@@ -194,11 +194,18 @@ class PPO(OnPolicy):
         if self.config.ppo.ptx_coef:
             require_one_row(self._ptx, self.known_tokenizer, self.config.model.seq_len)
 
+    @property
+    def beside_text(self) -> dict[str, str]:
+        return super().beside_text | ({"ptx.source": self._ptx_corpus.digest} if self.config.ppo.ptx_coef else {})
+
     @cached_property
-    def _ptx(self) -> TextSource:
+    def _ptx_corpus(self) -> Corpus:
         """Built when the first process checks the stage; the others find it."""
-        data = self.config.ptx
-        return build(data, self.report).split(data.train_split, data.split_by)
+        return build(self.config.ptx, self.report)
+
+    @property
+    def _ptx(self) -> TextSource:
+        return self._ptx_corpus.split(self.config.ptx.train_split, self.config.ptx.split_by)
 
     def text(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream | None:
         c, each = self.config, self.config.ppo.ptx_rows

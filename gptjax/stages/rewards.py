@@ -1,5 +1,6 @@
 """What a reply is worth by a Python function that a config names."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -42,6 +43,13 @@ def load_function(name: str, field: str = "reward") -> Judge:
     return found  # type: ignore[no-any-return]
 
 
+def function_digest(name: str) -> str:
+    """Of the file in which such a function stands, of none that it imports; empty for a module without one."""
+    where = name.rpartition(":")[0]
+    path = where if where.endswith(".py") else getattr(importlib.import_module(where), "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
 def _of_file(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec and spec.loader
@@ -69,13 +77,13 @@ def _one(function: Judge, arguments: Sequence[str], about: str) -> float:
     try:
         value = function(*arguments)
     except Exception as error:
-        raise UserError(f"{about}: raised {_said(error)}; mend it and resume") from error
+        raise UserError(f"{about}: raised {_said(error)}; mend it and resume with --new-data") from error
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{about}: gave {value!r}, no number; mend it and resume") from None
+        raise UserError(f"{about}: gave {value!r}, no number; mend it and resume with --new-data") from None
     if not math.isfinite(number):
-        raise UserError(f"{about}: gave {number}; mend it and resume")
+        raise UserError(f"{about}: gave {number}; mend it and resume with --new-data")
     return number
 
 

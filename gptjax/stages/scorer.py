@@ -17,6 +17,7 @@ from gptjax.sharding.rules import Layout
 from gptjax.stages.reward import SCORES, Reward
 from gptjax.stages.weights import places, run_and_step
 from gptjax.train.checkpoint import chosen_step, restore_params
+from gptjax.train.processes import together
 from gptjax.train.run import open_run, saved_tokenizer
 
 Score = Callable[[Any, Array, Array], Array]
@@ -48,21 +49,25 @@ class Scorer:
         return self.restore(places(self.stage.init, self.stage.layout))
 
 
-def load_scorer(path: str, layout: Layout | None = None, *, unit: bool = False) -> Scorer:
+def load_scorer(
+    path: str, layout: Layout | None = None, *, policy: RewardedConfig | None = None, unit: bool = False
+) -> Scorer:
     """The reward model of a run folder, or of a checkpoint in it (RUN/checkpoints/STEP), on the first device or laid
-    out. Its scores are shifted so that those of held-out replies have mean 0, and with `unit` divided by their standard
-    deviation.
+    out, as a `policy` is whose replies it scores. Its scores are shifted so that those of held-out replies have mean 0,
+    and with `unit` divided by their standard deviation.
 
-    Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated.
+    Raises UserError for what is no run of a reward model, and for a checkpoint at whose step nothing was evaluated. All
+    processes call it at once.
     """
     step = run_and_step(path)[1]
-    run, config = _opened(path)
+    run, config = together(lambda: _opened(path))
     step = chosen_step(run, best=config.train.keep_best, step=step)
-    mean, std = _statistics(run, step)
+    mean, std = together(lambda: _statistics(run, step))
     if unit and not std:
         raise UserError(f"{run / SCORES}: all scores of step {step} are equal; nothing can be divided by that")
     if layout is None:
         config = replace(config, layout=LayoutConfig(fsdp=1))
+    config = _beside(policy, config) if policy else config
     stage = Reward(config, jax.default_backend() if layout is None else _platform(layout), layout)
 
     def score(params: Any, tokens: Array, last: Array) -> Array:
@@ -75,9 +80,14 @@ def unscored(config: RewardedConfig, platform: str, layout: Layout | None) -> Re
     """The reward model of a policy's config without weights and scores; see OnPolicy.reward_model. Raises UserError as
     `load_scorer` for a folder that is there."""
     if is_there(config.reward):
-        return Reward(_opened(config.reward)[1], platform, layout)
+        return Reward(_beside(config, _opened(config.reward)[1]), platform, layout)
     alike = RewardConfig("reward", config.model, RankingConfig(config.data.source), init_from=config.init_from)
-    return Reward(alike, platform, layout)
+    return Reward(_beside(config, alike), platform, layout)
+
+
+def _beside(policy: RewardedConfig, config: RewardConfig) -> RewardConfig:
+    """A reward model as it computes beside a policy: on the policy's mesh, of its micro-batches, by its kernels."""
+    return replace(config, layout=policy.layout, train=policy.train)
 
 
 def is_there(path: str) -> bool:

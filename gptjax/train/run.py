@@ -1,6 +1,7 @@
 """The run folder: all of one run in one place, what it is made from pinned there, and nothing of it elsewhere.
 
-config.json is what is in force, history.jsonl every start with what it changed, data.json the text by its digest.
+config.json is what is in force, history.jsonl every start with what it changed, data.json the text, and what else is
+learned from, by digests.
 """
 
 import hashlib
@@ -9,17 +10,19 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from gptjax.config import Config, from_json, to_json, validate
+from gptjax.config import Config, PolicyConfig, from_json, to_json, validate
 from gptjax.config.fields import OnResume
-from gptjax.config.saved import Change, changes
+from gptjax.config.saved import Change, changes, get
 from gptjax.data import files
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -35,7 +38,9 @@ CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
 HISTORY, DATA = "history.jsonl", "data.json"
 PINS = {"init_from": "base.json", "reward": "reward.json"}
 """Fields that name weights which no checkpoint of the run holds, and the files that hold their digests."""
+NEW_DATA = "give the old one, or --new-data to go on with this one"
 RESTORE = "put it back from a copy, or start a new run"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 UNFINISHED = {lock.NAME, META, TOKENIZER, DATA, HISTORY}
 """What a start that was killed may leave before it has written CONFIG, and the next one may take over."""
 
@@ -46,9 +51,13 @@ def located(config: Config) -> Config:
     def whole(path: str) -> str:
         return str(Path(path).expanduser().absolute()) if path else path
 
-    local = config.data.source != "stdlib" and not config.data.source.startswith("tfds:")
-    source = files.absolute(config.data.source) if local else config.data.source
-    return replace(config, data=replace(config.data, source=source), init_from=whole(config.init_from))
+    def found(source: str) -> str:
+        return source if source == "stdlib" or source.startswith("tfds:") else files.absolute(source)
+
+    if isinstance(config, PolicyConfig):
+        config = replace(config, ptx=replace(config.ptx, source=found(config.ptx.source)))
+    data = replace(config.data, source=found(config.data.source))
+    return replace(config, data=data, init_from=whole(config.init_from))
 
 
 def pinned(config: Config) -> Config:
@@ -124,14 +133,21 @@ def _first_free(base: Path) -> Path:
     raise AssertionError
 
 
-def fill_run(folder: Path, config: Config, tokenizer: Tokenizer, corpus: Corpus | None = None) -> None:
-    """Write what a run folder holds before its first step. The config comes last: a folder that has one is whole."""
+def fill_run(
+    folder: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    corpus: Corpus | None = None,
+    beside: Mapping[str, str] = NOTHING,
+) -> None:
+    """Write what a run folder holds before its first step, with the digests of what is learned from. The config comes
+    last: a folder that has one is whole."""
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER)
     started = provenance()
     write_whole(folder / META, json.dumps(started | {"tokenizer": tokenizer.spec}, indent=2).encode())
     if corpus is not None:
-        pin_data(folder, config, corpus)
+        pin_data(folder, config, corpus, beside)
     _append(folder / HISTORY, started)
     write_whole(folder / CONFIG, to_json(config).encode())
 
@@ -192,8 +208,9 @@ def going_on(saved: Config, given: Config, folder: Path) -> tuple[Config, list[C
     return config, [change for change in every if change.allowed is not OnResume.FREE]
 
 
-def pin_data(folder: Path, config: Config, corpus: Corpus) -> None:
-    write_whole(folder / DATA, json.dumps(_data_facts(config, corpus), indent=2).encode())
+def pin_data(folder: Path, config: Config, corpus: Corpus, beside: Mapping[str, str] = NOTHING) -> None:
+    """beside: field -> digest of what it names, which is learned from beside the text."""
+    write_whole(folder / DATA, json.dumps(_data_facts(config, corpus, beside), indent=2).encode())
 
 
 def same_weights(folder: Path, field: str, source: str, prints: dict[str, str]) -> None:
@@ -212,28 +229,36 @@ def same_weights(folder: Path, field: str, source: str, prints: dict[str, str]) 
         write_whole(path, json.dumps({"digest": digest, "source": source}, indent=2).encode())
 
 
-def _data_facts(config: Config, corpus: Corpus) -> dict[str, Any]:
+def _data_facts(config: Config, corpus: Corpus, beside: Mapping[str, str]) -> dict[str, Any]:
     splits = (config.data.train_split, config.data.eval_split)
     records = {split: len(corpus.split(split, config.data.split_by)) for split in splits}
-    return {"digest": corpus.digest, "records": records}
+    return {"digest": corpus.digest, "records": records, "beside": dict(beside)}
 
 
-def changed_data(folder: Path, config: Config, corpus: Corpus) -> str | None:
-    """How the text differs from that of the run, in one line; None where it is the same, or none was pinned yet.
+def changed_data(folder: Path, config: Config, corpus: Corpus, beside: Mapping[str, str] = NOTHING) -> str | None:
+    """How the text, or what is learned from `beside` it, differs from that of the run, in one line; None where all is
+    the same, or was not pinned yet.
 
     Raises UserError where the run's own note of it is damaged.
     """
     if not (folder / DATA).is_file():
         return None
-    saved, now = read_json(folder / DATA, RESTORE), _data_facts(config, corpus)
-    if saved.get("digest") == now["digest"]:
-        return None
+    saved, now = read_json(folder / DATA, RESTORE), _data_facts(config, corpus, beside)
+    told = [_other_text(corpus.name, saved, now)] if saved.get("digest") != now["digest"] else []
+    for name, digest in beside.items():
+        if (then := saved.get("beside", {}).get(name, digest)) != digest:
+            about = f"digest {then[:12]} then, {digest[:12]} now"
+            told.append(f"{name} = {get(config, name)} is not what the run was trained with ({about})")
+    return "; ".join(told) or None
+
+
+def _other_text(name: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
     counts = "; ".join(
         f"{split}: {saved.get('records', {}).get(split, 0):,} records then, {count:,} now"
         for split, count in now["records"].items()
     )
     return (
-        f"{corpus.name} is not the text that the run was trained on (digest {str(saved.get('digest'))[:12]} then, "
+        f"{name} is not the text that the run was trained on (digest {str(saved.get('digest'))[:12]} then, "
         f"{now['digest'][:12]} now; {counts})"
     )
 

@@ -1,6 +1,6 @@
 """The state of training and the one jitted step that every stage shares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,7 +63,13 @@ class Objective(Protocol):
     def loss_and_figures(
         self, params: Params, rows: Rows, counts: Counts, key: Array | None, /
     ) -> tuple[Array, dict[str, Array]]:
-        """The same, and what else is to be logged of rows [b, ...]: parts that add up, as the loss is one."""
+        """The same, and what else is to be logged of rows [b, ...]: parts that add up, as the loss is one, or `maxima`
+        of what is never negative."""
+        ...
+
+    @property
+    def maxima(self) -> Collection[str]:
+        """The figures of which the largest of a step's micro-batches is told, and not their sum."""
         ...
 
     def summary(self, figures: dict[str, Array], /) -> dict[str, Array]:
@@ -87,6 +93,8 @@ SPIKE_REACH = 4.0  # deviations from the mean at which a loss pulls at the stati
 
 class ByGradient:
     """What most stages have in common: one loss, one optimizer, and nothing that is carried."""
+
+    maxima: Collection[str] = ()
 
     def loss(self, params: Params, rows: Rows, counts: Counts, key: Array | None) -> Array:
         raise NotImplementedError
@@ -307,7 +315,8 @@ def narrow(params: Params, dtype: jnp.dtype) -> Params:
 def _mean_gradient(
     objective: Objective, params: Params, frozen: Params, rows: Rows, num_micro: Array, key: Array
 ) -> tuple[tuple[Array, Metrics], Params]:
-    """Loss and figures of the first num_micro micro-batches and the gradient for `params`, summed in float32.
+    """Loss and figures of the first num_micro micro-batches and the gradient for `params`, summed in float32; of
+    figures that are `maxima` the largest.
 
     The counts come first: a term is divided by what it is a mean over before it meets another. Where nothing counts the
     loss is not a number, and the step is one that is left out.
@@ -323,10 +332,15 @@ def _mean_gradient(
 
     if _num_micro(rows) == 1:
         return one(0)
+
+    def with_next(i: Array, total: Any) -> Any:
+        new = one(i)
+        (loss, figures), grads = jax.tree.map(jnp.add, total, new)
+        most = {name: jnp.maximum(total[0][1][name], new[0][1][name]) for name in objective.maxima}
+        return (loss, figures | most), grads
+
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape), (jax.eval_shape(one, 0)[0], params))
-    total: tuple[tuple[Array, Metrics], Params] = jax.lax.fori_loop(
-        0, num_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), empty
-    )
+    total: tuple[tuple[Array, Metrics], Params] = jax.lax.fori_loop(0, num_micro, with_next, empty)
     return total
 
 
