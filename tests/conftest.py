@@ -15,6 +15,7 @@ os.environ["GPTJAX_TESTS_XLA"] = os.environ.get("GPTJAX_TESTS_XLA") or tempfile.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GPTJAX_TESTS_XLA"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import gc
 import json
 import random
 import shutil
@@ -37,6 +38,8 @@ from gptjax.config import (
     TrainConfig,
     to_json,
 )
+
+gc.set_threshold(400_000, 20, 20)  # as the command line does: 5% of tracing was to look at what stays
 
 settings.register_profile("compiling", deadline=None)  # a first example may compile for seconds
 settings.load_profile("compiling")
