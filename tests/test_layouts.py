@@ -90,7 +90,11 @@ def single(steady: Config) -> tuple[np.ndarray, dict]:
     return run(steady, 1)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4")
+"""By fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.whole) if n in COVERED else n for n in LAYOUTS])
 def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np.ndarray, dict]) -> None:
     losses, params = run(replace(steady, layout=LAYOUTS[name]), 8)
     assert single[0][-1] < single[0][0] - 0.5
@@ -181,8 +185,15 @@ def tuned_single(tuned: SFTConfig, adapted: SFTConfig) -> dict[str, tuple[list[f
     return {"tuned": tune(tuned, 1), "adapted": tune(adapted, 1)}
 
 
-@pytest.mark.parametrize("name", TUNED_LAYOUTS)
-@pytest.mark.parametrize("kind", ["tuned", "adapted"])
+TUNINGS = [
+    *(("adapted", name) for name in TUNED_LAYOUTS),
+    *(("tuned", name) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
+    # Sharded as above, and packed as with adapters.
+    *(pytest.param("tuned", name, marks=pytest.mark.whole) for name in ("fsdp8", "fsdp4_tp2")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), TUNINGS)
 def test_fine_tuning_on_a_layout_equals_single_device(
     kind: str,
     name: str,
