@@ -813,7 +813,7 @@ def walker(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=WALKER,
         data=replace(data, train_split="train[:98%]", eval_split="train[98%:]"),
         optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-3, final_ratio=0.1, eps=1e-8),
-        train=walk_train(tiny, 600, eval_batches=0),
+        train=walk_train(tiny, 300, eval_batches=0),
     )
     return trained(config, folder)
 
@@ -846,7 +846,7 @@ def walked(walker: Path, tiny: Config, folder: Path, steps: int, code: str = "")
         ppo=PPOConfig(kl_coef=0.02, value_learning_rate=1e-3),
         rollout=RolloutConfig(episodes=256, epochs=4, max_tokens=11, slots=256),
         optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-4),
-        train=walk_train(tiny, steps, eval_interval=10, eval_batches=-1),
+        train=walk_train(tiny, steps, eval_interval=steps, eval_batches=-1),
     )
     return trained(config, folder, code)
 
@@ -864,7 +864,7 @@ def test_walks_become_the_shortest_ones_and_do_not_where_scores_are_whole_number
 ) -> None:
     """The control: without the fractions of its scores the same run learns nothing of the world. One test, since the
     processes that share the tests out would each train the walker."""
-    run = walked(walker, tiny, tmp_path / "fractions", 20)
+    run = walked(walker, tiny, tmp_path / "fractions", 16)
     held_out, log = records(run, "eval"), records(run, "train")
     golds = [r["score"] / 0.99 for r in held_out]
     assert golds[0] < 0.85 and golds[-1] >= 0.95
