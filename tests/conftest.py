@@ -15,6 +15,7 @@ os.environ["GPTJAX_TESTS_XLA"] = os.environ.get("GPTJAX_TESTS_XLA") or tempfile.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GPTJAX_TESTS_XLA"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import gc
 import json
 import random
 import shutil
@@ -37,6 +38,8 @@ from gptjax.config import (
     TrainConfig,
     to_json,
 )
+
+gc.set_threshold(400_000, 20, 20)  # as the command line does: 5% of tracing was to look at what stays
 
 settings.register_profile("compiling", deadline=None)  # a first example may compile for seconds
 settings.load_profile("compiling")
@@ -165,7 +168,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="every cell of attention, config and walk")
+    parser.addoption("--whole", action="store_true", help="every cell of tables and every walk, every config compiled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: what other cases show by default; `--whole` runs it, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("whole")])
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

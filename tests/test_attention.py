@@ -2,7 +2,8 @@
 
 Errors are the largest deviation, of the output and of the three gradients, in units of the largest value among the
 four; TOLERANCE says what is allowed. The reference works row by row on picked keys and shares nothing with the code
-under test. By default head size 64 in float32 meets every T and W and the other sizes and types meet SOME;
+under test. By default head size 64 in float32 meets every T and W (of the reference, which has no blocks, every other
+T) and the other sizes and types meet SOME;
 `pytest tests/test_attention.py --whole` takes all 1,440 cells (864 programs to compile).
 """
 
@@ -93,7 +94,8 @@ def test_backend_equals_float64(
 ) -> None:
     """Prints one row of the table for dense and one for banded masks."""
     every = request.config.getoption("--whole") or (head_dim, dtype) == (64, "float32")
-    cells = list(itertools.product(LENGTHS, WINDOWS)) if every else SOME
+    lengths = LENGTHS if request.config.getoption("--whole") or backend != "reference" else LENGTHS[1::2]
+    cells = list(itertools.product(lengths, WINDOWS)) if every else SOME
     errors: dict[tuple[int, Mask], list[float]] = {}
     worst: dict[str, list] = {"dense": [], "banded": []}
     for length, window in cells:
@@ -488,7 +490,7 @@ def test_a_dense_layer_passes_keys_and_values_round_the_ring() -> None:
 
 
 FOR_TPU = """
-import itertools, sys
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax.experimental import topologies
@@ -505,7 +507,7 @@ from gptjax.stages.pretrain import Pretrain
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1, 2, 1, 2), MESH_AXES, axis_types=AUTO)
 layout = Layout(mesh, rule_table(LayoutConfig(fsdp=2, tensor=2)))
-for head_dim, mask in itertools.product((64, 80, 96, 128), (Mask(), Mask(256))):
+for head_dim, mask in ((64, Mask()), (64, Mask(256)), (80, Mask(256)), (96, Mask()), (128, Mask(256))):
     name, _ = choose("auto", Need("tpu", jnp.dtype("bfloat16"), head_dim, 2048, (mask,)))
     attend = on_mesh(BACKENDS[name].attend, layout)
     spec = layout.sharding(("batch", "length", "heads", None))
@@ -519,13 +521,14 @@ for head_dim, mask in itertools.product((64, 80, 96, 128), (Mask(), Mask(256))):
 
 @pytest.mark.slow
 def test_splash_compiles_for_a_tpu() -> None:
-    """Forward and backward under shard_map for each head size: the kernel's calls are there, a [T, T] buffer is not."""
+    """Forward and backward under shard_map, each head size and each mask: the kernel's calls are there, a [T, T] buffer
+    is not."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", FOR_TPU], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 8
+    assert len(rows) == 5
     for name, _, _, calls, scratch in rows:
         assert name == "splash"
         assert int(calls) >= 3  # output, dq, dk and dv

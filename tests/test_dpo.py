@@ -349,7 +349,7 @@ def single(steady: PreferenceConfig) -> tuple[list[float], Any]:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(LayoutConfig(fsdp=8), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(fsdp=8), marks=pytest.mark.whole),
         LayoutConfig(data=2, fsdp=2, tensor=2),
         pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.slow),
         pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),

@@ -55,24 +55,36 @@ def scores(name: str):
     return jax.jit(lambda ids: logits(*forward(gpt, params, ids)[:2], V)[0])
 
 
-one = jax.jit(draw)
+@cache
+def passed(name: str):
+    """The token that is drawn after so many, from a whole forward pass, and its log-probability: one call a token."""
+    gpt, params = model(name)
+    bias = np.where(np.arange(128) < V, 0, -np.inf).astype(np.float32)[None]
+
+    @jax.jit
+    def draw_one(ids, length, words, number, knobs, counts, seen):
+        row = logits(*forward(gpt, params, ids)[:2], V)[0][None, length - 1]
+        key = jax.random.fold_in(jax.random.wrap_key_data(words), number)
+        token = draw(row, knobs, bias, counts, seen, key[None])[0]
+        return token, jax.nn.log_softmax(row[0])[token]
+
+    return draw_one
 
 
 def by_full_passes(name: str, request: Request, count: int) -> tuple[list[int], list[float]]:
     """(tokens, log-probabilities) from whole forward passes over a padded context."""
     ids, values = list(request.prompt), []
-    bias = np.where(np.arange(128) < V, 0, -np.inf).astype(np.float32)[None]
+    knobs = jax.tree.map(lambda x: np.array([x]), Knobs.of(request.sampling))
+    words = key_of(request.seed, request.sample)
     for number in range(count):
         padded = np.zeros((1, T), np.int32)
         padded[0, : len(ids)] = ids
-        row = scores(name)(padded)[None, len(ids) - 1]
         counts, seen = np.zeros((1, 128), np.int32), np.zeros((1, 128), bool)
         np.add.at(counts[0], ids[len(request.prompt) :], 1)
         seen[0, request.prompt] = True
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_of(request.seed, request.sample)), number)
-        knobs = jax.tree.map(lambda x: np.array([x]), Knobs.of(request.sampling))
-        ids.append(int(one(row, knobs, bias, counts, seen, key[None])[0]))
-        values.append(float(jax.nn.log_softmax(row[0])[ids[-1]]))
+        token, value = passed(name)(padded, len(ids), words, number, knobs, counts, seen)
+        ids.append(int(token))
+        values.append(float(value))
     return ids[len(request.prompt) :], values
 
 

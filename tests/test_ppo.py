@@ -115,6 +115,13 @@ def small(base: Path, judges: Path, tiny: Config, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def shallow(small: PolicyConfig, tuned: SFTConfig, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
+    """Of one layer, which is half as much to trace and compile: for what every model has in common."""
+    model = replace(MODEL, num_layers=1, attention_pattern=("dense",))
+    return replace(small, model=model, init_from=str(write_base(tmp_path_factory.mktemp("shallow"), tuned, model)))
+
+
+@pytest.fixture(scope="session")
 def scorer(base: Path, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> RewardConfig:
     """Of a reward model."""
     source = str(write_rankings(tmp_path_factory.mktemp("rankings")))
@@ -219,11 +226,11 @@ def refused(config: Any, words: list[str], message: str, folder: Path) -> None:
     ],
 )
 def test_a_function_that_cannot_judge_ends_the_run(
-    name: str, message: str, small: PolicyConfig, judges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, message: str, shallow: PolicyConfig, judges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Named with what it was asked. No step was made, and no folder stays."""
     alone(monkeypatch)
-    refused(small, ["--reward", f"{judges}:{name}"], message, tmp_path)
+    refused(shallow, ["--reward", f"{judges}:{name}"], message, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -530,10 +537,10 @@ def on_disk(reward: Path) -> Any:
 )
 @pytest.mark.slow
 def test_what_is_drawn_in_another_way_is_learned_from_in_that_way(
-    temperature: float, top_k: int, seen: Seen, small: PolicyConfig, tmp_path: Path
+    temperature: float, top_k: int, seen: Seen, shallow: PolicyConfig, tmp_path: Path
 ) -> None:
     words = ["--rollout.temperature", str(temperature), "--rollout.top_k", str(top_k), "--train.total_steps", "2"]
-    assert cli.run(["train", as_file(small, tmp_path), "--run", str(tmp_path / "run"), *words]) == 0
+    assert cli.run(["train", as_file(shallow, tmp_path), "--run", str(tmp_path / "run"), *words]) == 0
     log = records(tmp_path / "run", "train")
     assert all(r["ratio_error"] <= 1.2e-7 and r["gap"] < 1e-4 for r in log) and abs(log[0]["kl"]) < 1e-6
     for rollout, judged in zip(seen.made, seen.judged, strict=True):
@@ -560,12 +567,12 @@ Engine.step = dies
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_ends_where_it_would_have(
-    small: PolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: PolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a signal, and by signal 9 in the middle of a rollout: the same bits of all that a checkpoint holds."""
     alone(monkeypatch)
     config = replace(
-        small, train=replace(small.train, total_steps=3, save_interval=1), rollout=replace(small.rollout, slots=8)
+        shallow, train=replace(shallow.train, total_steps=3, save_interval=1), rollout=replace(shallow.rollout, slots=8)
     )
     file = as_file(config, tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -586,7 +593,7 @@ def test_a_run_that_is_stopped_ends_where_it_would_have(
     assert killed.returncode == -signal.SIGKILL and killed.stderr.endswith("in a rollout\n"), killed.stderr
     assert [r["step"] for r in records(cut, "train")] == [1, 2]
     assert cli.run(["train", "--resume", str(cut)]) == 0
-    ours, theirs = (kept(cut, small), kept(whole, small))
+    ours, theirs = (kept(cut, shallow), kept(whole, shallow))
     assert equal(ours, theirs) and {"average", "kl_coef"} <= set(ours["carried"]) and "value" in ours["params"]
     told = "loss", "kl", "score", "kl_coef", "reward", "ratio_error"
     assert [[r[name] for name in told] for r in records(cut, "train")] == [
@@ -653,12 +660,18 @@ def test_equal_rewards_teach_nothing(grouped: GroupPolicyConfig) -> None:
 
 @pytest.mark.slow
 def test_groups_find_the_one_token_that_is_worth_more(
-    grouped: GroupPolicyConfig, judges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grouped: GroupPolicyConfig,
+    shallow: PolicyConfig,
+    judges: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To end at once, which is 2 of 261 tokens at first."""
     alone(monkeypatch)
     config = replace(
         grouped,
+        model=shallow.model,
+        init_from=shallow.init_from,
         reward=f"{judges}:brief",
         rollout=RolloutConfig(episodes=128, max_tokens=1, slots=128),
         grpo=GRPOConfig(group=16, kl_coef=0.0),
@@ -766,21 +779,25 @@ def test_a_layout_learns_what_one_device_does(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), params, single[1])
 
 
+@pytest.fixture(scope="session")
+def judged_alone(small: PolicyConfig, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch)
+        return judged_run(small, reward, tmp_path_factory.mktemp("judged"))
+
+
+def judged_run(config: PolicyConfig, reward: Path, folder: Path) -> list[dict[str, Any]]:
+    file = as_file(replace(config, reward=str(reward)), folder)
+    assert cli.run(["train", file, "--run", str(folder / "run")]) == 0
+    return records(folder / "run", "train")
+
+
 @pytest.mark.slow
 @LAYOUTS
 def test_a_layout_draws_and_judges_what_one_device_does(
-    layout: LayoutConfig, small: PolicyConfig, reward: Path, tmp_path: Path
+    layout: LayoutConfig, small: PolicyConfig, reward: Path, judged_alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = replace(small, reward=str(reward), train=replace(small.train, total_steps=2))
-    told = []
-    for name, each in (("one", LayoutConfig()), ("many", layout)):
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "one":
-                alone(patch)
-            file = as_file(replace(config, layout=each), tmp_path)
-            assert cli.run(["train", file, "--run", str(tmp_path / name)]) == 0
-        told.append(records(tmp_path / name, "train"))
-    for one, many in zip(*told, strict=True):
+    for one, many in zip(judged_alone, judged_run(replace(small, layout=layout), reward, tmp_path), strict=True):
         assert many["gap"] < 1e-4 and many["ratio_error"] < 1e-5
         for figure in ("loss", "score", "kl", "length", "ended", "entropy", "value_loss"):
             assert many[figure] == pytest.approx(one[figure], rel=1e-3, abs=1e-4), figure
@@ -810,7 +827,7 @@ def walker(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=WALKER,
         data=replace(data, train_split="train[:98%]", eval_split="train[98%:]"),
         optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-3, final_ratio=0.1, eps=1e-8),
-        train=walk_train(tiny, 600, eval_batches=0),
+        train=walk_train(tiny, 300, eval_batches=0),
     )
     return trained(config, folder)
 
@@ -844,7 +861,7 @@ def walked(walker: Path, tiny: Config, folder: Path, steps: int, code: str = "",
         ppo=PPOConfig(kl_coef=0.02, value_learning_rate=1e-3),
         rollout=RolloutConfig(episodes=256, epochs=4, max_tokens=11, slots=256),
         optimizer=replace(WALK_OPTIMIZER, learning_rate=3e-4),
-        train=walk_train(tiny, steps, eval_interval=10, eval_batches=-1),
+        train=walk_train(tiny, steps, eval_interval=steps, eval_batches=-1),
     )
     return trained(replace(config, **more), folder, code)
 
@@ -862,7 +879,7 @@ def test_walks_become_the_shortest_ones_and_do_not_where_scores_are_whole_number
 ) -> None:
     """The control: without the fractions of its scores the same run learns nothing of the world. One test, since the
     processes that share the tests out would each train the walker."""
-    run = walked(walker, tiny, tmp_path / "fractions", 20)
+    run = walked(walker, tiny, tmp_path / "fractions", 16)
     held_out, log = records(run, "eval"), records(run, "train")
     golds = [r["score"] / 0.99 for r in held_out]
     assert golds[0] < 0.85 and golds[-1] >= 0.95
@@ -878,16 +895,16 @@ def test_walks_become_the_shortest_ones_and_do_not_where_scores_are_whole_number
 
 @pytest.mark.slow
 def test_the_bench_tells_an_iteration_s_parts_and_later_ones_compile_nothing(
-    small: PolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shallow: PolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On all devices that there are."""
-    assert cli.run(["bench", "ppo", as_file(small, tmp_path), "--iterations", "4", "--out", str(tmp_path)]) == 0
+    assert cli.run(["bench", "ppo", as_file(shallow, tmp_path), "--iterations", "4", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "ppo.json").read_text())
     assert len(found["iterations"]) == 4 and found["late"] == 0 and found["iterations"][0]["compiled"] > 0
     assert min(found[name] for name in ("rollout_s", "judge_s", "update_s", "share", "engine_tokens_per_s")) > 0
     assert "0 programs compiled" in capsys.readouterr().out
     with pytest.raises(UserError, match="the first 2 warm up; nearest 3"):
-        cli.run(["bench", "ppo", as_file(small, tmp_path), "--iterations", "2"])
+        cli.run(["bench", "ppo", as_file(shallow, tmp_path), "--iterations", "2"])
 
 
 # What may be switched off, and figures
@@ -1113,16 +1130,9 @@ def mean_gold(run: Path, each: int = 20) -> float:
     return float(np.mean([gold(start, said(row[first:].tolist())) for start, row in zip(starts, ids, strict=True)]))
 
 
-@pytest.fixture
-def whole(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--whole"):
-        pytest.skip("two minutes on two cores: --whole")
-
-
 @pytest.mark.slow
-def test_a_learned_reward_makes_walks_shorter(
-    whole: None, walker: Path, judge: Path, tiny: Config, tmp_path: Path
-) -> None:
+@pytest.mark.whole
+def test_a_learned_reward_makes_walks_shorter(walker: Path, judge: Path, tiny: Config, tmp_path: Path) -> None:
     """By their true worth, which the policy is never told: 0.94 in the last five iterations when this was written. Of
     the held-out replies it was 0.895 then, 0.966 in another run: the last update alone moves it so far."""
     ppo = PPOConfig(kl_coef=0.2, kl_target=0.8, kl_horizon=1000, value_learning_rate=1e-3)
@@ -1137,7 +1147,8 @@ def test_a_learned_reward_makes_walks_shorter(
 
 
 @pytest.mark.slow
-def test_pretraining_text_beside_the_replies_is_not_forgotten(whole: None, tiny: Config, tmp_path: Path) -> None:
+@pytest.mark.whole
+def test_pretraining_text_beside_the_replies_is_not_forgotten(tiny: Config, tmp_path: Path) -> None:
     """Of a text of walks in capitals, which fine-tuning on those in small letters had taken from 1.4 nats a token to
     about 6: after ten iterations 6.2 without it, 0.80 with it (10.2 and 0.79 in another run), and walks shorter by
     either, when this was written."""

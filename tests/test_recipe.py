@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shipped import RECIPES
@@ -199,7 +200,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 
 def chain(file: Path, folder: Path, given: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptjax", "recipe", file, "--folder", folder, *given]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT, env=environment())
 
 
 def said(text: str) -> dict[str, str]:
@@ -256,7 +257,7 @@ def test_a_chain_that_is_stopped_goes_on(made: tuple[Path, Path, str], tmp_path:
     def until(sign: str, *given: str) -> tuple[int, str]:
         """Its status and what it printed, of a chain that is stopped once it has printed that."""
         command = [sys.executable, "-m", "gptjax", "recipe", file, "--folder", folder, *words(), *given]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
         assert process.stdout
         lines = []
         for line in process.stdout:
