@@ -27,7 +27,7 @@ class Command:
     distributed: bool = False
     """One of several processes: join the others first."""
     new_data: bool = False
-    """Go on with a run although its text is another one now."""
+    """Go on with a run although its text, or the file of its reward function, is another one now."""
     dry_run: bool = False
     """Check and say all that a run would before its first step; write nothing."""
     topology: str = ""
