@@ -68,7 +68,7 @@ from gptjax.stages.scorer import load_scorer
 from gptjax.stages.weights import on_device, open_weights
 from gptjax.train import loop
 from gptjax.train.checkpoint import Checkpoints
-from gptjax.train.run import fill_run
+from gptjax.train.run import fill_run, located
 from gptjax.train.step import abstract_state, init_state, make_step, placed
 
 
@@ -1010,6 +1010,17 @@ def test_two_processes_learn_what_one_does(
         assert two["ratio_error"] <= 1e-6 and two["gap"] < 1e-4
         for figure in told:
             assert two[figure] == pytest.approx(one[figure], rel=1e-4, abs=1e-5), figure
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("judge.py:f", "{}/judge.py:f"), ("runs/reward", "{}/runs/reward"), ("module:f", "module:f")]
+)
+def test_what_judges_is_found_from_any_folder(
+    name: str, kept: str, small: PolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = located(replace(small, reward=name, gold=name))
+    assert config.reward == config.gold == kept.format(tmp_path)
 
 
 # A reward model of another size

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, PolicyConfig, from_json, to_json, validate
+from gptjax.config import Config, PolicyConfig, RewardedConfig, from_json, to_json, validate
 from gptjax.config.fields import OnResume
 from gptjax.config.saved import Change, changes, get
 from gptjax.data import files
@@ -54,6 +54,19 @@ def located(config: Config) -> Config:
     def found(source: str) -> str:
         return source if source == "stdlib" or source.startswith("tfds:") else files.absolute(source)
 
+    def judge(name: str) -> str:
+        """A run folder, FILE.py:NAME or MODULE:NAME."""
+        file, colon, function = name.rpartition(":")
+        return (
+            f"{whole(file)}:{function}"
+            if file.endswith(".py")
+            else name
+            if colon and not Path(name).is_dir()
+            else whole(name)
+        )
+
+    if isinstance(config, RewardedConfig):
+        config = replace(config, reward=judge(config.reward), gold=judge(config.gold))
     if isinstance(config, PolicyConfig):
         config = replace(config, ptx=replace(config.ptx, source=found(config.ptx.source)))
     data = replace(config.data, source=found(config.data.source))
