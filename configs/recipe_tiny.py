@@ -3,8 +3,8 @@
 gptjax recipe configs/recipe_tiny.py
 
 The town and its people are made up (gptjax/recipe/town.py): they ask the way. Who shows how to answer makes detours,
-and so does the fine-tuned model; rankings of its own replies are to teach it to go straight there. So far its reward
-model can be fooled (see the README). `unchecked` learns without a price on leaving the fine-tuned model.
+and so does the fine-tuned model; rankings of its own replies teach it to go straight there. `unchecked` learns without
+a price on leaving the fine-tuned model: what its reward model then likes is worth ever less.
 """
 
 from dataclasses import replace
@@ -41,6 +41,8 @@ def recipe() -> Recipe:
 
 
 def tokenizer(folder: Path, town: Path) -> None:
+    """512 pieces, of which a place is one: with 384 it was up to five, and the reward model, which compares places, was
+    right in 81% of the pairs held out."""
     texts = ((town / name).read_text() for name in ("text.jsonl", "talks.jsonl"))
     train_sentencepiece((line for text in texts for line in text.splitlines()), 512, folder / "tokenizer.model")
 
@@ -62,7 +64,7 @@ def sft(pretrain: Path, town: Path) -> SFTConfig:
         init_from=str(pretrain),
         data=DialogueConfig(source=str(town / "talks.jsonl")),
         optimizer=OptimizerConfig(learning_rate=1e-3, **PLAIN),
-        train=TrainConfig(batch_size=16, epochs=3, log_interval=20, eval_interval=100, keep_best=True),
+        train=TrainConfig(batch_size=8, epochs=4, log_interval=50, eval_interval=200, keep_best=True),
     )
 
 

@@ -75,10 +75,10 @@ def test_a_way_that_is_none_is_worth_nothing(reply: str) -> None:
 
 
 def test_what_lies_beside_a_place_is_right_or_wrong() -> None:
-    assert town.gold("What is east of the mill?", "The church is east of the mill.") == 1
-    assert town.gold("What is east of the mill?", "The market is east of the mill.") == 0
-    assert town.gold("What is north of the mill?", "No street goes north from there.") == 1
-    assert town.gold("What is south of the church?", "No street goes south from there.") == 1  # it is closed
+    assert town.gold("What is east of the mill?", "To the east of the mill lies the church.") == 1
+    assert town.gold("What is east of the mill?", "To the east of the mill lies the market.") == 0
+    assert town.gold("What is north of the mill?", "No street goes north from the mill.") == 1
+    assert town.gold("What is south of the church?", "No street goes south from the church.") == 1  # it is closed
     assert town.gold("What is east of the mill?", "Go east to the church.") == 0
 
 

@@ -34,9 +34,12 @@ QUESTIONS = (
     "I am at the {}. How do I get to the {}?",
 )
 BESIDE = "What is {} of the {}?"
+WELCOME = "Hello! Where are you, and where do you want to go?"
+GOODBYE = "You are welcome. Have a good walk!"
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
 TIMES = ("In the morning", "At noon", "In the evening", "On Sunday", "After the rain")
-AROUND = 0.2  # share of texts that say what lies around a place, and of talks that ask it
+AROUND = 0.2  # share of texts that say what lies around a place, and of questions that ask it
+POLITE = 0.05  # share of texts that a talk begins or ends with: words that are new in fine-tuning are learned slowly
 MOST = 8  # steps of a way: nobody walks further
 HELD_OUT = 8  # one question of so many is asked in `questions.jsonl` alone
 SURE = 0.75  # share of a teacher's steps that lead nearer
@@ -87,9 +90,11 @@ def steps_of(text: str) -> Way | None:
 
 
 def beside(direction: str, place: str) -> str:
-    """What lies there, in words."""
+    """What lies there, in words: last, for who has read that B is east of A has not learned what is east of A."""
     other = streets()[place].get(direction)
-    return f"The {other} is {direction} of the {place}." if other else f"No street goes {direction} from there."
+    if other is None:
+        return f"No street goes {direction} from the {place}."
+    return f"To the {direction} of the {place} lies the {other}."
 
 
 def asked(prompt: str) -> tuple[str, str] | None:
@@ -161,36 +166,41 @@ def _write(path: Path, rows: Iterator[dict[str, object]]) -> None:
 
 def _text(rng: np.random.Generator) -> str:
     """What someone who knows the town might write of a walk, and now and then of what lies around."""
+    kind = rng.random()
+    if kind < POLITE:
+        return str(rng.choice([WELCOME, GOODBYE]))
+    if kind < POLITE + AROUND:
+        return _around(rng, rng.choice(PLACES))
     start, goal = rng.choice(PLACES, 2, replace=False)
     who, when = rng.choice(PEOPLE), rng.choice(TIMES)
     way = walk(rng, start, goal)
     walked = ", then ".join(f"{direction} to the {place}" for direction, place in way)
-    text = f"{when} {who} was at the {start} and wanted to go to the {goal}. {who} went {walked}."
-    return f"{text} {_around(rng.choice(PLACES))}" if rng.random() < AROUND else text
+    return f"{when} {who} was at the {start} and wanted to go to the {goal}. {who} went {walked}."
 
 
-def _around(place: str) -> str:
-    return " ".join(beside(direction, place) for direction in streets()[place])
+def _around(rng: np.random.Generator, place: str) -> str:
+    return " ".join(beside(direction, place) for direction in rng.permutation([*COMPASS]))
 
 
 def _talk(rng: np.random.Generator) -> list[dict[str, str]]:
-    """Mostly one who asks the way; some say hello first, or ask what lies around them."""
+    """Someone who asks once, or up to three times; some say hello first, or thanks."""
     talk: list[dict[str, str]] = []
 
     def said(question: str, answer: str) -> None:
         talk.extend([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
-    kind = rng.random()
-    if kind < 0.15:
-        said(rng.choice(["Hello!", "Good morning!", "Hi."]), "Hello! Where are you, and where do you want to go?")
-    pairs = _pairs(PLACES if kind < 1 - AROUND else COMPASS, held_out=False)
-    pair = pairs[rng.integers(len(pairs))]
-    if kind < 1 - AROUND:
-        said(rng.choice(QUESTIONS).format(*pair), told(teacher(rng, *pair)))
-    else:
-        said(BESIDE.format(*pair), beside(*pair))
+    if rng.random() < 0.15:
+        said(rng.choice(["Hello!", "Good morning!", "Hi."]), WELCOME)
+    for _ in range(rng.choice((1, 2, 3), p=(0.7, 0.2, 0.1))):
+        a_way = rng.random() > AROUND
+        pairs = _pairs(PLACES if a_way else COMPASS, held_out=False)
+        pair = pairs[rng.integers(len(pairs))]
+        if a_way:
+            said(rng.choice(QUESTIONS).format(*pair), told(teacher(rng, *pair)))
+        else:
+            said(BESIDE.format(*pair), beside(*pair))
     if rng.random() < 0.1:
-        said(rng.choice(["Thank you!", "Thanks."]), "You are welcome. Have a good walk!")
+        said(rng.choice(["Thank you!", "Thanks."]), GOODBYE)
     return talk
 
 
