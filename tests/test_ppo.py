@@ -148,7 +148,7 @@ def grouped(small: PolicyConfig) -> GroupPolicyConfig:
     ("words", "message"),
     [
         (["--reward", ""], "reward: empty; name the run of a reward model, or a Python function"),
-        (["--reward", "nowhere.py:judge"], "reward = nowhere.py:judge: no file nowhere.py; name one, FILE.py:NAME"),
+        (["--reward", "nowhere.py:judge"], "/nowhere.py; name one, FILE.py:NAME"),  # a path is made whole first
         (["--reward", "no.such.module:judge"], "no.such.module cannot be imported (ModuleNotFoundError"),
         (["--reward", "JUDGES:missing"], "judges.py has no function missing; give its name"),
         (["--reward", "JUDGES:number"], "judges.py has no function number; give its name"),
