@@ -30,12 +30,12 @@ from gptjax.recipe.steps import (
     identity,
     inputs_of,
     noted,
-    source_of,
     todo,
     words_for,
     writes_files,
 )
 from gptjax.stages.launch import Resumed, train
+from gptjax.stages.rewards import function_digest
 from gptjax.train.lock import RunLock
 from gptjax.train.processes import warn
 from gptjax.train.run import CONFIG, going_on, open_run
@@ -116,7 +116,7 @@ def _evaluate(title: str, asked: Comparison, root: Path) -> None:
     inputs: Inputs = {f"step {name}": identity(root / name) for name in names} | {"comparison": repr(asked)}
     inputs["its questions"] = digest_of(root / asked.questions)
     if asked.gold:
-        inputs["its gold function"] = digest_of(source_of(asked.gold))
+        inputs["its gold function"] = function_digest(asked.gold)
 
     def work(_: Todo) -> int:
         compare.write(asked, root, root / EVALUATION)

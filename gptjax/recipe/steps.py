@@ -20,7 +20,7 @@ from gptjax.config.saved import get
 from gptjax.data.sources import build
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.stages.rewards import is_function, load_function
+from gptjax.stages.rewards import function_digest, is_function
 from gptjax.terminal import Progress
 from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
 from gptjax.train.checkpoint import saved_steps
@@ -137,7 +137,7 @@ def inputs_of(step: Step, root: Path, config: Config | None) -> Inputs:
     if Path(config.data.tokenizer).is_file():
         made["its tokenizer"] = digest_of(Path(config.data.tokenizer))
     if isinstance(config, RewardedConfig) and is_function(config.reward):
-        made["its reward function"] = digest_of(source_of(config.reward))
+        made["its reward function"] = function_digest(config.reward)
     return made | _fields(config, root)
 
 
@@ -172,11 +172,6 @@ def identity(folder: Path) -> str:
         return _digest(json.dumps([saved_steps(run / CHECKPOINTS), _fields(config, folder.parent), before]).encode())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _digest(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
-
-
-def source_of(function: str) -> Path:
-    """The file of a reward function, FILE.py:NAME or MODULE:NAME."""
-    return Path(inspect.getsourcefile(load_function(function)) or "")
 
 
 def digest_of(file: Path) -> str:

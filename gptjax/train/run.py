@@ -57,13 +57,9 @@ def located(config: Config) -> Config:
     def judge(name: str) -> str:
         """A run folder, FILE.py:NAME or MODULE:NAME."""
         file, colon, function = name.rpartition(":")
-        return (
-            f"{whole(file)}:{function}"
-            if file.endswith(".py")
-            else name
-            if colon and not Path(name).is_dir()
-            else whole(name)
-        )
+        if file.endswith(".py"):
+            return f"{whole(file)}:{function}"
+        return name if colon and not Path(name).is_dir() else whole(name)
 
     if isinstance(config, RewardedConfig):
         config = replace(config, reward=judge(config.reward), gold=judge(config.gold))
