@@ -12,6 +12,8 @@ from gptjax.errors import UserError
 # TFLOP/s). NVIDIA's datasheets, half of what they give with sparsity; "How to Scale Your Model" for TPUs. Per device:
 # a chip of TPU v2, v3 and 7x is two.
 PEAK_FLOPS = {
+    "NVIDIA GB200": 2.5e15,
+    "NVIDIA B200": 2.25e15,
     "NVIDIA H200": 9.89e14,
     "NVIDIA H200 NVL": 8.35e14,
     "NVIDIA GH200 480GB": 9.89e14,

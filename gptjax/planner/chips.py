@@ -2,6 +2,7 @@
 
 TPU rows: "How to Scale Your Model" (tpus.md); tpu7x: Google Cloud's documentation of Ironwood, per device, of which a
 chip has two. GPU rows: NVIDIA's datasheets. All rates are bytes or FLOPs per second, memory is what a program gets.
+The slow network: what published multi-slice runs had of it, a chip: v5e 25 Gbit/s, v6e 100.
 """
 
 import itertools
@@ -38,23 +39,53 @@ GIB = 2.0**30
 # v4, v5e, tpu7x and H200 are like the nearest of these, and not checked.
 CHIPS = {
     "v4": Chip("TPU v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 0.70),
-    "v5e": Chip("TPU v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 9e10, 6.25e9, 0.70),
+    "v5e": Chip("TPU v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 9e10, 3.1e9, 0.70),
     "v5p": Chip("TPU v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.70),
-    "v6e": Chip("TPU v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1.8e11, 6.25e9, 0.60),
+    "v6e": Chip("TPU v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, 0.60),
     "tpu7x": Chip("TPU7x core", PEAK_FLOPS["TPU7x"], 94.75 * GIB, 3.69e12, 1.8e11, 6.25e9, 0.60),
     "a100": Chip("A100 80GB", PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.75, "gpu"),
     "h100": Chip("H100 80GB", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 72.7 * GIB, 3.35e12, 4.5e11, 5e10, 0.65, "gpu"),
     "h200": Chip("H200", PEAK_FLOPS["NVIDIA H200"], 129 * GIB, 4.8e12, 4.5e11, 5e10, 0.65, "gpu"),
+    "b200": Chip("B200", PEAK_FLOPS["NVIDIA B200"], 165 * GIB, 8.0e12, 9e11, 5e10, 0.65, "gpu"),
+    "gb200": Chip("GB200", PEAK_FLOPS["NVIDIA GB200"], 170 * GIB, 8.0e12, 9e11, 5e10, 0.65, "gpu"),
 }
-ALIASES = {"v5litepod": "v5e"}
+ALIASES = {
+    "v5litepod": "v5e",
+    "v5lite": "v5e",
+    "v5": "v5p",
+    "v6": "v6e",
+    "v6litepod": "v6e",
+    "trillium": "v6e",
+    "ironwood": "tpu7x",
+    "v7x": "tpu7x",
+    "tpuv7x": "tpu7x",
+    "a100-80gb": "a100",
+    "h100-80gb": "h100",
+    "h200-141gb": "h200",
+    "h100-mega-80gb": "h100",
+}
+MACHINES = {
+    "a2-ultragpu": "a100",
+    "a3-highgpu": "h100",
+    "a3-edgegpu": "h100",
+    "a3-megagpu": "h100",
+    "a3-ultragpu": "h200",
+    "a4-highgpu": "b200",
+    "a4x-highgpu": "gb200",
+    "p4de.24xlarge": "a100",
+    "p5.48xlarge": "h100",
+    "p5e.48xlarge": "h200",
+    "p5en.48xlarge": "h200",
+    "p6-b200.48xlarge": "b200",
+}
+"""Machines that clouds rent, by their GPU: a3-highgpu-8g has 8."""
+NODE = 8  # GPUs of a machine whose name does not say how many
 CORES_COUNTED = ("v4", "v5p", "tpu7x")
 """Families whose names count cores, two a chip: v5p-1024 has 512 chips."""
 PLANES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-CUBES = (
-    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16)),
-    *((8, 12, 16), (12, 12, 12), (8, 16, 16), (12, 16, 16), (16, 16, 16), (16, 16, 24)),
-)
-"""Shapes of whole slices, in chips."""
+SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Shapes of whole slices, in chips; from 64 chips on in three dimensions any of whole cubes of 4 x 4 x 4."""
+LONGEST = 28  # chips along one side: a pod of v5p is 16 x 20 x 28
 COMPILER_NAMES = {"v4": "v4", "v5e": "v5e", "v5p": "v5", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 
@@ -97,34 +128,70 @@ class Topology:
         return f"{self.name}: {slices}{self.slice_devices} x {self.chip.name} ({shape})"
 
 
+NAME = re.compile(r"(?:tpu-)?(?P<family>[a-z0-9.-]+?)(?:-(?P<size>\d+(?:x\d+)*)g?(?:x(?P<nodes>\d+))?)?")
+
+
 def topology(name: str, num_slices: int = 1) -> Topology:
-    """v4-, v5e- (v5litepod-), v5p-, v6e- and tpu7x-N as Google counts them, or GPU nodes such as h100-8x64.
+    """TPUs as Google counts them (v4-, v5e- or v5litepod-, v5p-, v6e-, tpu7x-N) or by their shape in chips (v5p-4x4x12);
+    GPUs by node and nodes (h100-8x64) or by a machine (a3-highgpu-8g), of which `num_slices` are taken.
 
     Raises UserError for a name that is not one, with the nearest size of that family.
     """
-    match = re.fullmatch(r"([a-z0-9]+?)-(\d+)(?:x(\d+))?", name)
-    family = ALIASES.get(match[1], match[1]) if match else ""
-    if match is None or family not in CHIPS or (CHIPS[family].platform == "gpu") != bool(match[3]):
-        raise UserError(
-            f"--topology {name}: expected one of {', '.join(f'{f}-N' for f in COMPILER_NAMES)}, v5litepod-N, or GPUs a "
-            "node x nodes, such as h100-8x64; nearest v5p-128"
-        )
     if num_slices < 1:
         raise UserError(f"--slices {num_slices}: must be positive; nearest 1")
-    chip, size = CHIPS[family], int(match[2])
-    if chip.platform == "gpu":
-        if num_slices > 1:
-            raise UserError(f"--slices {num_slices}: GPU nodes are counted in the name; use {name.split('-')[0]}-8xN")
-        if size < 1 or int(match[3]) < 1:
-            raise UserError(f"--topology {name}: needs at least one GPU and one node; nearest {family}-8x1")
-        return Topology(name, family, chip, (size,), int(match[3]))
-    halves = 2 if family in CORES_COUNTED else 1
-    shapes = {math.prod(shape): shape for shape in (CUBES if halves == 2 else PLANES)}
-    chips = size // halves
-    if chips not in shapes or size % halves:
-        near = min(shapes, key=lambda n: abs(n - size / halves)) * halves
+    match = NAME.fullmatch(name.lower().replace("_", "-"))
+    written = match["family"] if match else ""
+    family = MACHINES.get(written) or ALIASES.get(written, written)
+    if match is None or family not in CHIPS or not (match["size"] or written in MACHINES):
+        raise UserError(
+            f"--topology {name}: expected one of {', '.join(f'{f}-N' for f in COMPILER_NAMES)}, v5litepod-N, a shape such "
+            f"as v5p-4x4x12, or GPUs: a node x nodes of {', '.join(_gpus())}, such as h100-8x64, or a machine such as "
+            "a3-highgpu-8g; nearest v5p-128"
+        )
+    sizes = [int(n) for n in (match["size"] or str(NODE)).split("x")]
+    if CHIPS[family].platform == "gpu":
+        return _nodes(name, family, [*sizes, *([int(match["nodes"])] if match["nodes"] else [])], num_slices)
+    return Topology(name, family, CHIPS[family], _slice(name, family, sizes), num_slices)
+
+
+def _gpus() -> list[str]:
+    return [family for family, chip in CHIPS.items() if chip.platform == "gpu"]
+
+
+def _nodes(name: str, family: str, sizes: list[int], times: int) -> Topology:
+    """GPUs of a node, and nodes unless `times` says how many."""
+    if len(sizes) > 2 or min(sizes) < 1:
+        raise UserError(f"--topology {name}: needs at least one GPU and one node; nearest {family}-{NODE}x1")
+    if len(sizes) == 2 and times > 1:
+        raise UserError(f"--slices {times}: GPU nodes are counted in the name; use {family}-{sizes[0]}xN")
+    size, nodes = (*sizes, times)[:2]
+    return Topology(f"{family}-{size}x{nodes}", family, CHIPS[family], (size,), nodes)
+
+
+def _slice(name: str, family: str, sizes: list[int]) -> tuple[int, ...]:
+    """The shape of a slice in chips: as written, or the most compact of those of so many chips."""
+    cores = 2 if family in CORES_COUNTED else 1
+    shapes = _shapes(family)
+    if len(sizes) > 1 and tuple(sorted(sizes)) in shapes:
+        return tuple(sorted(sizes))
+    chips = math.prod(sizes) if len(sizes) > 1 else sizes[0] / cores
+    compact = min((shape for shape in shapes if len(sizes) == 1 and math.prod(shape) == chips), key=_spread, default=())
+    if not compact:
+        near = math.prod(min(shapes, key=lambda shape: abs(math.prod(shape) - chips))) * cores
         raise UserError(f"--topology {name}: no slice of {family} has that size; nearest {family}-{near}")
-    return Topology(name, family, chip, shapes[chips], num_slices)
+    return compact
+
+
+def _spread(shape: tuple[int, ...]) -> tuple[int, int]:
+    return max(shape), sum(shape)
+
+
+def _shapes(family: str) -> list[tuple[int, ...]]:
+    """Shapes of whole slices of a family, in chips."""
+    if family not in CORES_COUNTED:
+        return [*PLANES]
+    sides = range(4, LONGEST + 1, 4)
+    return [*SMALL_CUBES, *itertools.combinations_with_replacement(sides, 3)]
 
 
 def wiring(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:

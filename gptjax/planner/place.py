@@ -53,6 +53,8 @@ class Place:
     topology: Topology
     mesh: dict[str, int]
     arrays: tuple[Array, ...]
+    numbers: dict[str, float]
+    """Of each parameter, how many lie on this device."""
     rules: Rules
     reading: Reading
     """Who reads the tokens that are counted here: of a whole config the decoder."""
@@ -189,15 +191,7 @@ class Place:
 
     def local(self, array: Array) -> float:
         """Numbers of a parameter on this device."""
-        spec = partition_spec(self.rules, array.axes, array.name)
-        total = 1.0
-        for size, axis, entry in zip(array.shape, array.axes, spec, strict=True):
-            names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-            part = math.ceil(size / math.prod(self.mesh[name] for name in names))
-            if axis == "embed" and len(array.shape) > 2 and self.topology.chip.platform == "tpu":
-                part = -(-part // 8) * 8  # a TPU's registers have 8 rows, and memory is laid out for them
-            total *= part
-        return total
+        return self.numbers[array.name]
 
     @property
     def trained(self) -> list[Array]:
@@ -221,15 +215,33 @@ class Place:
         return sum(self.local(array) * (1 if muon and muon_axes(array.name) else 2) for array in self.trained)
 
 
+def local(array: Array, mesh: dict[str, int], rules: Rules, platform: str) -> float:
+    """Numbers of a parameter on one device of a mesh."""
+    spec = partition_spec(rules, array.axes, array.name)
+    total = 1.0
+    for size, axis, entry in zip(array.shape, array.axes, spec, strict=True):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        part = math.ceil(size / math.prod(mesh[name] for name in names))
+        if axis == "embed" and len(array.shape) > 2 and platform == "tpu":
+            part = -(-part // 8) * 8  # a TPU's registers have 8 rows, and memory is laid out for them
+        total *= part
+    return total
+
+
 def place(
-    config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None, rules: Rules | None = None
+    config: Config,
+    topology: Topology,
+    arrays: tuple[Array, ...] | None = None,
+    rules: Rules | None = None,
+    numbers: dict[str, float] | None = None,
 ) -> Place:
-    """`arrays` saves deriving the parameters again, `rules` tries another table. Raises UserError where the layout does
-    not fit the devices or the model."""
+    """`arrays` saves deriving the parameters again, and `numbers` how many of them lie on a device of this layout;
+    `rules` tries another table. Raises UserError where the layout does not fit the devices or the model."""
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
     platform = topology.chip.platform
-    arrays = arrays or parameters(config, platform)
+    arrays, rules = arrays or parameters(config, platform), rules or rule_table(config.layout)
+    numbers = numbers or {array.name: local(array, mesh, rules, platform) for array in arrays}
     decoder = stage_class(config)(config, platform).learning[0]
-    return Place(config, topology, mesh, arrays, rules or rule_table(config.layout), decoder)
+    return Place(config, topology, mesh, arrays, numbers, rules, decoder)

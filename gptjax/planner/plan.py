@@ -13,10 +13,11 @@ from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.compile import Compiled, available, compile_all
 from gptjax.planner.cost import times
 from gptjax.planner.memory import arrays_at_peak
-from gptjax.planner.search import Candidate, Search, finalists, fits, priced, search, smaller
+from gptjax.planner.search import PIECES, Candidate, Search, finalists, fits, priced, search, smaller
 from gptjax.planner.traffic import Transfer, billed
 from gptjax.train.schedule import known_tokens
 
+MARGIN = f"less room than the {PIECES - 1:.0%} of its peak that compilers set aside"
 EXTRAS = {"tpu": "tpu", "gpu": "cuda-aot"}
 """What to install for a platform's compiler."""
 
@@ -110,7 +111,7 @@ class Row:
     def status(self) -> str:
         """What is known, in a word or a line."""
         if self.compiled is None:
-            return "by formula"
+            return "by formula" if self.fits else f"by formula; {MARGIN}"
         if not self.compiled.error and self.fits:
             return "compiled"
         if self.compiled.allocated > self.chip.hbm:
@@ -132,6 +133,13 @@ class Plan:
     """Which compiler was asked, or why none."""
 
     @property
+    def tight(self) -> str:
+        """Said where every layout is short of the margin alone; else empty."""
+        if self.found.fitting:
+            return ""
+        return f"every layout has {MARGIN}; of those whose peak there is room for, the least crowded were tried"
+
+    @property
     def endless(self) -> str:
         """Why no row says for how many days it trains; empty where they do."""
         epochs = self.config.train.epochs
@@ -148,9 +156,10 @@ def plan(config: Config, topology: Topology, settings: Settings, console: Consol
     """Search, compile, rank. Raises UserError where no layout divides, or none fits."""
     with console.status("pricing layouts"):
         found = search(config, topology)
-    if not found.fitting:
+    possible = found.fitting or [c for c in found.crowded if c.estimate.peak <= topology.chip.hbm]
+    if not possible:
         raise UserError(_nothing_fits(config, topology, found))
-    chosen = finalists(found, settings.count)
+    chosen = finalists(possible, settings.count)
     own = own_layout(config, topology)
     if own and own.name not in {c.name for c in chosen}:
         chosen.append(own)
@@ -210,8 +219,11 @@ def for_compiler(config: Config, topology: Topology) -> Config:
 
 def _nothing_fits(config: Config, topology: Topology, found: Search) -> str:
     if not found.crowded:
-        why = f"; most often: {found.refused.most_common(1)[0][0]}" if found.refused else ""
-        return f"--topology {topology.name}: no layout of {config.name} divides {topology.num_devices} devices{why}"
+        most = ", ".join(f"{count} by {why}" for why, count in found.refused.most_common(3))
+        return (
+            f"--topology {topology.name}: no layout of {config.name} divides {topology.num_devices} devices; of "
+            f"{found.refused.total()} are refused {most}; change one of these fields or the number of devices"
+        )
     least = found.crowded[0]
     need, have = least.estimate.peak / 1e9, topology.chip.hbm / 1e9
     return (

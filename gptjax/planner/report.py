@@ -75,7 +75,8 @@ def headline(plan: Plan) -> str:
     return (
         f"{plan.config.name} on {plan.topology}\n"
         f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
-        f"{found.refused.total():,} do not divide; compiler: {plan.compiler}"
+        f"{found.refused.total():,} layouts do not divide; compiler: {plan.compiler}"
+        + (f"\n{plan.tight}" if plan.tight else "")
         + (f"\ndays: {plan.endless}" if plan.endless else "")
         + (f"\nreward: {assumed}" if (assumed := assumption(plan.config)) else "")
         + f"\n{decoding(plan.config, plan.topology.chip.platform)}"
@@ -204,7 +205,7 @@ nothing but the network works. Predictions, not measurements; assumptions are in
 <code>arithmetic.py</code> and <code>traffic.py</code>.</p>
 {pictures}
 <h2>what each step sends</h2>{bills}
-{f"<h2>combinations that do not divide</h2><ul>{refused}</ul>" if refused else ""}
+{f"<h2>layouts that do not divide</h2><ul>{refused}</ul>" if refused else ""}
 </body></html>
 """
     out.write_text(text)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gptjax.config import LAYOUT_PRESETS, Config, LayoutConfig, validate
@@ -14,6 +14,7 @@ from gptjax.planner.place import Array, Place, parameters, place
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 
 MOST_TENSOR, MOST_PIPELINE, MOST_CONTEXT = 16, 16, 8
+MOST_ROWS = 64  # sequences of a micro-batch on a device
 PIECES = 1.2  # what compilers set aside over the peak: 1.2 to 1.4 for the small, 1.2 for those that fill a device
 LONG = 8192
 """Positions from which splitting the sequence is tried: below, its attention costs more than it saves."""
@@ -42,7 +43,7 @@ class Search:
     crowded: tuple[Candidate, ...]
     """Those that need more memory than there is, least first."""
     refused: Counter[str]
-    """Why combinations were not priced, and how many."""
+    """Why layouts were not priced, by the field that does not allow them, and how many."""
 
 
 def search(config: Config, topology: Topology) -> Search:
@@ -51,8 +52,10 @@ def search(config: Config, topology: Topology) -> Search:
     fitting: list[Candidate] = []
     crowded: list[Candidate] = []
     for layout in layouts(config, topology):
+        numbers = None
         for tried in variants(config, layout, topology, refused):
-            candidate = priced(tried, topology, arrays)
+            candidate = priced(tried, topology, arrays, numbers)
+            numbers = candidate.place.numbers
             (fitting if fits(candidate.estimate, topology.chip) else crowded).append(candidate)
     fitting.sort(key=lambda c: (c.estimate.step_seconds, c.estimate.peak))
     crowded.sort(key=lambda c: c.estimate.peak)
@@ -64,30 +67,33 @@ def fits(estimate: Estimate, chip: Chip) -> bool:
     return estimate.peak * PIECES <= chip.hbm
 
 
-def priced(config: Config, topology: Topology, arrays: tuple[Array, ...] | None = None) -> Candidate:
-    """Raises UserError where the layout does not fit."""
-    here = place(config, topology, arrays)
+def priced(
+    config: Config,
+    topology: Topology,
+    arrays: tuple[Array, ...] | None = None,
+    numbers: dict[str, float] | None = None,
+) -> Candidate:
+    """What is known before is as for `place`. Raises UserError where the layout does not fit."""
+    here = place(config, topology, arrays, numbers=numbers)
     return Candidate(name(config, topology.num_devices), here, estimate(here))
 
 
 def layouts(config: Config, topology: Topology) -> Iterator[LayoutConfig]:
-    """Products of degrees that use all devices, slices by replica or pipeline, and nothing that cannot divide."""
+    """Products of degrees that use all devices, slices by replica or pipeline; not all of them divide the model."""
     model, total = config.model, topology.num_devices
     units = model.num_layers // len(model.attention_pattern)
     slices = topology.num_slices if topology.chip.platform == "tpu" else 1
     most_context = MOST_CONTEXT if model.seq_len >= LONG else 1
-    for tensor in _divisors(math.gcd(model.num_heads, topology.slice_devices), MOST_TENSOR):
-        for context in _powers(most_context):
-            for pipeline in _divisors(units, MOST_PIPELINE) if model.scan_layers else [1]:
+    for tensor in _divisors(topology.slice_devices, MOST_TENSOR):
+        for context in _divisors(total, most_context):
+            for pipeline in _divisors(total, MOST_PIPELINE) if model.scan_layers else [1]:
                 for replica in _divisors(slices, slices):
-                    if slices % replica or pipeline % (slices // replica):
+                    if pipeline % (slices // replica):
                         continue
                     left, rest = divmod(total, tensor * context * pipeline * replica)
                     if rest or not left:
                         continue
-                    for data in _powers(left):
-                        if left % data or model.embed_dim % (left // data):
-                            continue
+                    for data in _divisors(left, left):
                         made = LayoutConfig(
                             replica=replica,
                             pipeline=pipeline,
@@ -108,17 +114,18 @@ def variants(config: Config, layout: LayoutConfig, topology: Topology, refused: 
     """The layout with every remat policy and micro-batch, and where the ramp of the batch must start then."""
     sizes = degrees(layout, topology.num_devices)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    ways = mesh["replica"] * mesh["data"] * mesh["fsdp"]
-    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-        micro = rows * ways
-        if config.train.batch_size % micro:
-            continue
-        tried = with_micro(replace(config, layout=layout), micro)
-        try:
-            check(validate(tried), sizes)
-        except UserError as error:
-            refused[re.sub(r"[\d,]+", "N", str(error).split(";")[0])] += 1
-            continue
+    ways, stages = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["pipeline"]
+    config = replace(config, layout=layout)
+    try:
+        check(with_micro(config, ways * stages), sizes)
+        found = [rows for rows in _divisors(config.train.batch_size // ways, MOST_ROWS) if rows % stages == 0]
+        if config.train.batch_size % ways or not found:
+            raise UserError(f"train.batch_size: {config.train.batch_size} is no multiple of what the batch is cut into")
+        tries = [validate(with_micro(config, rows * ways)) for rows in found]
+    except UserError as error:
+        refused[re.sub(r" = [\d,]+:", ":", str(error).split(";")[0], count=1)] += 1
+        return
+    for tried in tries:
         for remat in ("none", "dots", "full"):
             yield replace(tried, model=replace(tried.model, remat=remat))
 
@@ -137,10 +144,10 @@ def with_lanes(config: Config, rows: int) -> Config:
     return config if lanes == config.data.lanes else replace(config, data=replace(config.data, lanes=lanes))
 
 
-def finalists(found: Search, count: int) -> list[Candidate]:
-    """The fastest of each kind of mesh, fastest kinds first: what they would tell apart is what formulas know least."""
+def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The first of each kind of mesh, in their order: what they would tell apart is what formulas know least."""
     best: dict[tuple[int, ...], Candidate] = {}
-    for candidate in found.fitting:
+    for candidate in candidates:
         best.setdefault(kind(candidate), candidate)
     return list(best.values())[:count]
 
@@ -213,7 +220,3 @@ def named(config: Config, text: str) -> Config:
 
 def _divisors(number: int, most: int) -> list[int]:
     return [d for d in range(1, min(number, most) + 1) if number % d == 0]
-
-
-def _powers(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length()) if 2**i <= most]
