@@ -28,7 +28,7 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import mean_keys, num_params, train_flops_per_token
 from gptjax.planner.bill import Collective, read
 from gptjax.planner.check import replicated, unexpected
-from gptjax.planner.chips import Chip, Topology, topology, wiring
+from gptjax.planner.chips import Chip, Topology, topology, wiring, with_constants
 from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, needed
 from gptjax.planner.explain import diff, explain
 from gptjax.planner.place import place
@@ -573,6 +573,50 @@ def test_plan_by_formulas_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "http" not in page
     assert cli.run(words) == 0
     assert capsys.readouterr().out == said
+
+
+def test_a_price_gives_dollars_and_a_file_other_constants(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,  # type: ignore[type-arg]
+) -> None:
+    words = ["plan", str(CONFIGS / "gpt3_1_3b.py"), "--topology", "v5e-16", "--analytic", "--out", str(tmp_path)]
+
+    def best(*more: str) -> dict:  # type: ignore[type-arg]
+        assert cli.run([*words, *more]) == 0
+        return json.loads((tmp_path / "gpt3_1_3b-v5e-16.json").read_text())["rows"][0]
+
+    plain = best()
+    assert plain["dollars"] is None and "cost" not in capsys.readouterr().out
+    paid = best("--price", "1.25")
+    assert paid["dollars"] == pytest.approx(1.25 * 24 * 16 * paid["days"])
+    assert f"${paid['dollars']:,.0f}" in capsys.readouterr().out
+    file = tmp_path / "chips.json"
+    file.write_text(json.dumps({"v5e": {"matmul": 0.35, "price": 2}, "h100": {"matmul": 0.1}}))
+    slow = best("--chip-file", str(file))
+    assert slow["name"] == plain["name"]
+    assert slow["seconds"]["matrix products"] == pytest.approx(2 * plain["seconds"]["matrix products"])
+    assert slow["dollars"] == pytest.approx(2 * 24 * 16 * slow["days"])
+    assert best("--chip-file", str(file), "--price", "3")["dollars"] == pytest.approx(1.5 * slow["dollars"])
+
+
+def test_two_cores_of_a_chip_are_paid_once() -> None:
+    assert (topology("tpu7x-128", 2).chips, topology("tpu7x-128", 2).num_devices) == (128, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not whole JSON"),
+        ('{"v9": {}}', "v9: no family of chips"),
+        ('{"v5e": {"speed": 1}}', "v5e.speed: no constant of a chip; choose from flops"),
+        ('{"v5e": {"matmul": 0}}', "v5e.matmul = 0: must be a number above 0"),
+        ('{"h100": {"matmul": true}}', "h100.matmul = True: must be a number above 0"),
+    ],
+)
+def test_constants_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "chips.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        with_constants(topology("v5e-8"), tmp_path / "chips.json", 0)
 
 
 def test_days_are_those_of_the_configs_own_end(tuned_file: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # type: ignore[type-arg]

@@ -33,6 +33,10 @@ class Command:
     """v5p-1024, v5e-256, v6e-256, h100-8x64, ..."""
     slices: Positive = 1
     """So many of them (TPU)."""
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Dollars for an hour of a chip: what the training costs is said beside its days."""
+    chip_file: Path | None = None
+    """Constants of chips in place of the built-in ones: JSON such as {"v5p": {"matmul": 0.72, "price": 4}}."""
     compile: Positive = 6
     """Layouts to compile."""
     analytic: bool = False
@@ -61,7 +65,7 @@ class Command:
 
         config = load_config(self.config, [*self.overrides])
         jax.config.update("jax_platforms", "cpu")  # a plan computes nothing: leave an accelerator to who does
-        topology = chips.topology(self.topology, self.slices)
+        topology = chips.with_constants(chips.topology(self.topology, self.slices), self.chip_file, self.price)
         console = Console(highlight=False)
         console.width = max(console.width, WIDTH)
         if self.explain:
@@ -118,6 +122,7 @@ def _row_facts(row: "Row") -> dict[str, Any]:
         "mfu": row.mfu,
         "tokens_per_second_per_device": row.tokens_per_device,
         "days": row.days,
+        "dollars": row.dollars,
         "memory": row.candidate.estimate.memory,
         "analytic_peak": row.candidate.estimate.peak,
         "compiler_peak": compiled.peak if compiled else None,

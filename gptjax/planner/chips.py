@@ -8,9 +8,11 @@ The slow network: what published multi-slice runs had of it, a chip: v5e 25 Gbit
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gptjax.errors import UserError
+from gptjax.files import read_json
 from gptjax.hardware import PEAK_FLOPS
 
 
@@ -31,6 +33,8 @@ class Chip:
     matmul: float
     """Share of the bfloat16 peak that large matrix products reach; see below."""
     platform: str = "tpu"
+    price: float = 0.0
+    """Dollars for an hour of a chip; 0 where nobody has said."""
 
 
 GIB = 2.0**30
@@ -109,6 +113,11 @@ class Topology:
         return self.slice_devices * self.num_slices
 
     @property
+    def chips(self) -> int:
+        """As they are rented: of tpu7x half as many as devices."""
+        return self.num_devices // (2 if self.family == "tpu7x" else 1)
+
+    @property
     def wrap(self) -> tuple[bool, ...]:
         """Axes whose ends are joined: of 16 in a plane, all of whole cubes of 4."""
         if len(self.shape) == 2:
@@ -132,7 +141,7 @@ NAME = re.compile(r"(?:tpu-)?(?P<family>[a-z0-9.-]+?)(?:-(?P<size>\d+(?:x\d+)*)g
 
 
 def topology(name: str, num_slices: int = 1) -> Topology:
-    """TPUs as Google counts them (v4-, v5e- or v5litepod-, v5p-, v6e-, tpu7x-N) or by their shape in chips (v5p-4x4x12);
+    """TPUs as Google counts them (v4-, v5e- or v5litepod-, v5p-, v6e-, tpu7x-N) or by shape in chips (v5p-4x4x12);
     GPUs by node and nodes (h100-8x64) or by a machine (a3-highgpu-8g), of which `num_slices` are taken.
 
     Raises UserError for a name that is not one, with the nearest size of that family.
@@ -144,9 +153,9 @@ def topology(name: str, num_slices: int = 1) -> Topology:
     family = MACHINES.get(written) or ALIASES.get(written, written)
     if match is None or family not in CHIPS or not (match["size"] or written in MACHINES):
         raise UserError(
-            f"--topology {name}: expected one of {', '.join(f'{f}-N' for f in COMPILER_NAMES)}, v5litepod-N, a shape such "
-            f"as v5p-4x4x12, or GPUs: a node x nodes of {', '.join(_gpus())}, such as h100-8x64, or a machine such as "
-            "a3-highgpu-8g; nearest v5p-128"
+            f"--topology {name}: expected one of {', '.join(f'{f}-N' for f in COMPILER_NAMES)}, v5litepod-N, a shape "
+            f"such as v5p-4x4x12, or GPUs: a node x nodes of {', '.join(_gpus())}, such as h100-8x64, or a machine "
+            "such as a3-highgpu-8g; nearest v5p-128"
         )
     sizes = [int(n) for n in (match["size"] or str(NODE)).split("x")]
     if CHIPS[family].platform == "gpu":
@@ -192,6 +201,26 @@ def _shapes(family: str) -> list[tuple[int, ...]]:
         return [*PLANES]
     sides = range(4, LONGEST + 1, 4)
     return [*SMALL_CUBES, *itertools.combinations_with_replacement(sides, 3)]
+
+
+CONSTANTS = ("flops", "hbm", "hbm_rate", "link", "slow", "matmul", "price")
+"""Of a chip, as a file may give them."""
+
+
+def with_constants(topology: Topology, path: Path | None, price: float) -> Topology:
+    """The topology with what a file says of its chip, {"v5p": {"matmul": 0.72, "price": 4.2}}, and with a price unless
+    it is 0. Raises UserError for a file of another form."""
+    given = read_json(path, 'write {"v5p": {"matmul": 0.72}}') if path else {}
+    for family, values in given.items():
+        if family not in CHIPS or not isinstance(values, dict):
+            raise UserError(f"{path}: {family}: no family of chips with constants; choose from {', '.join(CHIPS)}")
+        for name, value in values.items():
+            if name not in CONSTANTS:
+                raise UserError(f"{path}: {family}.{name}: no constant of a chip; choose from {', '.join(CONSTANTS)}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise UserError(f"{path}: {family}.{name} = {value}: must be a number above 0")
+    own = given.get(topology.family, {}) | ({"price": price} if price else {})
+    return replace(topology, chip=replace(topology.chip, **own))
 
 
 def wiring(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import Config, from_json, to_json
+from gptjax.errors import UserError
 from gptjax.files import write_whole
 from gptjax.hardware import compiler_options
 from gptjax.planner import chips
@@ -170,7 +171,10 @@ def devices_of(topology: chips.Topology) -> list[Any]:
         return jax.devices()[: topology.num_devices]
     if topology.chip.platform == "gpu":
         shape = f"1x{topology.num_slices}x{topology.slice_devices}"
-        target = GPU_TARGETS[topology.family]
+        target = GPU_TARGETS.get(topology.family)
+        if target is None:
+            known = ", ".join(GPU_TARGETS)
+            raise UserError(f"--topology {topology.name}: the compiler is described {known} only; nearest h100-8x1")
         return list(topologies.get_topology_desc("topology", "cuda", topology=shape, target_config=target).devices)
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.family == "v4" else {}
     if topology.slice_devices == 1:

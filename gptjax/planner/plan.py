@@ -91,6 +91,12 @@ class Row:
         return None if self.length is None else self.length / self.tokens * self.step_seconds / 86400
 
     @property
+    def dollars(self) -> float | None:
+        """For those days; None where they are, or the price is, not known."""
+        hours = self.chip.price * self.candidate.place.topology.chips * 24
+        return hours * self.days if hours and self.days is not None else None
+
+    @property
     def peak(self) -> float:
         """Bytes per device, by the compiler where it was asked."""
         return self.compiled.peak if self.compiled and self.compiled.peak else self.candidate.estimate.peak

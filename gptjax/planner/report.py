@@ -29,6 +29,7 @@ TITLES = (
     "MFU",
     "tok/s/device",
     "days",
+    "cost",
     "network",
     "",
 )
@@ -54,6 +55,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.mfu:.0%}",
         f"{row.tokens_per_device:,.0f}",
         "-" if row.days is None else f"{row.days:,.1f}",
+        "-" if row.dollars is None else f"${row.dollars:,.0f}",
         f"{network / row.step_seconds:.0%}",
         row.status,
     )
@@ -62,10 +64,12 @@ def cells(row: Row) -> tuple[str, ...]:
 def table(plan: Plan) -> Table:
     """The ranked layouts for the terminal."""
     made = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
-    for i, title in enumerate(TITLES):
-        made.add_column(title, justify="left" if i in (0, len(TITLES) - 1) else "right", no_wrap=i < len(TITLES) - 1)
+    shown = [title for title in TITLES if title != "cost" or plan.topology.chip.price]
+    for i, title in enumerate(shown):
+        made.add_column(title, justify="left" if i in (0, len(shown) - 1) else "right", no_wrap=i < len(shown) - 1)
     for row in plan.rows:
-        made.add_row(*cells(row), style=None if row.fits else "dim")
+        told = [cell for title, cell in zip(TITLES, cells(row), strict=True) if title in shown]
+        made.add_row(*told, style=None if row.fits else "dim")
     return made
 
 
