@@ -15,13 +15,16 @@ import pytest
 from gptjax import cli
 from gptjax.bench import layouts, trial
 from gptjax.bench.compare import changes
-from gptjax.bench.layouts import Options, attached, calibrate, select, settings
+from gptjax.bench.layouts import Options, Setting, attached, calibrate, planned, select, settings
 from gptjax.bench.layouts_report import summary
 from gptjax.bench.measure import figures
 from gptjax.config import Config, LayoutConfig, LoRAConfig, SFTConfig, to_json
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
+from gptjax.planner.chips import topology
 from gptjax.planner.cost import Estimate, Place
+from gptjax.planner.search import name as plan_name
+from gptjax.planner.search import search
 
 FACTS = {
     "device": "cpu",
@@ -59,7 +62,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
 
     def measure(config: Config, steps: int, timeout: float, distributed: bool) -> dict[str, Any]:
-        return answers.get(layouts._layout(config, config.layout, 8).name, answer(0.04))
+        given = answers.get(layouts._layout(config, config.layout, 8).name, answer(0.04))
+        if given["status"] == "stopped":
+            raise KeyboardInterrupt
+        return given
 
     monkeypatch.setattr(layouts, "estimate", guess)
     monkeypatch.setattr(trial, "facts_of_devices", lambda config, timeout, distributed: FACTS)
@@ -113,9 +119,27 @@ def test_sweep_of_one_device(tiny: Config) -> None:
 
 def test_names_select_with_and_without_numbers(tiny: Config) -> None:
     every = list(settings(tiny, FACTS))
-    assert [s.name for s in select(every, "tp8,fsdp_tp,fsdp4_tp2")] == ["tp8", "fsdp4_tp2", "fsdp2_tp4"]
+
+    def plans(name: str) -> Setting:
+        return planned(tiny, FACTS, name)
+
+    assert [s.name for s in select(every, "tp8,fsdp_tp,fsdp4_tp2", plans)] == ["tp8", "fsdp4_tp2", "fsdp2_tp4"]
     with pytest.raises(UserError, match=r"--layouts tq: no such setting here; choose from all, fsdp8.*nearest tp8"):
-        select(every, "dp,tq")
+        select(every, "dp,tq", plans)
+    with pytest.raises(UserError, match=r"--layouts fsdp8/much: no such setting here"):
+        select(every, "fsdp8/much", plans)
+
+
+def test_names_of_a_plan_are_taken(tiny: Config) -> None:
+    """Every one that the search finds for these devices, with its remat and micro-batch."""
+    every, where = list(settings(tiny, FACTS)), topology("v5e-8")
+    printed = [candidate.name for candidate in search(tiny, where).fitting]
+    assert len(printed) > 50
+    chosen = select(every, ",".join(printed), lambda name: planned(tiny, FACTS, name))
+    assert [setting.name for setting in chosen] == printed
+    assert all(not setting.refused and plan_name(setting.config, 8) == setting.name for setting in chosen)
+    (refused,) = select(every, "fsdp3_tp2", lambda name: planned(tiny, FACTS, name))
+    assert "does not match 8 device(s)" in refused.refused
 
 
 @pytest.mark.parametrize(
@@ -167,12 +191,56 @@ def test_an_interrupt_ends_the_child(tiny: Config, tmp_path: Path) -> None:
 
 
 def ended(pid: int) -> bool:
-    """Whether there is no such process: its parent has killed it and asked for its status."""
+    """Whether no such process goes on: it is gone, or only its status is left."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
         return True
-    return False
+
+
+SLEEPER = """
+import os, sys, time
+from gptjax.children import end_with_parent
+end_with_parent()
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+WAITER = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from gptjax.children import Children
+with ThreadPoolExecutor(1) as pool, Children() as children:
+    jobs = [pool.submit(children.run, [sys.executable, "-c", *sys.argv[1:]], "", 60) for _ in range(3)]
+    jobs[0].result()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_children_end_with_their_parent_by_any_signal(stop: signal.Signals, tmp_path: Path) -> None:
+    note, begun = tmp_path / "pid", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    words = [sys.executable, "-c", f"{begun}{WAITER}", SLEEPER, str(note)]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 60
+        while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        parent.send_signal(stop)
+        assert parent.wait(20)  # the two that wait do not start
+    while not ended(int(note.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ended(int(note.read_text()))
+
+
+def test_a_finished_row_is_written_at_once(file: str, stand_in: dict, tmp_path: Path) -> None:
+    """What a stop leaves is a result of those rows, which a later run compares itself with."""
+    words = ["bench", "layouts", file, "--layouts", "dp,fsdp,tp", "--out", str(tmp_path)]
+    stand_in["tp8"] = {"status": "stopped"}
+    with pytest.raises(KeyboardInterrupt):
+        cli.run(words)
+    left = json.loads((tmp_path / "layouts.json").read_text())
+    assert ({row["name"] for row in left["rows"]}, left["settings_left"]) == ({"dp8", "fsdp8"}, 1)
+    del stand_in["tp8"]
+    assert cli.run([*words, "--compare", str(tmp_path / "layouts.json")]) == 0
+    assert json.loads((tmp_path / "layouts.json").read_text())["settings_left"] == 0
 
 
 def test_rows_table_and_plot(file: str, stand_in: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -238,6 +306,10 @@ def ok(name: str, median_s: float, p90_s: float) -> dict[str, Any]:
     return {"name": name, "status": "ok", "median_s": median_s, "p90_s": p90_s}
 
 
+def result(rows: list[dict[str, Any]], flops: float = 1.0, copies: float = 1.0) -> dict[str, Any]:
+    return {"rows": rows, "calibration": {"measured_limits": {"flops": flops, "bytes": copies}}}
+
+
 def test_regressions() -> None:
     old = [ok("a", 1.0, 1.2), ok("b", 1.0, 1.02), ok("c", 1.0, 1.02), ok("d", 1.0, 1.0), ok("e", 1.0, 1.0)]
     new = [
@@ -247,13 +319,24 @@ def test_regressions() -> None:
         {"name": "d", "status": "out of memory", "reason": ""},
         ok("f", 9.0, 9.0),
     ]
-    found = {change.name: change for change in changes({"rows": old}, {"rows": new})}
+    found = {change.name: change for change in changes(result(old), result(new))}
     assert {name: change.worse for name, change in found.items()} == {
         "a": False, "b": False, "c": True, "d": True, "e": False, "f": False
     }  # fmt: skip
     assert found["c"].text.startswith("1.06x the time (1000 -> 1060 ms)")
     assert found["d"].text == "was measured, now out of memory"
     assert found["e"].text == "not measured this time"
+
+
+def test_a_busier_machine_is_no_regression() -> None:
+    """Its products at two thirds and its copies at half of their rate before: sqrt(3) times the time is its own."""
+    old, busy = result([ok("a", 1.0, 1.0)]), result([ok("a", 1.75, 1.8)], 2 / 3, 0.5)
+    (change,) = changes(old, busy)
+    assert change.text.startswith("1.01x the time (1000 -> 1750 ms)") and not change.worse
+    (change,) = changes(busy, result([ok("a", 1.2, 1.2)]))  # as fast as before, and it should have been 1.01
+    assert change.worse
+    (change,) = changes(old, result([ok("a", 1.9, 1.9)], 2 / 3, 0.5))
+    assert change.worse
 
 
 def test_compare_ends_with_status_one(file: str, stand_in: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

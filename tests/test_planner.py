@@ -32,7 +32,7 @@ from gptjax.planner.chips import Chip, Topology, topology, wiring, with_constant
 from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, needed
 from gptjax.planner.explain import diff, explain
 from gptjax.planner.place import place
-from gptjax.planner.plan import Row, Settings, for_compiler, plan
+from gptjax.planner.plan import Plan, Row, Settings, for_compiler, plan
 from gptjax.planner.report import decoding, headline
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
 from gptjax.planner.traffic import traffic
@@ -339,6 +339,17 @@ def test_memory_of_adapters_is_the_compilers_peak(request: pytest.FixtureRequest
     assert priced(config, pod).estimate.peak == pytest.approx(peak, rel=0.07)
 
 
+def test_vectors_and_padding_are_no_surprise() -> None:
+    """Biases and norms lie whole on every device by design; a width of 320 over 64 leaves 5 rows of the 8 that a TPU's
+    registers have."""
+    model = replace(SMALL.model, embed_dim=320, num_heads=5, num_layers=2)
+    config = replace(SMALL, model=model, layout=LayoutConfig(fsdp=64), train=TrainConfig(batch_size=64))
+    here = place(config, topology("v5e-64"))
+    kernel = next(array for array in here.arrays if array.name.endswith("mlp_up/kernel"))
+    assert here.local(kernel) * 64 == pytest.approx(1.6 * np.prod(kernel.shape))
+    assert replicated(here) == []
+
+
 @pytest.mark.slow
 def test_a_broken_rule_is_named() -> None:
     """An MLP that a table forgets: the weight is named before, and what it costs on the network after compiling."""
@@ -435,7 +446,9 @@ def test_where_only_the_margin_is_missing_the_least_crowded_are_compiled(
     large, where = load_config(str(CONFIGS / "gpt3_175b.py"), []), topology("v5e-256")
     some = [LayoutConfig(fsdp=16, tensor=16, sequence_sharding=True), LayoutConfig(fsdp=256)]
     monkeypatch.setattr("gptjax.planner.search.layouts", lambda config, where: iter(some))
-    made = plan(large, where, Settings(2, 1, 1, False, tmp_path), Console(quiet=True))
+    known: list[Plan] = []
+    made = plan(large, where, Settings(2, 1, 1, False, tmp_path), Console(quiet=True), known.append)
+    assert [[row.compiled is not None for row in some.rows] for some in known] == [[True]]
     assert not made.found.fitting
     assert asked[0] == made.found.crowded[0].name
     assert made.rows[0].fits and made.rows[0].status == "compiled"

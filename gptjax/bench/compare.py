@@ -1,6 +1,7 @@
 """A layouts result beside an earlier one of the same work on the same devices."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,16 +71,23 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     found = []
     for name, row in after.items():
         if name in before:
-            found.append(_change(before[name], row))
+            found.append(_change(before[name], row, machine(old, new)))
         elif row["status"] == "ok":
             found.append(Change(name, "new: no figure in the earlier result", False))
     return found + [Change(name, "not measured this time", False) for name in before if name not in after]
 
 
-def _change(old: dict[str, Any], new: dict[str, Any]) -> Change:
+def machine(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """How much longer the devices themselves take now, by their matrix products and copies: the middle of the two."""
+    before, now = (result["calibration"]["measured_limits"] for result in (old, new))
+    return math.sqrt(math.prod(before[name] / now[name] for name in ("flops", "bytes")))
+
+
+def _change(old: dict[str, Any], new: dict[str, Any], slower: float) -> Change:
+    """`slower`: how much longer the devices themselves take."""
     name = new["name"]
     if new["status"] != "ok":
         return Change(name, f"was measured, now {new['status']}", True)
     ratio = new["median_s"] / old["median_s"]
-    text = f"{ratio:.2f}x the time ({1e3 * old['median_s']:.4g} -> {1e3 * new['median_s']:.4g} ms)"
-    return Change(name, text, ratio > SLOWER and new["median_s"] > old["p90_s"])
+    text = f"{ratio / slower:.2f}x the time ({1e3 * old['median_s']:.4g} -> {1e3 * new['median_s']:.4g} ms)"
+    return Change(name, text, ratio / slower > SLOWER and new["median_s"] / slower > old["p90_s"])

@@ -6,7 +6,8 @@ Every setting runs in a process of its own (see trial), one after another. This 
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from gptjax.hardware import peak_flops
 from gptjax.planner.chips import Chip, Topology
 from gptjax.planner.cost import estimate
 from gptjax.planner.place import place
-from gptjax.planner.search import layout_name, with_lanes
+from gptjax.planner.search import layout_name, named, with_lanes
 from gptjax.sharding.mesh import check, degrees
 
 
@@ -60,26 +61,34 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
     facts = trial.facts_of_devices(config, options.timeout, options.distributed)
     if earlier is not None:
         require_same(earlier, facts, asdict(config))
-    chosen = select(list(settings(config, facts)), options.layouts)
+    chosen = select(list(settings(config, facts)), options.layouts, lambda name: planned(config, facts, name))
     topology = attached(facts)
     rows = [{"name": setting.name} | _predict(setting, topology) for setting in chosen]
-    for row, setting in zip(rows, chosen, strict=True):
+    result: dict[str, Any] = {}
+    for i, (row, setting) in enumerate(zip(rows, chosen, strict=True), 1):
         row |= _measure(setting, options, facts)
         if facts["first"]:
             print(progress(row), flush=True)
+            result = _result(config, options, facts, topology, rows[:i])
+            save(result | {"settings_left": len(rows) - i}, out / "layouts.json")
     if not facts["first"]:
         return "", False
-    calibration = calibrate(rows, facts, topology)
-    rows.sort(key=lambda row: (-row.get("tokens_per_s", 0), row["status"], row["name"]))
-    about = {name: facts[name] for name in ("device", "platform", "count", "versions", "date", "dtype")}
-    result = {"benchmark": "layouts", **about, "settings": asdict(options), "config": asdict(config)}
-    result |= {"calibration": calibration, "rows": rows}
     found = [] if earlier is None else changes(earlier.result, result)
-    save(result, out / "layouts.json")
     plot(result, out / "layouts.png")
     parts = [table(result), *([change_lines(earlier, result, found)] if earlier else [])]
     text = "\n\n".join([*parts, f"{out / 'layouts.json'}, {out / 'layouts.png'}; {summary(result)}"])
     return text, any(change.worse for change in found)
+
+
+def _result(
+    config: Config, options: Options, facts: dict[str, Any], topology: Topology, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is known after so many rows, the fastest first."""
+    about = {name: facts[name] for name in ("device", "platform", "count", "versions", "date", "dtype")}
+    result = {"benchmark": "layouts", **about, "settings": asdict(options), "config": asdict(config)}
+    result["calibration"] = calibrate(rows, facts, topology)
+    result["rows"] = sorted(rows, key=lambda row: (-row.get("tokens_per_s", 0), row["status"], row["name"]))
+    return result
 
 
 def settings(config: Config, facts: dict[str, Any]) -> Iterator[Setting]:
@@ -163,8 +172,20 @@ def _variant(base: Config, config: Config) -> Setting:
     return Setting("+".join(words) or "own", config)
 
 
-def select(every: list[Setting], names: str) -> list[Setting]:
-    """The settings that are named, as they are named; a name without numbers stands for all that have any there.
+def planned(config: Config, facts: dict[str, Any], name: str) -> Setting:
+    """The setting of a name that `gptjax plan` prints, such as fsdp4_tp2_seq/full/16. Raises UserError for another."""
+    train = replace(config.train, ramp_start=0, ramp_tokens=0)
+    made = named(with_lanes(replace(config, train=train), 1), name)
+    try:
+        check(made, degrees(made.layout, facts["count"]))
+    except UserError as error:
+        return Setting(name, made, str(error))
+    return Setting(name, made)
+
+
+def select(every: list[Setting], names: str, planned: Callable[[str], Setting]) -> list[Setting]:
+    """The settings that are named, as they are named; a name without numbers stands for all that have any there, and
+    one of a plan for what that means.
 
     Raises UserError for a name that there is not.
     """
@@ -173,11 +194,15 @@ def select(every: list[Setting], names: str) -> list[Setting]:
     chosen: list[Setting] = []
     for name in names.split(","):
         found = [s for s in every if name in (s.name, re.sub(r"\d+", "", s.name))]
+        if not found and re.search(r"\d", name):
+            with suppress(UserError):
+                found = [planned(name)]
         if not found:
             known = [s.name for s in every]
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise UserError(
-                f"--layouts {name}: no such setting here; choose from all, {', '.join(known)}; nearest {near}"
+                f"--layouts {name}: no such setting here; choose from all, {', '.join(known)}, or a name of gptjax "
+                f"plan; nearest {near}"
             )
         chosen += [s for s in found if s not in chosen]
     return chosen

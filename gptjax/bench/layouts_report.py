@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gptjax.bench.compare import Change, Earlier
+from gptjax.bench.compare import Change, Earlier, machine
 from gptjax.bench.measure import si
 
 Row = dict[str, Any]
@@ -87,11 +87,16 @@ def _token_s(row: Row, field: str) -> float:
 
 
 def change_lines(earlier: Earlier, result: dict[str, Any], found: list[Change]) -> str:
-    """The comparison with an earlier result. The devices' own limits tell a slower program from a busier machine."""
+    """The comparison with an earlier result. The devices' own limits tell a slower program from a busier machine, and
+    times are divided by what those have changed."""
     worse, width = sum(change.worse for change in found), max((len(change.name) for change in found), default=0)
     before, now = (r["calibration"]["measured_limits"] for r in (earlier.result, result))
     limits = ", ".join(f"{word} {now[name] / before[name]:.2f}x" for name, word in LIMITS.items() if name in now)
-    lines = [f"against {earlier.path}: {worse} regression(s); the devices' measured limits now: {limits}"]
+    slower = machine(earlier.result, result)
+    lines = [
+        f"against {earlier.path}: {worse} regression(s); the devices' measured limits now: {limits}; times are divided "
+        f"by {slower:.2f} for it"
+    ]
     lines += [f"{c.name:{width}}  {c.text}{'  REGRESSION' if c.worse else ''}" for c in found]
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.bench.measure import limits, provenance
 from gptjax.bench.work import WARMUP, Work, num_bytes, peak
+from gptjax.children import end_with_parent
 from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.files import json_text
@@ -102,6 +103,7 @@ def _died(status: int, errors: str) -> dict[str, Any]:
 
 
 def _child() -> None:
+    end_with_parent()
     job = json.loads(sys.stdin.read())
     config = from_json(job["config"])
     try:

@@ -75,16 +75,20 @@ class Command:
             console.out(diff(config, topology, *self.diff))
             return 0
         settings = Settings(self.compile, self.timeout, self.processes, self.analytic, self.out)
-        made = plan(config, topology, settings, console)
+        stem = self.out / f"{config.name}-{self.topology}{f'x{self.slices}' if self.slices > 1 else ''}"
+        made = plan(config, topology, settings, console, lambda known: _write(known, stem))
         console.out(headline(made))
         console.print(table(made))
         console.out(f"\nbest: {details(made.rows[0])}")
-        stem = self.out / f"{config.name}-{self.topology}{f'x{self.slices}' if self.slices > 1 else ''}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(stem.with_suffix(".json"), (json_text(facts(made), indent=1) + "\n").encode())
+        _write(made, stem)
         page(made, stem.with_suffix(".html"))
         console.out(f"\n{stem}.json\n{stem}.html")
         return 0 if made.rows[0].fits else 1
+
+
+def _write(plan: "Plan", stem: Path) -> None:
+    """What is known so far: a plan that is cut off has its finished rows."""
+    write_whole(stem.with_suffix(".json"), (json_text(facts(plan), indent=1) + "\n").encode())
 
 
 def facts(plan: "Plan") -> dict[str, Any]:

@@ -13,13 +13,16 @@ SHARE = 0.02  # of all that the step sends: below, a surprise does not matter
 
 
 def replicated(place: Place) -> list[str]:
-    """Parameters whose copies cost a device more than TOLERANCE of its share of the whole."""
+    """Matrices whose copies cost a device more than TOLERANCE of its share of the whole. Biases and norms have copies
+    by design, and what is padded has none."""
     ways = place.mesh["fsdp"] * place.mesh["tensor"]
     total = sum(math.prod(array.shape) for array in place.arrays) / ways
     lines = []
     for array in place.arrays:
-        here = place.local(array)
-        if here - math.prod(array.shape) / ways > TOLERANCE * total and ways > 1:
+        numbers, here = math.prod(array.shape), place.local(array)
+        cut = math.prod(place.mesh[name] for axis in array.axes if axis for name in place.rules[axis])
+        vector = array.name.endswith(("bias", "scale"))
+        if numbers / cut - numbers / ways > TOLERANCE * total and not vector:
             rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
             size = array.dtype.itemsize * here / 1e6
             lines.append(f"{array.name}: {size:,.1f} MB on every device; its rules are {rules}")

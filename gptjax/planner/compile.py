@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gptjax.children import Children, end_with_parent
 from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.files import write_whole
@@ -88,13 +89,16 @@ def compile_all(
     configs: dict[str, Config], topology: chips.Topology, cache: Path, timeout: float, processes: int
 ) -> Iterator[tuple[str, Compiled]]:
     """(name, result) of each config as it comes, so many at once."""
-    with ThreadPoolExecutor(processes) as pool:
-        started = {pool.submit(_in_process, config, topology, cache, timeout): name for name, config in configs.items()}
+    with ThreadPoolExecutor(processes) as pool, Children() as children:
+        started = {
+            pool.submit(_in_process, config, topology, cache, timeout, children): name
+            for name, config in configs.items()
+        }
         for done in as_completed(started):
             yield started[done], done.result()
 
 
-def _in_process(config: Config, topology: chips.Topology, cache: Path, timeout: float) -> Compiled:
+def _in_process(config: Config, topology: chips.Topology, cache: Path, timeout: float, children: Children) -> Compiled:
     """One compile, or what is known of it from before."""
     request = (
         cache / f"{_digest(to_json(config), topology.name, str(topology.num_slices), versions(), _sources())}.json"
@@ -106,14 +110,7 @@ def _in_process(config: Config, topology: chips.Topology, cache: Path, timeout: 
         command = [sys.executable, "-m", "gptjax.planner.compile", str(cache)]
         started = time.perf_counter()
         try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(job),
-                env=os.environ | ENVIRONMENT,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
+            done = children.run(command, json.dumps(job), timeout, env=os.environ | ENVIRONMENT)
         except subprocess.TimeoutExpired:
             return Compiled(0, fits=False, error=f"not compiled within {timeout:.0f} s", seconds=timeout)
         if done.returncode:
@@ -252,4 +249,5 @@ def needed(message: str) -> float:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     print(_child(Path(sys.argv[1]), json.loads(sys.stdin.read())))

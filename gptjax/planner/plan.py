@@ -1,5 +1,6 @@
 """`gptjax plan`: price every layout, compile the best ones with the real compiler, rank them, and say why."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,8 +159,15 @@ def blame(candidate: Candidate) -> str:
     return f"{what} ({size / 1e9:.1f} GB)"
 
 
-def plan(config: Config, topology: Topology, settings: Settings, console: Console) -> Plan:
-    """Search, compile, rank. Raises UserError where no layout divides, or none fits."""
+def plan(
+    config: Config,
+    topology: Topology,
+    settings: Settings,
+    console: Console,
+    note: Callable[["Plan"], None] = lambda made: None,
+) -> Plan:
+    """Search, compile, rank; `note` gets what is known after each compile. Raises UserError where no layout divides, or
+    none fits."""
     with console.status("pricing layouts"):
         found = search(config, topology)
     possible = found.fitting or [c for c in found.crowded if c.estimate.peak <= topology.chip.hbm]
@@ -171,15 +179,24 @@ def plan(config: Config, topology: Topology, settings: Settings, console: Consol
         chosen.append(own)
     compiler = asked(topology, settings)
     results: dict[str, Compiled] = {}
+
+    def ranked() -> Plan:
+        rows = [Row(c, results.get(c.name)) for c in chosen]
+        rows.sort(key=lambda row: (not row.fits, row.step_seconds))
+        return Plan(config, topology, found, tuple(rows), compiler)
+
+    def compile_each(some: list[Candidate]) -> None:
+        for name, result in _compiled(some, topology, settings, console):
+            results[name] = result
+            note(ranked())
+
     if not compiler.startswith("none"):
-        results = _compile(chosen, topology, settings, console)
+        compile_each(chosen)
         tight = [c for c in chosen if not Row(c, results[c.name]).fits]
         instead = [c for c in (smaller(found, t) for t in tight) if c and c.name not in results]
-        results |= _compile(instead, topology, settings, console)
         chosen += instead
-    rows = [Row(c, results.get(c.name)) for c in chosen]
-    rows.sort(key=lambda row: (not row.fits, row.step_seconds))
-    return Plan(config, topology, found, tuple(rows), compiler)
+        compile_each(instead)
+    return ranked()
 
 
 def own_layout(config: Config, topology: Topology) -> Candidate | None:
@@ -202,18 +219,19 @@ def asked(topology: Topology, settings: Settings) -> str:
     return f"{platform.upper()} compiler, ahead of time"
 
 
-def _compile(chosen: list[Candidate], topology: Topology, settings: Settings, console: Console) -> dict[str, Compiled]:
+def _compiled(
+    chosen: list[Candidate], topology: Topology, settings: Settings, console: Console
+) -> Iterator[tuple[str, Compiled]]:
+    """Each by its name, as it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: dict[str, Compiled] = {}
     jobs = {c.name: for_compiler(c.config, topology) for c in chosen}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for name, result in compile_all(
             jobs, topology, settings.cache.expanduser(), settings.timeout, settings.processes
         ):
-            results[name] = result
             progress.update(task, advance=1, description=f"compiled {name}")
-    return results
+            yield name, result
 
 
 def for_compiler(config: Config, topology: Topology) -> Config:
