@@ -14,6 +14,7 @@ from gptjax.terminal import show_anything
 
 VERBS = (
     "train",
+    "run",
     "sample",
     "chat",
     "look",

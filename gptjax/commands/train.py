@@ -44,7 +44,7 @@ class Command:
             raise UserError("--topology and --slices: for a --dry-run of hardware that is not here")
         if self.overwrite and self.resume:
             raise UserError("--overwrite: starts anew, and --resume goes on; give one of them")
-        given = self._given() if self.config else None
+        given = self.given() if self.config else None
         from gptjax.stages.launch import Resumed, train
         from gptjax.train.join import join
         from gptjax.train.processes import first, warn
@@ -81,7 +81,7 @@ class Command:
         base = base_folder(given)
         return str(base) if (base / CONFIG).is_file() else ""
 
-    def _given(self) -> Config:
+    def given(self) -> Config:
         """The config of a file, or one that fine-tunes a Hugging Face directory."""
         words = [*self.overrides]
         if not Path(self.config).is_dir():

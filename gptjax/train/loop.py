@@ -1,5 +1,6 @@
 """The one train loop. A `Stage` brings what is its own; batches, steps, logs, checkpoints and signals are here."""
 
+import os
 import platform
 import shlex
 import sys
@@ -30,6 +31,7 @@ from gptjax.train.metrics import LOG, Reporter
 from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.processes import is_first, warn
+from gptjax.train.pulse import Pulse
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import (
@@ -114,6 +116,7 @@ def fit(
     evaluating and sampling.
     Raises UserError for anything the user can mend, and where the run has gone bad.
     """
+    pulse = Pulse(os.environ)
     with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
@@ -129,7 +132,10 @@ def fit(
         since = position.step if resume else None
         with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
             _announce(config, stage, layout, reporter, position, facts)
-            return _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, run, stop, more)
+            pulse.begin(position.step)
+            return _loop(
+                config, stage, layout, shardings, state, position, checkpoints, reporter, run, stop, pulse, more
+            )
 
 
 def _loop(
@@ -143,6 +149,7 @@ def _loop(
     reporter: Reporter,
     run: Path,
     stop: StopFlag,
+    pulse: Pulse,
     more: Sequence[Action],
 ) -> int:
     """From `position` on: a step, then what it owes."""
@@ -177,7 +184,7 @@ def _loop(
             meter.flush()
             jax.block_until_ready(now.state)  # the queued steps are training time, not pause
             seconds = clock.seconds()
-            with clock.pause():
+            with clock.pause(), pulse.doing(action.name):
                 values = action.what(now)
             if values is not None:
                 reporter.done(action.name, now.position.step, now.position.tokens, seconds, values)
@@ -201,11 +208,13 @@ def _loop(
             state, metrics = step_fn(now.state, batch.rows, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
             now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
             meter.add(now.position, float(lr), {**metrics, **batch.figures})
+            pulse.step(now.position.step)
             stopping = stop.agreed()
             do(due(todo, now, stopping), now)
             if stopping:
                 break
-        checkpoints.wait()
+        with pulse.doing("save"):
+            checkpoints.wait()
     return stop.number
 
 
