@@ -23,7 +23,7 @@ HOSTILE = (
 MARKDOWN = """\
 ## Sampling, in short
 
-A model gives **probabilities**; what is *drawn* from them is another matter. Three knobs shape it, see
+A model gives **probabilities**; what is *drawn* from them is another matter. Three knobs shape it, see \
 [the paper](https://example.org/paper) and `sampling.py`:
 
 1. Temperature divides the logits.
