@@ -92,7 +92,9 @@ def tokens_of(text: str) -> list[str]:
 def figures(i: int, token: str) -> tuple[float, list[tuple[str, float]]]:
     """A log-probability for a place, and five likeliest tokens, of which it is one or none."""
     p = (0.9, 0.5, 0.2, 0.04, 0.0005)[i % 5]
-    rest = [(other, math.log((1 - p) * share)) for other, share in ((" a", 0.6), (" the", 0.2), ("\n", 0.1), (" of", 0.05))]
+    rest = [
+        (other, math.log((1 - p) * share)) for other, share in ((" a", 0.6), (" the", 0.2), ("\n", 0.1), (" of", 0.05))
+    ]
     return math.log(p), sorted([(token, math.log(p)), *rest], key=lambda pair: -pair[1])
 
 

@@ -12,8 +12,9 @@ from gptjax.html import headers, page
 from gptjax.infer.look import described, encoded
 
 if TYPE_CHECKING:
-    from gptjax.api import Model
     from gptjax.serve.worker import Worker
+
+    from gptjax.api import Model
 
 
 class Turn(BaseModel):

@@ -1,0 +1,625 @@
+"""The page on which one talks with a model, in a browser, on replies that are written down. Run: pytest
+tests/test_pages.py"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import Browsed, axe_findings, browsing
+from paged import HOSTILE, MARKDOWN, REPLIES, Script, app, figures, serving, tokens_of
+
+from gptjax.html import page as html_page
+from gptjax.html import policy
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with browsing() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Script, str]]:
+    script = Script()
+    with serving(app(script)) as address:
+        yield script, address
+
+
+@pytest.fixture
+def script(served: tuple[Script, str]) -> Script:
+    served[0].__init__()  # type: ignore[misc]
+    return served[0]
+
+
+class Chat(Browsed):
+    """Uses the page as a person does."""
+
+    def write(self, words: str) -> None:
+        self.page.fill("#words", words)
+        self.page.press("#words", "Enter")
+
+    def send(self, words: str) -> str:
+        """The reply when it is over."""
+        self.write(words)
+        return self.over()
+
+    def over(self) -> str:
+        self.page.wait_for_selector("#send[aria-label=Send]")
+        return self.text(-1)
+
+    def wait_for_words(self, words: str) -> None:
+        self.page.wait_for_function("words => document.querySelector('#turns').textContent.includes(words)", arg=words)
+
+    def turn(self, i: int) -> Any:
+        return self.page.locator("article.turn").nth(i)
+
+    def text(self, i: int) -> str:
+        return str(self.turn(i).locator(".body").text_content())
+
+    def turns(self) -> list[str]:
+        return [str(text) for text in self.page.locator("article.turn .body").all_text_contents()]
+
+    def tool(self, i: int, name: str) -> None:
+        self.turn(i).get_by_role("button", name=name, exact=True).click()
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The conversations that the browser keeps."""
+        entries = self.page.evaluate("Object.entries(localStorage)")
+        return [json.loads(value) for name, value in entries if name.startswith("gptjax.chat.talk.")]
+
+
+@pytest.fixture
+def open_chat(browser: Any, served: tuple[Script, str], script: Script) -> Iterator[Callable[..., Chat]]:
+    """A page in a browser of its own, which has to end without an error of its script and of the policy."""
+    opened: list[Chat] = []
+
+    def made(ready: bool = True, **how: Any) -> Chat:
+        opened.append(chat := Chat(browser, served[1], **how))
+        if ready:
+            chat.page.wait_for_selector("#model option", state="attached")
+        return chat
+
+    yield made
+    for chat in opened:
+        chat.close()
+
+
+@pytest.fixture
+def chat(open_chat: Callable[..., Chat]) -> Chat:
+    return open_chat()
+
+
+def test_a_message_is_sent_and_answered(chat: Chat, script: Script) -> None:
+    assert chat.send("Hello") == f"You said 'Hello', seed {script.asked[0]['seed']}."
+    assert chat.page.input_value("#words") == "" and chat.page.input_value("#title") == "Hello"
+    (body,) = script.asked
+    assert body["messages"] == [{"role": "user", "content": "Hello"}] and body["stream"] and body["logprobs"]
+    assert (body["temperature"], body["top_p"], body["top_k"], body["top_logprobs"]) == (0.8, 1, 50, 5)
+    assert body["max_tokens"] == 32  # half of the context
+    reply = chat.text(1)
+    chat.send("And now?")
+    assert [message["content"] for message in script.asked[1]["messages"]] == ["Hello", reply, "And now?"]
+    assert chat.page.locator("#said").text_content() == chat.text(3)  # what a screen reader says
+
+
+def test_a_reply_streams_and_stops(chat: Chat, script: Script) -> None:
+    script.pause = 0.05
+    chat.write("slow")
+    chat.wait_for_words("one two")
+    assert chat.page.locator("#send").get_attribute("aria-label") == "Stop" and script.open == 1
+    chat.page.keyboard.press("Escape")
+    text = chat.over()
+    assert 0 < len(text) < len(REPLIES["slow"]) and REPLIES["slow"].startswith(text)
+    assert chat.turn(1).locator(".state").text_content() == "stopped"
+    chat.page.wait_for_timeout(200)
+    assert script.open == 0, "the server was not told"
+    script.pause = 0
+    chat.tool(1, "Regenerate")
+    assert chat.over() == REPLIES["slow"]
+    script.pause = 0.05
+    chat.write("slow again")
+    chat.page.wait_for_function("document.querySelectorAll('article.turn').length === 4")
+    chat.page.click("#send")
+    chat.over()
+    assert chat.text(3) != REPLIES["slow"]
+
+
+def test_another_reply_and_other_words(chat: Chat, script: Script) -> None:
+    chat.send("first")
+    chat.send("second")
+    one = chat.text(3)
+    chat.tool(3, "Regenerate")
+    assert chat.over() != one and len(chat.turns()) == 4
+    assert script.asked[1]["messages"] == script.asked[2]["messages"]
+    chat.tool(0, "Edit")
+    chat.page.get_by_label("Other words").fill("other")
+    chat.page.keyboard.press("Enter")
+    chat.over()
+    assert len(chat.turns()) == 2 and chat.text(0) == "other" and "'other'" in chat.text(1)
+    assert script.asked[3]["messages"] == [{"role": "user", "content": "other"}]
+    chat.tool(1, "Edit")
+    chat.page.get_by_label("Other words").fill("what it should have said")
+    chat.page.get_by_role("button", name="Keep").click()
+    chat.send("go on")
+    assert script.asked[4]["messages"][1] == {"role": "assistant", "content": "what it should have said"}
+    chat.tool(2, "Edit")
+    chat.page.keyboard.press("Escape")
+    assert chat.text(2) == "go on" and len(script.asked) == 5
+
+
+def test_text_is_never_html(chat: Chat) -> None:
+    text = chat.send("html <b>bold</b>")
+    for part in ('<img src=x onerror="window.broken=1">', "<script>", "<i>bold</i>", "javascript:window.broken=1"):
+        assert part in text
+    assert chat.text(0) == "html <b>bold</b>" and chat.page.input_value("#title") == "html <b>bold</b>"
+    inside = chat.page.locator("#turns")
+    assert inside.locator("img, script, iframe, i, b, [onerror], [onload], [src], [style]").count() == 0
+    assert inside.locator("a:not([href^='https:'])").count() == 0
+    chat.page.reload()
+    chat.wait_for_words("<script>")
+    chat.tool(1, "Probabilities")
+    chat.tool(1, "Attention")
+    chat.page.wait_for_selector("#look[open]")
+    assert chat.page.evaluate("window.broken") is None
+    tokens = [token["text"] for token in [{"text": each} for each in tokens_of(HOSTILE)]]
+    assert chat.page.locator(".body.tokens span").all_text_contents() == tokens
+
+
+def test_no_other_script_runs(chat: Chat) -> None:
+    """The policy, tried: an injected script, a handler in HTML, a text as a program, a picture and another server."""
+    refused = chat.page.evaluate(
+        """async () => {
+          const refused = [];
+          addEventListener("securitypolicyviolation", (event) => refused.push(event.effectiveDirective));
+          const script = document.createElement("script");
+          script.textContent = "window.broken = 1";
+          document.body.append(script);
+          const box = document.createElement("div");
+          box.innerHTML = "<p onclick='window.broken = 1' style='color: red'>x</p><img src='http://127.0.0.1:9/x.png'>";
+          document.body.append(box);
+          box.firstChild.click();
+          setTimeout("window.broken = 1", 0);
+          await fetch("http://127.0.0.1:9/").catch(() => {});
+          await new Promise((done) => setTimeout(done, 100));
+          return refused;
+        }"""
+    )
+    chat.allowed = re.compile("Content Security Policy")
+    kinds = {"script-src-elem", "script-src-attr", "script-src", "style-src-attr", "img-src", "connect-src"}
+    assert set(refused) == kinds and chat.page.evaluate("window.broken") is None
+
+
+def test_the_page_is_one_file_that_fetches_nothing() -> None:
+    text = html_page("serve/chat.html")
+    assert text.startswith("<!doctype html>") and "/* include" not in text
+    outside = re.sub(r"http://www\.w3\.org/2000/svg|https\?:", "", text)
+    assert not re.search(
+        r"https?://\w|@import|url\(|innerHTML|insertAdjacentHTML|document\.write|outerHTML|eval\(", outside
+    )
+    assert not re.search(r"<(link|script|img)[^>]+(src|href)=(?!\"data:)", text)
+    assert "unsafe" not in policy(text) and text.count("<script") == text.count("<style") == 1
+
+
+def test_markdown_as_elements(chat: Chat) -> None:
+    chat.send("markdown")
+    body = chat.turn(1).locator(".body")
+    assert body.locator("h4").all_text_contents() == ["Sampling, in short"]
+    assert body.locator("strong").text_content() == "probabilities" and body.locator("em").text_content() == "drawn"
+    link = body.locator("a")
+    assert [link.get_attribute(name) for name in ("href", "rel", "target")] == [
+        "https://example.org/paper",
+        "noopener noreferrer",
+        "_blank",
+    ]
+    assert body.locator("ol > li").count() == 3 and body.locator("ol > li:nth-child(2) > ul > li").count() == 2
+    assert (
+        body.locator("tr").count() == 4
+        and body.locator("td.right").count() == 6
+        and body.locator("td.middle").count() == 3
+    )
+    fence = MARKDOWN.split("```")[1].removeprefix("python\n").removesuffix("\n")
+    assert body.locator("pre code").text_content() == fence
+    assert body.locator("blockquote, hr, del").count() == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("a\nb\n\nc", "<p>a<br>b</p><p>c</p>"),
+        ("**a *b* c** __d__ _e_ *f*", "<p><strong>a <em>b</em> c</strong> <strong>d</strong> <em>e</em> <em>f</em></p>"),
+        ("snake_case_name 2 * 3 * 4 **", "<p>snake_case_name 2 * 3 * 4 **</p>"),
+        ("`**a**` ``b`c``", "<p><code>**a**</code> <code>b`c</code></p>"),
+        (r"\*a\* \[b\](c)", "<p>*a* [b](c)</p>"),
+        ("[a](javascript:alert(1)) [b](data:x) [c](//d.e)", "<p>[a](javascript:alert(1)) [b](data:x) [c](//d.e)</p>"),
+        ("[a](JaVaScRiPt:1) [b](\tjavascript:1)", "<p>[a](JaVaScRiPt:1) [b](    javascript:1)</p>"),
+        ("![a](https://b.c/d)", '<p><a href="https://b.c/d" rel="noopener noreferrer" target="_blank">a</a></p>'),
+        (
+            "see https://b.c/d_e_f.",
+            '<p>see <a href="https://b.c/d_e_f" rel="noopener noreferrer" target="_blank">https://b.c/d_e_f</a>.</p>',
+        ),
+        ("- a\n- b\n  - c\n\n1. d\n1. e", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ul><ol><li><p>d</p></li><li><p>e</p></li></ol>"),
+        ("3. a\n4. b", '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>'),
+        ("> a\nb\n> > c", "<blockquote><p>a<br>b</p><blockquote><p>c</p></blockquote></blockquote>"),
+        ("# a\n####### b", "<h3>a</h3><p>####### b</p>"),
+        ("a | b\nc", "<p>a | b<br>c</p>"),
+        ("<b>&amp;</b>", "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;</p>"),
+        ("~~a~~ ~b~", "<p><del>a</del> ~b~</p>"),
+        ("```\n<b>", '<figure class="code"><figcaption><span>text</span></figcaption><pre tabindex="0"><code>&lt;b&gt;</code></pre></figure>'),
+        ("~~~\na\n```\n~~~\nb", '<figure class="code"><figcaption><span>text</span></figcaption><pre tabindex="0"><code>a\n```</code></pre></figure><p>b</p>'),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_markdown_of(text: str, html: str, plain: Chat) -> None:
+    assert plain.page.evaluate(RENDER, text) == html
+
+
+RENDER = "text => { const made = document.createElement('div'); markdown(text, made); return made.innerHTML; }"
+
+
+@pytest.fixture(scope="module")
+def plain(browser: Any, served: tuple[Script, str]) -> Iterator[Chat]:
+    """A page that only renders."""
+    chat = Chat(browser, served[1])
+    yield chat
+    chat.close()
+
+
+def test_markdown_of_anything_keeps_the_words_and_comes_to_an_end(plain: Chat) -> None:
+    marks = ["*", "_", "`", "~", "[", "](", ")", ">", "#", "|", "-", "1.", "\n", " ", "<", "\\", "!", "http://", "é"]
+    hostile = [mark * 3000 for mark in marks] + [
+        "> " * 500 + "x",
+        "- " * 500 + "x",
+        "**a " * 2000,
+        "[a](" * 2000,
+        "|a" * 2000 + "\n" + "|-" * 2000,
+    ]
+    mixed = [
+        "w".join(marks[(i * step + j) % len(marks)] for j in range(400)) for i, step in enumerate((1, 2, 3, 5, 7, 11))
+    ]
+    for text in [*hostile, *mixed]:
+        words = plain.page.evaluate(
+            f"text => {{ ({RENDER})(text); const made = document.createElement('div'); markdown(text, made); return made.textContent; }}",
+            text,
+        )
+        assert words.count("w") >= text.count("w")
+    assert plain.page.evaluate("navigator.userAgent")
+
+
+def test_it_asks_for_a_key(open_chat: Callable[..., Chat], script: Script) -> None:
+    script.key = "right"
+    chat = open_chat(ready=False)
+    dialog = chat.page.locator("#key-dialog")
+    dialog.wait_for()
+    chat.page.fill("#key", "wrong")
+    chat.page.keyboard.press("Enter")
+    chat.page.wait_for_function("document.querySelector('#key-why').textContent.includes('wrong or missing')")
+    chat.page.fill("#key", "right")
+    chat.page.keyboard.press("Enter")
+    chat.page.wait_for_selector("#model option", state="attached")
+    assert not dialog.is_visible() and chat.send("Hello").startswith("You said")
+    chat.page.reload()
+    chat.page.wait_for_selector("#model option", state="attached")
+    assert not dialog.is_visible() and "right" not in chat.page.evaluate("JSON.stringify(localStorage)")
+    script.key = "changed"
+    chat.write("Again")
+    dialog.wait_for()
+    chat.page.keyboard.press("Escape")
+    assert "wrong or missing" in str(chat.page.locator(".failed").text_content())
+    chat.page.get_by_role("button", name="Try again").click()
+    dialog.wait_for()
+    chat.page.fill("#key", "changed")
+    chat.page.get_by_role("button", name="Use it").click()
+    chat.wait_for_words("You said 'Again'")
+    chat.allowed = re.compile("401")
+
+
+def test_a_reload_in_the_middle_keeps_what_has_come(chat: Chat, script: Script) -> None:
+    chat.send("Hello")
+    script.pause = 0.05
+    chat.write("slow")
+    chat.wait_for_words("one two three")
+    before = chat.text(3)
+    chat.page.reload()
+    chat.wait_for_words("one two three")
+    text = chat.text(3)
+    assert text.startswith(before.rstrip()) and REPLIES["slow"].startswith(text)
+    assert chat.turn(3).locator(".state").text_content() == "cut off"
+    assert chat.page.input_value("#title") == "Hello"
+    script.pause = 0
+    chat.tool(3, "Regenerate")
+    assert chat.over() == REPLIES["slow"]
+
+
+def test_a_browser_that_keeps_nothing(open_chat: Callable[..., Chat]) -> None:
+    blocked = (
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+    )
+    chat = open_chat(before=blocked)
+    assert chat.send("Hello").startswith("You said")
+    assert "keeps nothing" in str(chat.page.locator("#notice").text_content())
+    chat.page.get_by_role("button", name="New conversation").click()
+    chat.send("Another")
+    assert chat.page.locator("#list li").count() == 2
+
+
+def test_a_browser_whose_storage_is_full(open_chat: Callable[..., Chat]) -> None:
+    """Probabilities of other conversations go first, then those of this one, then it is said."""
+    limited = """
+      window.room = Infinity;
+      const set = Storage.prototype.setItem;
+      Storage.prototype.setItem = function (name, value) {
+        const others = Object.keys(this).filter((each) => each !== name).reduce((sum, each) => sum + this.getItem(each).length, 0);
+        if (this === localStorage && others + value.length > window.room) throw new DOMException("full", "QuotaExceededError");
+        set.call(this, name, value);
+      };"""
+    chat = open_chat(before=limited)
+    chat.send("first")
+    assert all(turn.get("tokens") for talk in chat.kept() for turn in talk["turns"] if turn["role"] == "assistant")
+    used = chat.page.evaluate("Object.values(localStorage).join('').length")
+    chat.page.click("#new")
+    chat.page.evaluate(f"window.room = {1.6 * used}")
+    chat.send("second")
+    first, second = sorted(chat.kept(), key=lambda talk: talk["title"])
+    assert "tokens" not in first["turns"][1] and second["turns"][1]["tokens"]
+    chat.page.evaluate(f"window.room = {1.2 * used}")
+    chat.send("third")
+    assert not any("tokens" in turn for talk in chat.kept() for turn in talk["turns"])
+    assert chat.page.locator("#notice").is_hidden()
+    chat.page.evaluate("window.room = Object.values(localStorage).join('').length + 100")
+    chat.send("fourth " * 60)
+    assert "storage is full" in str(chat.page.locator("#notice").text_content())
+    assert len(chat.turns()) == 6
+
+
+def test_probabilities_of_each_token(chat: Chat) -> None:
+    tokens = tokens_of(chat.send("Hello"))
+    chat.tool(1, "Probabilities")
+    spans = chat.turn(1).locator(".body.tokens span")
+    assert spans.all_text_contents() == tokens
+    card = chat.page.locator("#card")
+    for i in (2, 0, 3):
+        spans.nth(i).hover()
+        value, tops = figures(i, tokens[i])
+        assert f"probability {100 * math.exp(value):.3g}" in str(card.text_content())
+        shown = [
+            (str(line.locator("span").text_content()), str(line.locator("b").text_content()))
+            for line in card.locator("li").all()
+        ]
+        signs = str.maketrans({" ": "␣", "\n": "↵"})
+        assert [name for name, _ in shown] == [name.translate(signs) for name, _ in tops]
+        assert [float(p.split()[0]) for _, p in shown] == pytest.approx([100 * math.exp(p) for _, p in tops], rel=5e-3)
+        assert (
+            card.locator("li.own").text_content()
+            == f"{tokens[i].translate(signs)}{shown[[n for n, _ in tops].index(tokens[i])][1]}"
+        )
+    chat.page.mouse.move(5, 5)
+    chat.page.keyboard.press("End")
+    assert "seed" not in str(card.locator("code").text_content())  # the last one
+    chat.page.keyboard.press("ArrowLeft")
+    assert card.locator("code").text_content() == tokens[-2].replace(" ", "␣") and card.is_visible()
+    chat.page.keyboard.press("Alt+KeyP")
+    assert chat.page.locator(".body.tokens").count() == 0 and card.is_hidden()
+
+
+PIXEL = """([i, j]) => {
+  const map = document.querySelector("#look-map"), pen = map.getContext("2d"), about = document.querySelector("#look-cell");
+  const margin = map.width - 22 * 13 - 2; // of thirteen tokens
+  return [...pen.getImageData(margin + 22 * j + 11, margin + 22 * i + 11, 1, 1).data];
+}"""
+
+
+def test_the_heat_map_of_a_reply(chat: Chat, script: Script) -> None:
+    chat.send("a b c d e")
+    chat.tool(1, "Attention")
+    chat.page.wait_for_selector("#look[open]")
+    body = script.asked[-1]
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant"] and (body["layer"], body["head"]) == (0, 0)
+    assert chat.page.locator("#layer option").all_text_contents() == ["0, banded, W = 3", "1, dense"]
+    count = chat.page.locator("#look-text span").count()
+    assert count == 13
+    colours = {cell: chat.page.evaluate(PIXEL, list(cell)) for cell in [(5, 5), (5, 4), (5, 3), (5, 2), (2, 5), (2, 0)]}
+    assert colours[5, 4] == colours[5, 3] == colours[2, 0], "a third each"
+    assert colours[5, 2] == colours[2, 5] != colours[5, 3], "beyond the band as what comes later"
+    chat.page.select_option("#layer", "1")
+    chat.page.wait_for_function("document.querySelector('#look-map').getAttribute('aria-label').includes('layer 1')")
+    assert script.asked[-1]["layer"] == 1
+    assert chat.page.evaluate(PIXEL, [5, 2]) == chat.page.evaluate(PIXEL, [5, 0]) != colours[5, 2]
+    chat.page.locator("#look-map").focus()
+    for key in ("ArrowUp", "ArrowLeft", "ArrowLeft"):
+        chat.page.keyboard.press(key)
+    assert str(chat.page.locator("#look-cell").text_content()).startswith("11: ")
+    assert "takes 8.3" in str(chat.page.locator("#look-cell").text_content())  # a twelfth
+    chat.page.locator("#look-text span").nth(4).hover()
+    assert "rank 4 of 50,257" in str(chat.page.locator("#look-about").text_content())
+    chat.page.keyboard.press("Escape")
+    assert chat.page.locator("#look").is_hidden()
+
+
+def test_what_no_longer_fits_is_left_out_and_said(chat: Chat, script: Script) -> None:
+    chat.page.click("#show-settings")
+    chat.page.fill("#system", "Be brief.")
+    for words in ("one", "two", "three"):
+        chat.send(words)
+    sent = script.asked[-1]["messages"]
+    assert [m["content"] for m in sent if m["role"] != "assistant"] == ["Be brief.", "two", "three"]
+    assert "The oldest 2 turns no longer fit the context of 64 tokens" in str(
+        chat.page.locator(".left-out").text_content()
+    )
+    chat.send("four")
+    assert "The oldest 4 turns" in str(chat.page.locator(".left-out").text_content()) and len(chat.turns()) == 8
+    chat.tool(1, "Attention")
+    chat.page.wait_for_selector("#look[open]")
+    assert [m["content"] for m in script.asked[-1]["messages"]] == ["Be brief.", "one", chat.text(1)]
+    chat.allowed = re.compile("400")
+
+
+@pytest.mark.parametrize(("words", "message"), [("break", "The engine failed."), ("drop", "The connection ended")])
+def test_what_fails_in_the_middle_is_one_line(words: str, message: str, chat: Chat, script: Script) -> None:
+    chat.write(words)
+    chat.wait_for_words(message)
+    assert chat.text(1).startswith("You said") and chat.turn(1).locator(".state").text_content() == "stopped"
+    chat.page.get_by_role("button", name="Try again").click()
+    chat.wait_for_words(message)
+    assert len(script.asked) == 2 and script.asked[0]["messages"] == script.asked[1]["messages"]
+    assert len(chat.turns()) == 2
+
+
+def test_a_refusal_is_one_line(chat: Chat, script: Script) -> None:
+    chat.write("refuse")
+    chat.wait_for_words("4 replies are under way. (again in 2 s)")
+    assert chat.turns() == ["refuse"]
+    chat.page.reload()
+    chat.wait_for_words("4 replies are under way.")
+    chat.send("Hello")
+    assert script.asked[-1]["messages"] == [{"role": "user", "content": "Hello"}], "two turns of the user"
+    assert chat.send("nothing") == "" and chat.turn(-1).locator(".state").text_content() == "no words"
+    chat.send("Hello?")
+    assert [m["content"] for m in script.asked[-1]["messages"]][::2] == ["Hello", "Hello?"]
+    chat.allowed = re.compile("429")
+
+
+def test_conversations_are_kept_named_deleted_and_exported(chat: Chat, tmp_path: Path) -> None:
+    reply = chat.send("markdown, please")
+    chat.page.fill("#title", "Über <knobs>")
+    chat.page.click("#new")
+    chat.send("Another")
+    assert chat.page.locator("#list .open").all_text_contents() == ["Another", "Über <knobs>"]
+    chat.page.reload()
+    assert chat.page.input_value("#title") == "Another"
+    chat.page.locator("#list .open").nth(1).click()
+    assert chat.text(1) == reply
+    chat.page.click("#show-settings")
+    chat.page.fill("#system", "Be brief.")
+    for name, ending in (("Export JSON", "json"), ("Export Markdown", "md")):
+        with chat.page.expect_download() as download:
+            chat.page.get_by_role("button", name=name).click()
+        assert download.value.suggested_filename == f"über-knobs.{ending}"
+        download.value.save_as(tmp_path / ending)
+    made = json.loads((tmp_path / "json").read_text())
+    assert made["title"] == "Über <knobs>" and made["model"] == "tiny"
+    assert [m["role"] for m in made["messages"]] == ["system", "user", "assistant"]
+    assert made["messages"][2]["content"] == MARKDOWN and made["messages"][2]["sampling"]["temperature"] == 0.8
+    assert "".join(token for token, _, _ in made["messages"][2]["logprobs"]) == MARKDOWN
+    assert (tmp_path / "md").read_text() == (
+        f"# Über <knobs>\n\n## System\n\nBe brief.\n\n## You\n\nmarkdown, please\n\n## Reply\n\n{MARKDOWN}\n"
+    )
+    chat.page.get_by_role("button", name="Delete Über <knobs>").click()
+    assert chat.page.locator("#list li").count() == 1 and len(chat.kept()) == 1
+    chat.page.get_by_role("button", name="Undo").click()
+    assert chat.text(1) == reply and len(chat.kept()) == 2
+
+
+def test_sampling_is_what_the_sliders_say(chat: Chat, script: Script) -> None:
+    chat.page.click("#show-settings")
+    for name, key, presses in (
+        ("temperature", "ArrowRight", 4),
+        ("top_p", "ArrowLeft", 10),
+        ("top_k", "Home", 1),
+        ("max_tokens", "Home", 1),
+    ):
+        chat.page.focus(f"#{name}")
+        for _ in range(presses):
+            chat.page.keyboard.press(key)
+    chat.page.fill("#seed", "12x3")
+    one = chat.send("Hello")
+    how = {name: script.asked[0][name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
+    assert how == {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "max_tokens": 1, "seed": 123}
+    chat.tool(1, "Regenerate")
+    assert chat.over() == one
+    chat.page.reload()
+    chat.page.click("#show-settings")
+    shown = [chat.page.locator(f"output[for={name}]").text_content() for name in ("temperature", "top_p", "top_k")]
+    assert shown == ["1", "0.9", "0"] and chat.page.input_value("#seed") == "123"
+
+
+def test_by_keys_alone(chat: Chat, script: Script) -> None:
+    keys = chat.page.keyboard
+    keys.type("one")
+    keys.press("Shift+Enter")
+    keys.type("two")
+    keys.press("Enter")
+    chat.over()
+    assert script.asked[0]["messages"][0]["content"] == "one\ntwo"
+    keys.press("Alt+KeyE")
+    keys.type(" three")
+    keys.press("Enter")
+    chat.over()
+    assert chat.text(0) == "one\ntwo three"
+    keys.press("Alt+KeyR")
+    chat.over()
+    assert len(script.asked) == 3
+    keys.press("Alt+KeyK")
+    listed = chat.page.locator("#keys td:first-child").all_text_contents()
+    assert chat.page.locator("#keys").is_visible() and "Alt + N" in listed
+    keys.press("Escape")
+    keys.press("Alt+KeyS")
+    assert chat.page.locator("#settings").is_visible()
+    keys.press("Alt+KeyC")
+    assert chat.page.locator("#side").is_hidden()
+    keys.press("Alt+KeyN")
+    assert chat.turns() == [] and chat.page.evaluate("document.activeElement.id") == "words"
+
+
+def test_a_model_that_has_not_learned_conversations_goes_on_with_a_text(
+    open_chat: Callable[..., Chat], script: Script
+) -> None:
+    script.chats = False
+    chat = open_chat()
+    chat.page.wait_for_selector("body.continues")
+    one = chat.send("Once *upon* a time")
+    assert script.asked[0]["prompt"] == "Once *upon* a time" and script.asked[0]["logprobs"] == 5
+    chat.page.press("#words", "Enter")
+    chat.page.wait_for_function("document.querySelectorAll('article.turn').length === 3")
+    chat.over()
+    assert script.asked[1]["prompt"] == "Once *upon* a time" + one
+    chat.tool(1, "Probabilities")
+    assert chat.turn(1).locator(".body.tokens span").all_text_contents() == tokens_of(one)
+    chat.tool(1, "Attention")
+    chat.page.wait_for_selector("#look[open]")
+    assert script.asked[-1]["text"] == "Once *upon* a time" + one
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_serious_stands_in_the_way_of_anybody(theme: str, open_chat: Callable[..., Chat]) -> None:
+    wide = open_chat(theme=theme)
+    wide.send("Hello")
+    wide.send("markdown")
+    wide.page.click("#show-settings")
+    assert axe_findings(wide.page) == []
+    wide.tool(1, "Probabilities")
+    wide.turn(1).locator(".tokens span").nth(3).hover()
+    assert axe_findings(wide.page) == []
+    wide.tool(1, "Attention")
+    wide.page.wait_for_selector("#look[open]")
+    assert axe_findings(wide.page) == []
+    narrow = open_chat(theme=theme, width=390, height=844)
+    narrow.send("markdown")
+    narrow.send("Hello")
+    narrow.write("refuse")
+    narrow.wait_for_words("under way")
+    assert axe_findings(narrow.page) == []
+    assert narrow.page.evaluate("document.documentElement.scrollWidth") <= 390
+    narrow.page.click("#show-side")
+    assert axe_findings(narrow.page) == [] and narrow.page.locator("#side").is_visible()
+    narrow.page.keyboard.press("Escape")
+    assert narrow.page.locator("#side").is_hidden()
+    narrow.allowed = re.compile("429")
+
+
+def test_the_theme_is_a_choice_that_is_kept(open_chat: Callable[..., Chat]) -> None:
+    chat = open_chat(theme="light")
+    paper = lambda: chat.page.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    light = paper()
+    chat.page.get_by_role("button", name="Theme: as the system").click()
+    assert paper() == light
+    chat.page.get_by_role("button", name="Theme: light").click()
+    dark = paper()
+    assert dark != light
+    chat.page.reload()
+    assert paper() == dark
+    chat.page.get_by_role("button", name="Theme: dark").click()
+    assert paper() == light
