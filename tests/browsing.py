@@ -48,9 +48,7 @@ class Browsed:
         self.page, self.errors = self.context.new_page(), []
         self.allowed = re.compile("(?!)")
         """What the console may say of errors that a test makes."""
-        self.page.on(
-            "console", lambda said: self.errors.append(said.text) if said.type in ("error", "warning") else None
-        )
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         if before:
             self.page.add_init_script(before)
