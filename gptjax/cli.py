@@ -17,6 +17,7 @@ VERBS = (
     "sample",
     "chat",
     "look",
+    "label",
     "serve",
     "eval",
     "convert",

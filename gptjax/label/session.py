@@ -2,17 +2,23 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from gptjax.data.prompted import Prompt
 from gptjax.errors import UserError
 from gptjax.label.agreement import Agreement, agreements
 from gptjax.label.answers import Answer, Record, key_of
 
-Draw = Callable[[Sequence[Prompt]], "Future[list[str]]"]
+
+class Draw(Protocol):
+    """Replies to prompts, as `drawn.Drawn`."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> "Future[list[str]]": ...
+
+    def close(self) -> None: ...
 
 
 def order(seed: int, prompt: str, labeller: str, count: int) -> list[int]:
@@ -104,6 +110,25 @@ class Session:
     def agreements(self) -> list[Agreement]:
         """Of all labellers of this file and the others."""
         return agreements([*self.others, *self.record.answers])
+
+    def summary(self) -> list[str]:
+        """What there is at the end, in lines."""
+        path, aside = self.record.rankings.path, len(self.record.aside.rows)
+        lines = [
+            f"{len(self.record.rankings.rows):,} rankings in {path}, {aside:,} skipped or all tied in {path}.aside"
+        ]
+        if self.left:
+            lines.append(f"{len(self.left):,} prompts are left for {self.labeller}; the same command goes on")
+        if self.unlike:
+            lines.append(f"{self.unlike:,} prompts passed over: the model has not two different replies to them")
+        return [*lines, *map(str, self.agreements())]
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.draw.close()
+        self.record.close()
 
     def state(self) -> dict[str, Any]:
         """How far it is."""

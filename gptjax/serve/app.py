@@ -13,6 +13,7 @@ from gptjax.serve import errors
 from gptjax.serve.guard import Guard
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.options import Options
+from gptjax.serve.pages import pages
 from gptjax.serve.routes import Served, routes
 from gptjax.serve.worker import Worker
 
@@ -38,7 +39,7 @@ def create_app(model: "Model", options: Options) -> FastAPI:
     app = FastAPI(title="gptjax", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors.DOCUMENTED)
     app.state.served, app.state.worker = served, worker
     app.include_router(routes(served))
-    # Pages: app.include_router(pages(served))
+    app.include_router(pages(served))
     errors.install(app)
     app.add_middleware(Guard, options=options, metrics=metrics)
     if options.allow_origin:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -78,28 +78,13 @@ class Guard:
         if size + len(scope.get("query_string", b"")) > HEADERS:
             raise Refused(431, f"headers and path of {size:,} bytes; at most {HEADERS:,}")
         if self.options.loopback and not self.keys and not self.options.public:
-            self._require_local(headers)
+            require_local(headers, self.options.host, self.options.allow_origin)
         if self.keys and scope["path"] not in OPEN:
             note.key = self.keys.name(headers.get("authorization", ""))
             self.keys.take(note.key)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.options.max_body:
             raise self._too_large
-
-    def _require_local(self, headers: Headers) -> None:
-        """A page of another site must not use a server that knows its users by where they are."""
-        host = _host(f"//{headers.get('host', '')}")
-        if host not in (*LOCAL, self.options.host):
-            raise Refused(403, f"Host {host!r}: this server answers on {self.options.host} alone, or with --public")
-        origin = headers.get("origin")
-        if origin is None or origin in self.options.allow_origin or "*" in self.options.allow_origin:
-            return
-        if origin.partition("://")[2] != headers.get("host"):
-            raise Refused(403, f"Origin {origin!r}: not allowed; --allow-origin names those that are")
-
-    @property
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than {self.options.max_body:,} bytes")
 
     def _limited(self, receive: Receive) -> Receive:
         """Raises Refused where more comes than may, whatever its headers said."""
@@ -131,6 +116,18 @@ class Guard:
         }
         self.audit.write(json.dumps(line) + "\n")
         self.audit.flush()
+
+
+def require_local(headers: Headers, address: str, allowed: Sequence[str] = ()) -> None:
+    """A page of another site must not use a server that knows its users by where they are. Raises Refused."""
+    host = _host(f"//{headers.get('host', '')}")
+    if host not in (*LOCAL, address):
+        raise Refused(403, f"Host {host!r}: this server answers on {address} alone, or with --public")
+    origin = headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    if origin.partition("://")[2] != headers.get("host"):
+        raise Refused(403, f"Origin {origin!r}: not allowed; --allow-origin names those that are")
 
 
 def _host(address: str) -> str:

@@ -1,77 +1,80 @@
 """The chat page, and what it asks for beyond OpenAI's API: how a model sees a text."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import asyncio
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import HTMLResponse, Response
 
 from gptjax.data.chat import Message
 from gptjax.errors import UserError
 from gptjax.html import headers, page
 from gptjax.infer.look import described, encoded
+from gptjax.serve.asked import off_the_loop
+from gptjax.serve.errors import JSON, Refused, of_user
+from gptjax.serve.protocol import ChatMessage, Strict, Token
 
 if TYPE_CHECKING:
-    from gptjax.serve.worker import Worker
-
     from gptjax.api import Model
+    from gptjax.serve.routes import Served
 
 
-class Turn(BaseModel):
-    """One message of a conversation."""
+class LookBody(Strict):
+    """POST /look"""
 
-    model_config = ConfigDict(extra="forbid")
-    role: str
-    content: str
-
-
-class LookAt(BaseModel):
-    """A text, or a conversation, perhaps with its last reply, and which head to show."""
-
-    model_config = ConfigDict(extra="forbid")
     model: str | None = None
-    """Any name: there is one model."""
     text: str | None = None
-    messages: list[Turn] | None = None
-    layer: Annotated[int, Field(ge=0)] = 0
-    head: Annotated[int, Field(ge=0)] = 0
+    messages: list[ChatMessage] | None = None
+    """Turns, perhaps with the reply to them; this or a text."""
+    layer: Token = 0
+    """Whose attention is told, from 0."""
+    head: Token = 0
 
 
-def router(model: "Model", worker: "Worker") -> APIRouter:
-    """`GET /`, the page, and `POST /look`, which the engine's thread answers."""
-    routes, text = APIRouter(), page("serve/chat.html")
+def pages(served: "Served") -> APIRouter:
+    """The page, and the one route of its own."""
+    router, model, text = APIRouter(), served.model, page("serve/chat.html")
     about = headers(text)
 
-    @routes.get("/", include_in_schema=False)
-    async def chat() -> HTMLResponse:
+    @router.get("/", include_in_schema=False)
+    async def chat() -> Response:
+        """A page to talk with the model."""
         return HTMLResponse(text, headers=about)
 
-    @routes.post("/look")
-    async def look(asked: LookAt) -> dict[str, Any]:
-        """Tokens with their probabilities and runners-up, and where one head attends: base64 of a byte for each token
-        that a token may see, row by row, 255 times the square root of its weight."""
-        return await worker.call(looked_at, model, asked)
+    @router.post("/look")
+    async def look(body: LookBody) -> Response:
+        """How likely each token of a text or of a conversation was, and what came close, and where one head attends:
+        base64 of a byte for each token that a token may see, row by row, 255 times the square root of its weight."""
+        served.require_ready()
+        served.require_name(body.model)
+        ids = await off_the_loop(_length(body), lambda: looked_at(model, body))
+        try:
+            found = await served.worker.call(model.look, ids)
+        except UserError as error:
+            raise of_user(error) from None
+        layer, head = body.layer, body.head
+        attention = encoded(found.attention[layer : layer + 1, head : head + 1])
+        told = await asyncio.to_thread(described, found, model.tokenizer)
+        return JSON(told | {"layer": layer, "head": head, "attention": attention})
 
-    return routes
+    return router
 
 
-def looked_at(model: "Model", asked: LookAt) -> dict[str, Any]:
-    """What `/look` answers. Raises UserError for what cannot be looked at."""
-    if (asked.text is None) == (asked.messages is None):
-        raise UserError("text and messages: give one of them")
-    model.require_head(asked.layer, asked.head)
-    look = model.look(asked.text if asked.text is not None else _ids(model, asked.messages or []))
-    one = look.attention[asked.layer : asked.layer + 1, asked.head : asked.head + 1]
-    return described(look, model.tokenizer) | {"layer": asked.layer, "head": asked.head, "attention": encoded(one)}
-
-
-def _ids(model: "Model", turns: list[Turn]) -> list[int]:
-    """Of a conversation, as the model has it before it."""
-    from gptjax.stages import SFT
-
-    if not isinstance(model.stage, SFT):
-        raise UserError("messages: the model has not learned conversations; give a text")
-    messages, chat = [Message(turn.role, turn.content) for turn in turns], model.stage.chat
-    replied = bool(messages) and messages[-1].role == "assistant"
+def looked_at(model: "Model", body: LookBody) -> list[int]:
+    """The ids of what a body shows, as the model has them before it. Raises Refused or UserError for what cannot be
+    looked at."""
+    model.require_head(body.layer, body.head)
+    if (body.text is None) == (body.messages is None):
+        raise Refused(400, "text and messages: give one of them", param="messages")
+    if body.text is not None:
+        return [*model.before, *model.tokenizer.encode(body.text).tolist()]
+    if not model.chats:
+        raise Refused(400, "messages: this model has not learned conversations; give a text", param="messages")
+    messages = [Message(message.role, message.text) for message in body.messages or []]
+    replied, chat = bool(messages) and messages[-1].role == "assistant", model.stage.chat  # type: ignore[union-attr]
     ids: list[int] = (chat.render(messages).ids if replied else chat.prompt(messages)).tolist()
     return ids
+
+
+def _length(body: LookBody) -> int:
+    return len(body.text or "") + sum(len(message.text) for message in body.messages or [])

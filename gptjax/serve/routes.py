@@ -104,7 +104,8 @@ def routes(served: Served) -> APIRouter:
         return JSON(about())
 
     def about() -> dict[str, Any]:
-        return {"id": served.name, "object": "model", "created": served.since, "owned_by": "gptjax"}
+        who = {"id": served.name, "object": "model", "created": served.since, "owned_by": "gptjax"}
+        return who | {"max_model_len": model.context}
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Response:
