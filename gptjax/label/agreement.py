@@ -44,7 +44,7 @@ class Agreement:
     def __str__(self) -> str:
         apart = self.same + self.opposite
         return (
-            f"{self.names[0]} and {self.names[1]}: {self.prompts} prompts, the same order in {self.same} of {apart} pairs"
+            f"{' and '.join(self.names)}: {self.prompts} prompts, the same order in {self.same} of {apart} pairs"
             + (f" ({self.share:.0%})" if apart else "")
             + (f", Kendall's tau-b {self.tau:.2f}" if not math.isnan(self.tau) else "")
         )

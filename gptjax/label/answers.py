@@ -40,7 +40,8 @@ class Lines:
     `append` returns; half of one, which a crash may leave, is cut off when the file is opened again."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError for a file that cannot be written, that another process writes, or that holds other things."""
+        """Raises UserError for a file that cannot be written, that another process adds to, or that holds other
+        things."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,11 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.rankings, self.aside = Lines(path), Lines(path.with_name(path.name + ".aside"))
         self._order: list[Lines] = []
+
+    @property
+    def files(self) -> dict[str, Lines]:
+        """What each of them holds."""
+        return {"rankings": self.rankings, "skipped or all tied": self.aside}
 
     @property
     def answers(self) -> list[Answer]:

@@ -113,10 +113,7 @@ class Session:
 
     def summary(self) -> list[str]:
         """What there is at the end, in lines."""
-        path, aside = self.record.rankings.path, len(self.record.aside.rows)
-        lines = [
-            f"{len(self.record.rankings.rows):,} rankings in {path}, {aside:,} skipped or all tied in {path}.aside"
-        ]
+        lines = [", ".join(f"{len(kept.rows):,} {what} in {kept.path}" for what, kept in self.record.files.items())]
         if self.left:
             lines.append(f"{len(self.left):,} prompts are left for {self.labeller}; the same command goes on")
         if self.unlike:
