@@ -86,6 +86,10 @@ class Guard:
         if length.isdigit() and int(length) > self.options.max_body:
             raise self._too_large
 
+    @property
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than {self.options.max_body:,} bytes")
+
     def _limited(self, receive: Receive) -> Receive:
         """Raises Refused where more comes than may, whatever its headers said."""
         size = 0
