@@ -7,13 +7,17 @@ import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from gptjax.data.chat import Message
+from gptjax.data.prompted import Prompt
 from gptjax.html import headers, page
 
 HOSTILE = (
@@ -58,6 +62,26 @@ REPLIES = {
     "nothing": "",
 }
 FITS = 4  # messages that the context holds
+
+
+def asked(text: str) -> Prompt:
+    return Prompt(np.frombuffer(text.encode(), np.uint8).astype(np.int32), [Message("user", text)], "")
+
+
+class Written:
+    """Replies that are written down, in the place of a model's."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.count, self.closed = count, False
+
+    def __call__(self, prompts: Any) -> "Future[list[str]]":
+        text = prompts[0].messages[-1].content
+        made: Future[list[str]] = Future()
+        made.set_result([f"{text}: reply {i}" for i in range(1 if "same" in text else self.count)])
+        return made
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Script:

@@ -8,23 +8,21 @@ import random
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from flax import linen as nn
+from paged import Written, asked
 from scipy.stats import kendalltau
 
 from gptjax import api, cli
 from gptjax.commands.label import Command
 from gptjax.config import RankingConfig, SFTConfig
 from gptjax.data.chat import Message, with_chat
-from gptjax.data.prompted import Prompt
 from gptjax.data.rankings import parse
 from gptjax.data.sources import build, dropped
 from gptjax.data.tokenizers import load_tokenizer
@@ -35,26 +33,6 @@ from gptjax.label.app import create_app
 from gptjax.label.drawn import How, draw
 from gptjax.label.session import Session, order
 from gptjax.stages import SFT
-
-
-def asked(text: str) -> Prompt:
-    return Prompt(np.frombuffer(text.encode(), np.uint8).astype(np.int32), [Message("user", text)], "")
-
-
-class Written:
-    """Replies that are written down, in the place of a model's."""
-
-    def __init__(self, count: int = 4) -> None:
-        self.count, self.closed = count, False
-
-    def __call__(self, prompts: Any) -> "Future[list[str]]":
-        text = prompts[0].messages[-1].content
-        made: Future[list[str]] = Future()
-        made.set_result([f"{text}: reply {i}" for i in range(1 if "same" in text else self.count)])
-        return made
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def session(out: Path, texts: list[str], labeller: str = "ann", **how: Any) -> Session:

@@ -4,16 +4,20 @@ tests/test_pages.py"""
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import Browsed, axe_findings, browsing
-from paged import HOSTILE, MARKDOWN, REPLIES, Script, app, figures, serving, tokens_of
+from paged import HOSTILE, MARKDOWN, REPLIES, Script, Written, app, asked, figures, serving, tokens_of
 
 from gptjax.html import page as html_page
 from gptjax.html import policy
+from gptjax.label.answers import Record
+from gptjax.label.app import create_app
+from gptjax.label.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -627,3 +631,221 @@ def test_the_theme_is_a_choice_that_is_kept(open_chat: Callable[..., Chat]) -> N
     assert paper() == dark
     chat.page.get_by_role("button", name="Theme: dark").click()
     assert paper() == light
+
+
+class Labelling(Browsed):
+    """Ranks as a person does."""
+
+    def slots(self) -> dict[int, str]:
+        """The letters at each rank; 0 are those without one."""
+        found = self.page.locator(".slot").all()
+        return {int(s.get_attribute("data-slot")): "".join(s.locator(".chip").all_text_contents()) for s in found}
+
+    def note(self) -> str:
+        return str(self.page.locator("#note").text_content())
+
+    def middle(self, selector: str) -> tuple[float, float]:
+        box = self.page.locator(selector).bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def drag(self, letter: str, rank: int, at: str = "#slots .chip") -> None:
+        """With the mouse, from a letter on the board or on its reply."""
+        handle = f"{at}:has-text('{letter}')"
+        self.page.mouse.move(*self.middle(handle))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.middle(f"[data-slot='{rank}']"), steps=4)
+        self.page.mouse.up()
+
+    def touch(self, letter: str, rank: int) -> None:
+        """With a finger."""
+        session = self.context.new_cdp_session(self.page)
+        points = [self.middle(f"#slots .chip:has-text('{letter}')"), self.middle(f"[data-slot='{rank}']")]
+        (x0, y0), (x1, y1) = points
+        way = [(x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4) for k in range(5)]
+        for kind, (x, y) in zip(["touchStart", *["touchMove"] * 4], way, strict=True):
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def shown(self) -> list[str]:
+        return [str(text) for text in self.page.locator(".reply p").all_text_contents()]
+
+    def following(self, prompt: str) -> None:
+        self.page.wait_for_function("text => document.querySelector('#turns').textContent.includes(text)", arg=prompt)
+
+
+@pytest.fixture
+def label(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Labelling]]:
+    """A page of a session, which is over with the test."""
+    with ExitStack() as stack:
+
+        def made(texts: Sequence[str] = ("one", "two", "three"), name: str = "ann", **how: Any) -> Labelling:
+            prompts = [asked(text) for text in texts]
+            count = how.pop("count", 4)
+            session = stack.enter_context(Session(prompts, Written(count), Record(tmp_path / "r.jsonl"), name))
+            address = stack.enter_context(serving(create_app(session, "127.0.0.1")))
+            page = Labelling(browser, address, **how)
+            stack.callback(page.close)
+            page.page.wait_for_selector("#main[aria-busy='false']")
+            return page
+
+        yield made
+
+
+def rows(tmp_path: Path, name: str = "r.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+
+def given(tmp_path: Path, page: Labelling, shown: list[str]) -> list[int]:
+    """The ranks that were kept last, of the replies as they were shown."""
+    row = rows(tmp_path)[-1]
+    return [row["ranks"][row["replies"].index(text)] for text in shown]
+
+
+def test_replies_are_ranked_with_the_mouse(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    page = label()
+    shown = page.shown()
+    assert sorted(shown) == [f"one: reply {i}" for i in range(4)] and page.slots()[0] == "ABCD"
+    assert page.page.locator("#save").is_disabled()
+    page.drag("C", 1)
+    page.drag("A", 2, at=".reply .chip")
+    page.drag("B", 2)
+    page.drag("D", 4)
+    assert page.slots() == {0: "", 1: "C", 2: "AB", 3: "", 4: "D"} and "All are ranked" in page.note()
+    page.drag("D", 1)
+    page.drag("D", 3)
+    assert [card.get_attribute("aria-label") for card in page.page.locator(".reply").all()] == [
+        "Reply A, rank 2, tied with B", "Reply B, rank 2, tied with A", "Reply C, rank 1", "Reply D, rank 3",
+    ]  # fmt: skip
+    page.page.mouse.move(*page.middle("#slots .chip:has-text('C')"))
+    page.page.mouse.down()
+    page.page.mouse.move(5, 300)
+    page.page.mouse.up()  # nowhere
+    page.page.mouse.move(*page.middle("#slots .chip:has-text('C')"))
+    page.page.mouse.down()
+    page.page.mouse.move(*page.middle("[data-slot='4']"))
+    page.page.keyboard.press("Escape")
+    page.page.mouse.up()
+    assert page.slots()[1] == "C" and page.page.locator(".ghost").count() == 0
+    page.page.click("#save")
+    page.following("two")
+    assert given(tmp_path, page, shown) == [2, 2, 1, 3] and page.page.locator("#far").text_content() == "1 of 3"
+
+
+def test_replies_are_ranked_with_a_finger(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    page = label(width=390, height=844, has_touch=True, is_mobile=True)
+    shown = page.shown()
+    for letter, rank in (("A", 4), ("B", 1), ("C", 1)):
+        page.touch(letter, rank)
+    assert page.slots() == {0: "D", 1: "BC", 2: "", 3: "", 4: "A"}
+    page.page.tap("#slots .chip:has-text('D')")
+    page.page.tap("[data-slot='2'] .place")
+    assert page.slots()[2] == "D" and page.page.evaluate("scrollY") == 0
+    page.page.tap("#save")
+    page.following("two")
+    assert given(tmp_path, page, shown) == [3, 1, 1, 2]
+
+
+def test_replies_are_ranked_with_keys(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    page = label()
+    keys, shown = page.page.keyboard, page.shown()
+    keys.press("Enter")
+    assert page.note() == "Not ranked yet: A, B, C, D."
+    for key in "3112":  # A, and then those that have no rank
+        keys.press(key)
+    assert page.slots() == {0: "", 1: "BC", 2: "D", 3: "A", 4: ""}
+    keys.press("b")
+    keys.press("ArrowRight")
+    assert page.slots()[2] == "BD" and page.note().startswith("B: rank 2, tied with D.")
+    keys.press("0")
+    assert page.slots()[0] == "B"
+    keys.press("ArrowLeft")
+    keys.press("7")
+    assert page.slots() == {0: "", 1: "BC", 2: "D", 3: "A", 4: ""}
+    keys.press("Enter")
+    page.following("two")
+    assert given(tmp_path, page, shown) == [3, 1, 1, 2]
+
+
+def test_skipped_and_taken_back(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    page = label()
+    keys = page.page.keyboard
+    assert page.page.locator("#undo").is_disabled()
+    keys.press("s")
+    page.following("two")
+    assert rows(tmp_path) == [] and rows(tmp_path, "r.jsonl.aside")[0]["ranks"] == []
+    for key in "1234":
+        keys.press(key)
+    keys.press("Enter")
+    page.following("three")
+    assert len(rows(tmp_path)) == 1
+    keys.press("u")
+    page.following("two")
+    assert rows(tmp_path) == [] and page.slots()[0] == "ABCD"
+    page.page.click("#undo")
+    page.following("one")
+    assert rows(tmp_path, "r.jsonl.aside") == []
+    for _ in range(3):
+        page.page.click("#skip")
+        page.page.wait_for_function("document.querySelector('#main').getAttribute('aria-busy') === 'false'")
+    assert "All prompts are done" in str(page.page.locator("#blank").text_content())
+    page.page.click("#undo")
+    page.following("three")
+
+
+def test_a_reload_in_the_middle_of_a_ranking(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    page = label()
+    shown = page.shown()
+    page.page.keyboard.press("2")
+    page.page.keyboard.press("1")
+    page.page.reload()
+    page.following("one")
+    assert page.slots() == {0: "CD", 1: "B", 2: "A", 3: "", 4: ""} and page.shown() == shown
+    other = label_again = page.context.new_page()
+    other.goto(page.page.url)
+    other.wait_for_selector(".reply")
+    for key in "1234":
+        other.keyboard.press(key)
+    other.keyboard.press("Enter")
+    label_again.wait_for_function("document.querySelector('#turns').textContent.includes('two')")
+    page.page.keyboard.press("s")
+    page.page.wait_for_selector("#note.alert")
+    assert "another prompt is being asked for" in page.note() and len(rows(tmp_path)) == 1
+    page.page.reload()
+    page.following("two")
+    page.allowed = re.compile("409")
+
+
+def test_agreement_and_hostile_text(label: Callable[..., Labelling], tmp_path: Path) -> None:
+    texts = [HOSTILE]
+    (tmp_path / "r.jsonl").write_text(
+        json.dumps(
+            {
+                "prompt": HOSTILE,
+                "replies": [f"{HOSTILE}: reply {i}" for i in range(4)],
+                "ranks": [1, 2, 3, 4],
+                "labeller": "bob <b>",
+            }
+        )
+        + "\n"
+    )
+    page = label(texts)
+    assert page.page.locator("#turns").text_content() == HOSTILE
+    assert page.page.locator("main img, main script, main i, main svg").count() == 0
+    for text in page.shown():
+        page.page.keyboard.press(str(1 + int(text[-1])))
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_selector(".blank .lead:has-text('done')")
+    words = "ann and bob <b>: 1 prompts, the same order in 6 of 6 pairs (100%), Kendall's tau-b 1.00"
+    assert words in str(page.page.locator("#blank").text_content()) and page.page.evaluate("window.broken") is None
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_serious_stands_in_the_way_of_labellers(theme: str, label: Callable[..., Labelling]) -> None:
+    page = label(theme=theme, width=390, height=844, count=9)
+    assert axe_findings(page.page) == [] and page.page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.page.set_viewport_size({"width": 1280, "height": 800})
+    page.page.keyboard.press("1")
+    page.page.keyboard.press("1")
+    assert axe_findings(page.page) == []
+    page.page.keyboard.press("?")
+    assert page.page.locator("#keys").is_visible() and axe_findings(page.page) == []

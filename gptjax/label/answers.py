@@ -53,16 +53,23 @@ class Lines:
         except OSError:
             os.close(self._file)
             raise UserError(f"--out {path}: another gptjax label adds to it; name another file") from None
-        sync_folder(path.parent)
-        data = path.read_bytes()
+        try:
+            self._cut()
+            self.rows = list(read(path))
+        except BaseException:
+            self.close()
+            raise
+        self._size = os.fstat(self._file).st_size
+        self._starts: list[int] = []
+
+    def _cut(self) -> None:
+        sync_folder(self.path.parent)
+        data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if not _is_line(data[whole:]):
             os.ftruncate(self._file, whole)
         elif whole < len(data):  # whole, but for its end
             os.write(self._file, b"\n")
-        self.rows = list(read(path))
-        self._size = os.fstat(self._file).st_size
-        self._starts: list[int] = []
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises OSError where it does not fit on the disk; the file is then as it was."""
