@@ -126,7 +126,7 @@ def test_a_reply_streams_and_stops(chat: Chat, script: Script) -> None:
     assert chat.over() == REPLIES["slow"]
     script.pause = 0.05
     chat.write("slow again")
-    chat.page.wait_for_function("document.querySelectorAll('article.turn').length === 4")
+    chat.page.wait_for_function("() => document.querySelectorAll('article.turn').length === 4")
     chat.page.click("#send")
     chat.over()
     assert chat.text(3) != REPLIES["slow"]
@@ -302,7 +302,7 @@ def test_it_asks_for_a_key(open_chat: Callable[..., Chat], script: Script) -> No
     dialog.wait_for()
     chat.page.fill("#key", "wrong")
     chat.page.keyboard.press("Enter")
-    chat.page.wait_for_function("document.querySelector('#key-why').textContent.includes('wrong or missing')")
+    chat.page.wait_for_function("() => document.querySelector('#key-why').textContent.includes('wrong or missing')")
     chat.page.fill("#key", "right")
     chat.page.keyboard.press("Enter")
     chat.page.wait_for_selector("#model option", state="attached")
@@ -433,7 +433,7 @@ def test_the_heat_map_of_a_reply(chat: Chat, script: Script) -> None:
     assert colours[5, 4] == colours[5, 3] == colours[2, 0], "a third each"
     assert colours[5, 2] == colours[2, 5] != colours[5, 3], "beyond the band as what comes later"
     chat.page.select_option("#layer", "1")
-    chat.page.wait_for_function("document.querySelector('#look-map').getAttribute('aria-label').includes('layer 1')")
+    chat.page.wait_for_function("() => document.querySelector('#look-map').getAttribute('aria-label').includes('layer 1')")
     assert script.asked[-1]["layer"] == 1
     assert chat.page.evaluate(PIXEL, [5, 2]) == chat.page.evaluate(PIXEL, [5, 0]) != colours[5, 2]
     chat.page.locator("#look-map").focus()
@@ -581,7 +581,7 @@ def test_a_model_that_has_not_learned_conversations_goes_on_with_a_text(
     one = chat.send("Once *upon* a time")
     assert script.asked[0]["prompt"] == "Once *upon* a time" and script.asked[0]["logprobs"] == 5
     chat.page.press("#words", "Enter")
-    chat.page.wait_for_function("document.querySelectorAll('article.turn').length === 3")
+    chat.page.wait_for_function("() => document.querySelectorAll('article.turn').length === 3")
     chat.over()
     assert script.asked[1]["prompt"] == "Once *upon* a time" + one
     chat.tool(1, "Probabilities")
@@ -786,7 +786,7 @@ def test_skipped_and_taken_back(label: Callable[..., Labelling], tmp_path: Path)
     assert rows(tmp_path, "r.jsonl.aside") == []
     for _ in range(3):
         page.page.click("#skip")
-        page.page.wait_for_function("document.querySelector('#main').getAttribute('aria-busy') === 'false'")
+        page.page.wait_for_function("() => document.querySelector('#main').getAttribute('aria-busy') === 'false'")
     assert "All prompts are done" in str(page.page.locator("#blank").text_content())
     page.page.click("#undo")
     page.following("three")
@@ -806,7 +806,7 @@ def test_a_reload_in_the_middle_of_a_ranking(label: Callable[..., Labelling], tm
     for key in "1234":
         other.keyboard.press(key)
     other.keyboard.press("Enter")
-    label_again.wait_for_function("document.querySelector('#turns').textContent.includes('two')")
+    label_again.wait_for_function("() => document.querySelector('#turns').textContent.includes('two')")
     page.page.keyboard.press("s")
     page.page.wait_for_selector("#note.alert")
     assert "another prompt is being asked for" in page.note() and len(rows(tmp_path)) == 1
