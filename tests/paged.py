@@ -214,7 +214,7 @@ def _look(tokens: list[str], layer: int, head: int) -> dict[str, Any]:
     about = [{"text": tokens[0], "label": tokens[0], "p": None}]
     for i, token in enumerate(tokens[1:]):
         value, tops = figures(i, token)
-        listed = [(top.replace(" ", "␣"), math.exp(p), top == token) for top, p in tops]
+        listed = [(top.replace(" ", "␣").replace("\n", "↵"), math.exp(p), top == token) for top, p in tops]
         label = token.replace(" ", "␣").replace("\n", "↵")
         about.append({"text": token, "label": label, "p": math.exp(value), "rank": 1 + i % 5, "tops": listed})
     return {

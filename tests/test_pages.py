@@ -6,18 +6,28 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from browsing import Browsed, axe_findings, browsing
+from flax import linen as nn
 from paged import HOSTILE, MARKDOWN, REPLIES, Script, Written, app, asked, figures, serving, tokens_of
 
+from gptjax import api
+from gptjax.config import SFTConfig
+from gptjax.data.chat import Message, with_chat
+from gptjax.data.tokenizers import load_tokenizer
 from gptjax.html import page as html_page
 from gptjax.html import policy
 from gptjax.label.answers import Record
 from gptjax.label.app import create_app
 from gptjax.label.session import Session
+from gptjax.serve.app import create_app as create_server
+from gptjax.serve.options import Options
+from gptjax.stages import SFT
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +443,9 @@ def test_the_heat_map_of_a_reply(chat: Chat, script: Script) -> None:
     assert colours[5, 4] == colours[5, 3] == colours[2, 0], "a third each"
     assert colours[5, 2] == colours[2, 5] != colours[5, 3], "beyond the band as what comes later"
     chat.page.select_option("#layer", "1")
-    chat.page.wait_for_function("() => document.querySelector('#look-map').getAttribute('aria-label').includes('layer 1')")
+    chat.page.wait_for_function(
+        "() => document.querySelector('#look-map').ariaLabel.includes('layer 1')"
+    )
     assert script.asked[-1]["layer"] == 1
     assert chat.page.evaluate(PIXEL, [5, 2]) == chat.page.evaluate(PIXEL, [5, 0]) != colours[5, 2]
     chat.page.locator("#look-map").focus()
@@ -631,6 +643,58 @@ def test_the_theme_is_a_choice_that_is_kept(open_chat: Callable[..., Chat]) -> N
     assert paper() == dark
     chat.page.get_by_role("button", name="Theme: dark").click()
     assert paper() == light
+
+
+@pytest.fixture(scope="module")
+def talker(tuned: SFTConfig) -> api.Model:
+    """A model of random weights, with both kinds of layers."""
+    config = replace(tuned, model=replace(tuned.model, seq_len=64, num_layers=2))
+    stage = SFT(config, "cpu", tokenizer=SFT.fit_tokenizer(config, with_chat(load_tokenizer("bytes"))))
+    return api.Model("talker", stage, nn.unbox(stage.init(jax.random.key(0))), 1)
+
+
+def test_a_model_that_is_served(talker: api.Model, browser: Any) -> None:
+    """The whole way: what the page shows is what the engine and `look` say."""
+    app = create_server(talker, Options())
+    with serving(app) as address:
+        chat = Chat(browser, address)
+        while not chat.page.request.get(f"{address}/health").ok:
+            chat.page.wait_for_timeout(200)
+        chat.page.click("#show-settings")
+        chat.page.fill("#seed", "7")
+        chat.page.fill("#system", "S")
+        assert chat.page.get_attribute("#max_tokens", "max") == "32"
+        chat.send("Hi")
+        assert chat.page.locator(".failed").all_text_contents() == []
+        text = chat.kept()[0]["turns"][1]["text"]
+        messages = [Message("system", "S"), Message("user", "Hi")]
+        how = {"max_tokens": 32, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "tops": 5}
+        ids = talker.stage.chat.prompt(messages).tolist()  # type: ignore[union-attr]
+        (reply,) = talker.engine.run([talker.request(ids, 7, **how)])
+        assert text == reply.text != ""
+        chat.tool(1, "Probabilities")
+        spans = chat.turn(1).locator(".body.tokens span")
+        assert spans.count() >= len(reply.tokens) - 1
+        for i in range(3):
+            spans.nth(i).hover()
+            said = str(chat.page.locator("#card p").text_content())
+            assert float(said.split()[1]) == pytest.approx(100 * math.exp(reply.logprobs[i]), rel=1e-2)
+        chat.tool(1, "Attention")
+        chat.page.wait_for_selector("#look[open]")
+        whole = talker.stage.chat.render([*messages, Message("assistant", reply.text)]).ids  # type: ignore[union-attr]
+        assert chat.page.locator("#look-text span").count() == len(whole)
+        chat.page.select_option("#layer", "1")
+        chat.page.select_option("#head", "3")
+        chat.page.wait_for_function("() => document.querySelector('#look-map').ariaLabel.includes('layer 1, head 3')")
+        weight = talker.attention(whole, 1, 3)[-1, -1]
+        shown = re.search(r"takes ([\d.]+) %", str(chat.page.locator("#look-cell").text_content()))
+        assert shown and float(shown[1]) == pytest.approx(100 * weight, abs=100 * (2 / 255))
+        chat.page.keyboard.press("Escape")
+        for words in ("a" * 20, "b" * 20, "c" * 20):
+            chat.send(words)
+        assert "no longer fit the context of 64 tokens" in str(chat.page.locator(".left-out").text_content())
+        chat.allowed = re.compile("400|503")
+        chat.close()
 
 
 class Labelling(Browsed):
