@@ -16,6 +16,7 @@ STOPS = 4  # strings that end a reply
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+BIASES = 1024  # tokens of one request
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[int, Field(ge=0, lt=2**31)]
 Tag = Annotated[str, Field(max_length=512)]
@@ -41,7 +42,7 @@ class Body(Strict):
     model: str | None = None
     """The name of the served model, as /v1/models tells it; nothing is the same."""
     frequency_penalty: Penalty | None = None
-    logit_bias: Bias | None = None
+    logit_bias: Annotated[Bias, Field(max_length=BIASES)] | None = None
     """Token id -> what is added to its logit."""
     n: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Replies to each prompt."""
