@@ -99,7 +99,14 @@ def test_log_probabilities_of_prompt_and_reply(server: Running, model: api.Model
     """The lists that lm-evaluation-harness reads: one longer than the prompt, of the full softmax whatever is asked."""
     ids = [*"héllo".encode()]
     answer = server.post(
-        "/v1/completions", prompt=[ids], max_tokens=1, echo=True, logprobs=3, temperature=0, top_k=1, logit_bias={"7": 5}
+        "/v1/completions",
+        prompt=[ids],
+        max_tokens=1,
+        echo=True,
+        logprobs=3,
+        temperature=0,
+        top_k=1,
+        logit_bias={"7": 5},
     )
     (choice,) = answer["choices"]
     told = choice["logprobs"]
@@ -167,7 +174,17 @@ def test_a_stream_says_the_same(case: int, server: Running) -> None:
         if choice["logprobs"]:
             for name, values in choice["logprobs"].items():
                 assert [value for part in own for value in part["logprobs"][name]] == values
-        assert not choice["text"].startswith("\ufffd")
+
+
+def test_a_reply_completes_the_prompts_last_character(server: Running) -> None:
+    for whole in ("é", "日", "🙂"):
+        *begun, last = whole.encode()
+        body = {"prompt": [*b"a", *begun], "max_tokens": 1, "temperature": 0, "logit_bias": {str(last): 100}}
+        for echo in (False, True):
+            text = server.post("/v1/completions", **body, echo=echo)["choices"][0]["text"]
+            assert text == "a" * echo + whole
+            parts = server.events("/v1/completions", **body, echo=echo)
+            assert "".join(part["choices"][0]["text"] for part in parts) == text
 
 
 def test_stop_strings_that_span_tokens(server: Running, alone: api.Model) -> None:
@@ -276,7 +293,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("prompt", {"prompt": [1, 268]}, "prompt", "token 268 is outside the vocabulary, 0 to 267"),
     ("prompt", {"prompt": "\ud800"}, "prompt", "surrogate"),
     ("prompt", {"prompt": "x" * 90}, "max_tokens", f"90 tokens, and max_tokens = 16; the context holds {CONTEXT}"),
-    ("prompt", {"prompt": "x" * 10_000}, "prompt", f"at least 6[0-9][0-9] tokens; the context holds {CONTEXT}"),
+    ("prompt", {"prompt": "x" * 10_000}, "prompt", f"at least 769 tokens; the context holds {CONTEXT}"),
     ("prompt", {"max_token": 3}, "max_token", "no such parameter; did you mean max_tokens"),
     ("prompt", {"best_of": 2}, "best_of", "only 1 is offered"),
     ("prompt", {"suffix": "x"}, "suffix", "has not learned to fill in"),
@@ -474,7 +491,7 @@ def test_who_does_not_read_is_cut_off_and_holds_up_nobody(model: api.Model) -> N
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
         connection.sendall(_head(len(body)) + body)
-        until(lambda: running.metric("requests_total", route="/v1/completions", status="200") is not None)
+        until(lambda: running.served.worker.open == 64)
         running.idle()
         assert running.post("/v1/completions", prompt="q", max_tokens=2)["choices"]
         with pytest.raises(OSError):
@@ -515,7 +532,9 @@ def test_an_engine_that_fails_goes_on(server: Running, monkeypatch: pytest.Monke
         left[0] -= 1
 
     monkeypatch.setattr(engine, "_decode", broken)
-    with server.client.stream("POST", "/v1/completions", json={"prompt": "q", "max_tokens": 60, "stream": True}) as told:
+    with server.client.stream(
+        "POST", "/v1/completions", json={"prompt": "q", "max_tokens": 60, "stream": True}
+    ) as told:
         parts = "".join(told.iter_text()).strip().split("\n\n")
     assert json.loads(parts[0].removeprefix("data: "))["choices"]
     assert json.loads(parts[-1].removeprefix("data: "))["error"]["type"] == "server_error"
@@ -572,7 +591,11 @@ def test_the_audit_keeps_texts_where_it_is_told_to(model: api.Model, tmp_path: P
 def test_a_files_lines(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     _, line = new_key("ann")
-    for text, words in (("ann:abc", "line 1 is another form"), ("", "no key"), (f"{line}\n{line}", "second key of ann")):
+    for text, words in (
+        ("ann:abc", "line 1 is another form"),
+        ("", "no key"),
+        (f"{line}\n{line}", "second key of ann"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             Keys(str(file))
@@ -583,7 +606,12 @@ def test_a_files_lines(tmp_path: Path) -> None:
 def test_pages_of_other_sites(server: Running) -> None:
     """A browser that was led to this machine's own address, or to another name for it."""
     ask = {"json": {"prompt": "a", "max_tokens": 1}}
-    refused = [{"Host": "evil.example"}, {"Host": "evil.example:8000"}, {"Origin": "https://evil.example"}, {"Origin": "null"}]
+    refused = [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+    ]
     for headers in refused:
         answer = server.client.post("/v1/completions", headers=headers, **ask)
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "forbidden"
@@ -611,7 +639,13 @@ def test_metrics_add_up(server: Running) -> None:
     assert server.metric("prompt_tokens_total") == before["prompt_tokens_total"] + 3
     assert server.metric("completion_tokens_total") == before["completion_tokens_total"] + 14
     text = server.client.get("/metrics").text
-    for name in ("queue_length", "slots_used", "slots_total 4.0", "time_to_first_token_seconds_bucket", "reused_prompt"):
+    for name in (
+        "queue_length",
+        "slots_used",
+        "slots_total 4.0",
+        "time_to_first_token_seconds_bucket",
+        "reused_prompt",
+    ):
         assert f"gptjax_{name}" in text
     for name in ("time_to_first_token_seconds", "time_per_token_seconds", "request_seconds"):
         assert server.metric(f"{name}_count") > 0
@@ -641,7 +675,7 @@ def folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     where = tmp_path_factory.mktemp("served") / "tiny_run"
     steps = replace(tiny.train, total_tokens=3 * 8 * 16, save_interval=1)
-    train(replace(tiny, train=steps, run_dir=str(where)), None, named=True)
+    train(replace(tiny, train=steps, run=str(where)), None, named=True)
     return where
 
 

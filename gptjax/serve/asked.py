@@ -40,8 +40,6 @@ async def off_the_loop(length: int, work: Callable[[], Result]) -> Result:
         return work() if length <= SHORT else await asyncio.to_thread(work)
     except UserError as error:
         raise of_user(error) from None
-    except UnicodeEncodeError:
-        raise Refused(400, "prompt: half a character (a lone surrogate), which has no UTF-8 form") from None
 
 
 def completion(model: "Model", body: CompletionBody) -> Asked:

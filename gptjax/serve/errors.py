@@ -121,8 +121,8 @@ def explained(error: RequestValidationError) -> Refused:
         what = f"only {only} is offered here" if only else "not offered here"
         return Refused(400, f"{param} = {value}: {what}; leave it out", param=param)
     forms = next((WANTED[name] for name in reversed(place) if name in WANTED and kind.endswith("_type")), "")
-    message = forms or found["msg"]
-    return Refused(400, f"{param} = {value}: {str(message)[:1].lower()}{str(message)[1:]}", param=param)
+    message = forms or (str(found["ctx"]["error"]) if kind == "value_error" else found["msg"])
+    return Refused(400, f"{param} = {value}: {message[:1].lower()}{message[1:]}", param=param)
 
 
 def shown(value: Any) -> str:
