@@ -1,33 +1,29 @@
 """The page on which one talks with a model, in a browser, on replies that are written down. Run: pytest
 tests/test_pages.py"""
 
+import base64
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 import pytest
 from browsing import Browsed, axe_findings, browsing
-from flax import linen as nn
 from paged import HOSTILE, MARKDOWN, REPLIES, Script, Written, app, asked, figures, serving, tokens_of
+from serving import Running, tuned_model
+from serving import serving as serving_model
 
-from gptjax import api
-from gptjax.config import SFTConfig
-from gptjax.data.chat import Message, with_chat
-from gptjax.data.tokenizers import load_tokenizer
 from gptjax.html import page as html_page
 from gptjax.html import policy
 from gptjax.label.answers import Record
 from gptjax.label.app import create_app
 from gptjax.label.session import Session
-from gptjax.serve.app import create_app as create_server
-from gptjax.serve.options import Options
-from gptjax.stages import SFT
+from gptjax.serve.pages import LookBody, looked_at
+from gptjax.serve.protocol import ChatMessage
 
 
 @pytest.fixture(scope="module")
@@ -443,9 +439,7 @@ def test_the_heat_map_of_a_reply(chat: Chat, script: Script) -> None:
     assert colours[5, 4] == colours[5, 3] == colours[2, 0], "a third each"
     assert colours[5, 2] == colours[2, 5] != colours[5, 3], "beyond the band as what comes later"
     chat.page.select_option("#layer", "1")
-    chat.page.wait_for_function(
-        "() => document.querySelector('#look-map').ariaLabel.includes('layer 1')"
-    )
+    chat.page.wait_for_function("() => document.querySelector('#look-map').ariaLabel.includes('layer 1')")
     assert script.asked[-1]["layer"] == 1
     assert chat.page.evaluate(PIXEL, [5, 2]) == chat.page.evaluate(PIXEL, [5, 0]) != colours[5, 2]
     chat.page.locator("#look-map").focus()
@@ -646,55 +640,97 @@ def test_the_theme_is_a_choice_that_is_kept(open_chat: Callable[..., Chat]) -> N
 
 
 @pytest.fixture(scope="module")
-def talker(tuned: SFTConfig) -> api.Model:
-    """A model of random weights, with both kinds of layers."""
-    config = replace(tuned, model=replace(tuned.model, seq_len=64, num_layers=2))
-    stage = SFT(config, "cpu", tokenizer=SFT.fit_tokenizer(config, with_chat(load_tokenizer("bytes"))))
-    return api.Model("talker", stage, nn.unbox(stage.init(jax.random.key(0))), 1)
+def server() -> Iterator[Running]:
+    """A model of random weights, with both kinds of layers, as `gptjax serve` serves it."""
+    with serving_model(tuned_model(1), name="tiny") as running:
+        yield running
 
 
-def test_a_model_that_is_served(talker: api.Model, browser: Any) -> None:
-    """The whole way: what the page shows is what the engine and `look` say."""
-    app = create_server(talker, Options())
-    with serving(app) as address:
-        chat = Chat(browser, address)
-        while not chat.page.request.get(f"{address}/health").ok:
-            chat.page.wait_for_timeout(200)
-        chat.page.click("#show-settings")
-        chat.page.fill("#seed", "7")
-        chat.page.fill("#system", "S")
-        assert chat.page.get_attribute("#max_tokens", "max") == "32"
-        chat.send("Hi")
-        assert chat.page.locator(".failed").all_text_contents() == []
-        text = chat.kept()[0]["turns"][1]["text"]
-        messages = [Message("system", "S"), Message("user", "Hi")]
-        how = {"max_tokens": 32, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "tops": 5}
-        ids = talker.stage.chat.prompt(messages).tolist()  # type: ignore[union-attr]
-        (reply,) = talker.engine.run([talker.request(ids, 7, **how)])
-        assert text == reply.text != ""
-        chat.tool(1, "Probabilities")
-        spans = chat.turn(1).locator(".body.tokens span")
-        assert spans.count() >= len(reply.tokens) - 1
-        for i in range(3):
-            spans.nth(i).hover()
-            said = str(chat.page.locator("#card p").text_content())
-            assert float(said.split()[1]) == pytest.approx(100 * math.exp(reply.logprobs[i]), rel=1e-2)
-        chat.tool(1, "Attention")
-        chat.page.wait_for_selector("#look[open]")
-        whole = talker.stage.chat.render([*messages, Message("assistant", reply.text)]).ids  # type: ignore[union-attr]
-        assert chat.page.locator("#look-text span").count() == len(whole)
-        chat.page.select_option("#layer", "1")
-        chat.page.select_option("#head", "3")
-        chat.page.wait_for_function("() => document.querySelector('#look-map').ariaLabel.includes('layer 1, head 3')")
-        weight = talker.attention(whole, 1, 3)[-1, -1]
-        shown = re.search(r"takes ([\d.]+) %", str(chat.page.locator("#look-cell").text_content()))
-        assert shown and float(shown[1]) == pytest.approx(100 * weight, abs=100 * (2 / 255))
-        chat.page.keyboard.press("Escape")
-        for words in ("a" * 20, "b" * 20, "c" * 20):
-            chat.send(words)
-        assert "no longer fit the context of 64 tokens" in str(chat.page.locator(".left-out").text_content())
-        chat.allowed = re.compile("400|503")
-        chat.close()
+@pytest.mark.slow
+def test_a_model_that_is_served(server: Running, browser: Any) -> None:
+    """The whole way: what the page shows is what the server answers to others."""
+    chat, model = Chat(browser, server.url), server.served.model
+    chat.page.click("#show-settings")
+    chat.page.fill("#seed", "7")
+    chat.page.fill("#system", "S")
+    assert chat.page.get_attribute("#max_tokens", "max") == str(model.context // 2)
+    chat.page.fill("#max_tokens", "12")  # half characters are three bytes each once they are text
+    chat.send("Hi")
+    assert chat.page.locator(".failed").all_text_contents() == []
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
+    how = {"max_tokens": 12, "temperature": 0.8, "top_k": 50, "seed": 7}
+    answer = server.post("/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=5, **how)
+    text = chat.kept()[0]["turns"][1]["text"]
+    assert text == answer["choices"][0]["message"]["content"] != ""
+    chat.tool(1, "Probabilities")
+    spans = chat.turn(1).locator(".body.tokens span")
+    told = answer["choices"][0]["logprobs"]["content"]
+    assert spans.count() == len(told)
+    for i in range(3):
+        spans.nth(i).hover()
+        said = str(chat.page.locator("#card p").text_content())
+        assert float(said.split()[1]) == pytest.approx(100 * math.exp(told[i]["logprob"]), rel=1e-2)
+    chat.tool(1, "Attention")
+    chat.page.wait_for_selector("#look[open]")
+    ids = looked_at(
+        model, LookBody(messages=[ChatMessage(**m) for m in [*messages, {"role": "assistant", "content": text}]])
+    )
+    assert chat.page.locator("#look-text span").count() == len(ids)
+    chat.page.select_option("#layer", "1")
+    chat.page.select_option("#head", "3")
+    chat.page.wait_for_function("() => document.querySelector('#look-map').ariaLabel.includes('layer 1, head 3')")
+    shown = re.search(r"takes ([\d.]+) %", str(chat.page.locator("#look-cell").text_content()))
+    weight = model.attention(ids, 1, 3)[-1, -1]
+    assert shown and float(shown[1]) == pytest.approx(100 * weight, abs=100 * 2 / 255)
+    chat.page.keyboard.press("Escape")
+    for words in ("a" * 20, "b" * 20, "c" * 20):
+        chat.send(words)
+    assert "no longer fit the context of 96 tokens" in str(chat.page.locator(".left-out").text_content())
+    chat.allowed = re.compile("400")
+    chat.close()
+
+
+@pytest.mark.slow
+def test_a_look_over_http(server: Running) -> None:
+    """What the map is drawn from, against the model's own figures; a byte is a step of 1/255 of the root."""
+    model = server.served.model
+    told = server.post("/look", text="Hello <b>", layer=1, head=2)
+    ids = [*model.before, *b"Hello <b>"]
+    weights, count = model.attention(ids, 1, 2), len(ids)
+    got = np.frombuffer(base64.b64decode(told["attention"]), np.uint8) / 255
+    np.testing.assert_allclose(got**2, weights[np.tril_indices(count)], atol=1 / 255)
+    assert told["windows"] == [None, 24] and (told["layer"], told["head"], told["heads"]) == (1, 2, 4)
+    scores = model.score("Hello <b>")
+    assert [token["p"] for token in told["tokens"]] == [
+        None,
+        *(pytest.approx(math.exp(v), rel=1e-4) for _, v in scores),
+    ]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for messages, ending in ((turns, "<|end|>"), (turns[:1], "<|assistant|>")):
+        labels = [token["label"] for token in server.post("/look", messages=messages)["tokens"]]
+        assert labels[:3] == ["<|user|>", "H", "i"] and labels[-1] == ending
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "text and messages: give one of them"),
+        ({"text": "a", "messages": []}, 400, "text and messages: give one of them"),
+        ({"text": ""}, 400, "text: empty"),
+        ({"messages": []}, 400, "no message"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "roles out of order"),
+        ({"text": "a", "layer": 2}, 400, "layer = 2: the model has 2, 0 to 1"),
+        ({"text": "a", "head": -1}, 400, "head"),
+        ({"text": "a" * 96}, 400, "97 tokens: the context holds 1 to 96"),
+        ({"text": "\ud800"}, 400, "half a character"),
+        ({"text": "a", "heads": 1}, 400, "heads: no such parameter"),
+        ({"text": "a", "model": "other"}, 404, "not served here"),
+    ],
+)
+def test_what_cannot_be_looked_at(body: dict[str, Any], status: int, message: str, server: Running) -> None:
+    answer = server.client.post("/look", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
 
 
 class Labelling(Browsed):

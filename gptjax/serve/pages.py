@@ -12,7 +12,7 @@ from gptjax.html import headers, page
 from gptjax.infer.look import described, encoded
 from gptjax.serve.asked import off_the_loop
 from gptjax.serve.errors import JSON, Refused, of_user
-from gptjax.serve.protocol import ChatMessage, Strict, Token
+from gptjax.serve.protocol import ChatMessage, Strict, Text, Token
 
 if TYPE_CHECKING:
     from gptjax.api import Model
@@ -23,7 +23,7 @@ class LookBody(Strict):
     """POST /look"""
 
     model: str | None = None
-    text: str | None = None
+    text: Text | None = None
     messages: list[ChatMessage] | None = None
     """Turns, perhaps with the reply to them; this or a text."""
     layer: Token = 0
