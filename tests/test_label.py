@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jax
 import pytest
 from fastapi.testclient import TestClient
@@ -351,3 +352,45 @@ def test_a_model_that_has_not_learned_conversations(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(api.Model, "chats", False)
     with pytest.raises(UserError, match="x: has not learned conversations; rank the replies of a run of the stage sft"):
         cli.run(["label", "x", "--prompts", "p"])
+
+
+def _start(folder: Path, prompts: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], str]:
+    words = ["label", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "r.jsonl"), "--port", "0"]
+    words += ["--replies", "2", "--tokens", "8", "--labeller", "ann", "--cache-dir", str(tmp_path / "cache")]
+    process = subprocess.Popen([sys.executable, "-m", "gptjax", *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    line = process.stdout.readline()
+    assert line.startswith("rank replies at http://127.0.0.1:"), line
+    return process, line.split()[3]
+
+
+@pytest.mark.slow
+def test_the_verb_goes_on_and_ends(tuned: SFTConfig, tmp_path: Path) -> None:
+    """On a run of a few steps, from a file that has one answer, to Ctrl-C."""
+    from gptjax.stages.launch import train
+
+    steps = replace(tuned.train, epochs=0.1, eval_interval=0, save_interval=0)
+    train(replace(tuned, train=steps, run=str(tmp_path / "run")), None, named=True)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "r.jsonl"
+    prompts.write_text('{"prompt": "Hi"}\n{"prompt": "Yo"}\n{"prompt": "Oh"}\n{"prompt": "Ah"}\n')
+    with session(out, ["Hi"]) as of:
+        rank(of, 1, 2, 3, 4)
+    process, url = _start(tmp_path / "run", prompts, tmp_path)
+    try:
+        first = httpx.get(f"{url}/next", timeout=120).json()
+        assert (first["done"], first["total"], first["turns"][0]["content"]) == (1, 4, "Yo")
+        ranked = {"prompt": first["prompt"], "ranks": [2, 1]}
+        second = httpx.post(f"{url}/answer", json=ranked, timeout=120).json()
+        httpx.post(f"{url}/answer", json={"prompt": second["prompt"], "ranks": []}, timeout=120)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert said.splitlines() == [
+        f"2 rankings in {out}, 1 skipped or all tied in {out}.aside",
+        "1 prompts are left for ann; the same command goes on",
+    ]
+    row = json.loads(out.read_text().splitlines()[1])
+    assert process.returncode == 0
+    assert [row["replies"][row["ranks"].index(rank)] for rank in (2, 1)] == first["replies"]
