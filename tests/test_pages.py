@@ -17,8 +17,11 @@ from paged import HOSTILE, MARKDOWN, REPLIES, Script, Written, app, asked, figur
 from serving import Running, tuned_model
 from serving import serving as serving_model
 
+from gptjax.data.tokenizers import load_tokenizer
 from gptjax.html import page as html_page
 from gptjax.html import policy
+from gptjax.infer.look import Look
+from gptjax.infer.look import page as look_page
 from gptjax.label.answers import Record
 from gptjax.label.app import create_app
 from gptjax.label.session import Session
@@ -637,6 +640,31 @@ def test_the_theme_is_a_choice_that_is_kept(open_chat: Callable[..., Chat]) -> N
     assert paper() == dark
     chat.page.get_by_role("button", name="Theme: dark").click()
     assert paper() == light
+
+
+def test_the_page_of_a_look(browser: Any, tmp_path: Path) -> None:
+    """That of `gptjax look` draws by the same script: weights of each layer and head, and the edge of the band."""
+    ids, size = [*b"abcdef"], 6
+    even = np.tri(size) / np.arange(1, size + 1)[:, None]
+    own = np.broadcast_to(np.eye(size), (1, 2, size, size))
+    attention = np.concatenate([own, np.broadcast_to(even, (1, 2, size, size))])
+    look = Look(ids, 1, np.zeros((size, 261), np.float32), attention, [1, None])
+    path = tmp_path / "look.html"
+    path.write_text(look_page(look, load_tokenizer("bytes").fit(261), "A <title>", layer=1, head=1), encoding="utf-8")
+    shown = Browsed(browser, path.as_uri())
+    assert shown.page.title() == "A <title>" and shown.page.locator("#text span").all_text_contents() == [*"abcdef"]
+    for _ in range(4):
+        shown.page.focus("#map")
+        shown.page.keyboard.press("ArrowDown")
+    cell = shown.page.locator("#cell")
+    assert str(cell.text_content()).startswith("5: ‘f’ takes 16.6 % from 1: ‘b’")
+    shown.page.select_option("#layer", "0")
+    assert str(cell.text_content()).startswith("5: ‘f’ takes 100 % from 5: ‘f’")
+    shown.page.keyboard.press("Tab")
+    shown.page.locator("#text span").nth(2).hover()
+    assert "probability 0.383 %, rank 1 of 261" in str(shown.page.locator("#about").text_content())
+    assert axe_findings(shown.page) == []
+    shown.close()
 
 
 @pytest.fixture(scope="module")

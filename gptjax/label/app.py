@@ -13,7 +13,7 @@ from gptjax.html import headers, page
 from gptjax.label.session import Session, Shown
 from gptjax.serve import errors
 from gptjax.serve.errors import JSON, Refused
-from gptjax.serve.guard import require_local
+from gptjax.serve.guard import foreign
 from gptjax.serve.protocol import Strict
 
 
@@ -30,7 +30,8 @@ def create_app(session: Session, host: str) -> FastAPI:
     """A session as an app, which answers this machine's own pages alone."""
 
     async def local(request: Request) -> None:
-        require_local(Headers(scope=request.scope), host)
+        if found := foreign(Headers(scope=request.scope), host):
+            raise Refused(403, f"{found[0]} {found[1]!r}: this server is for pages of {host} alone")
 
     app, text = (
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(local)]),

@@ -81,13 +81,22 @@ class Guard:
         if size + len(scope.get("query_string", b"")) > HEADERS:
             raise Refused(431, f"headers and path of {size:,} bytes; at most {HEADERS:,}")
         if self.options.loopback and not self.keys and not self.options.public:
-            require_local(headers, self.options.host, self.options.allow_origin)
+            self._require_local(headers)
         if self.keys and scope["path"] not in OPEN:
             note.key = self.keys.name(headers.get("authorization", ""))
             self.keys.take(note.key)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.options.max_body:
             raise self._too_large
+
+    def _require_local(self, headers: Headers) -> None:
+        options = self.options
+        if found := foreign(headers, options.host, options.allow_origin):
+            remedies = {
+                "Host": f"this server answers on {options.host} alone, or with --public",
+                "Origin": "not allowed; --allow-origin names those that are",
+            }
+            raise Refused(403, f"{found[0]} {found[1]!r}: {remedies[found[0]]}")
 
     @property
     def _too_large(self) -> Refused:
@@ -125,16 +134,15 @@ class Guard:
         self.audit.flush()
 
 
-def require_local(headers: Headers, address: str, allowed: Sequence[str] = ()) -> None:
-    """A page of another site must not use a server that knows its users by where they are. Raises Refused."""
-    host = _host(f"//{headers.get('host', '')}")
+def foreign(headers: Headers, address: str, allowed: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The header, with its value, that says that a page of another site asks: it must not use a server that knows its
+    users by where they are. None where no header does."""
+    host, origin = _host(f"//{headers.get('host', '')}"), headers.get("origin")
     if host not in (*LOCAL, address):
-        raise Refused(403, f"Host {host!r}: this server answers on {address} alone, or with --public")
-    origin = headers.get("origin")
-    if origin is None or origin in allowed or "*" in allowed:
-        return
-    if origin.partition("://")[2] != headers.get("host"):
-        raise Refused(403, f"Origin {origin!r}: not allowed; --allow-origin names those that are")
+        return "Host", host
+    if origin is None or origin in allowed or "*" in allowed or origin.partition("://")[2] == headers.get("host"):
+        return None
+    return "Origin", origin
 
 
 def _host(address: str) -> str:
