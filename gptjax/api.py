@@ -181,18 +181,22 @@ class Model:
             if not 0 <= value < size:
                 raise UserError(f"{name} = {value}: the model has {size}, 0 to {size - 1}")
 
-    def look(self, text: str) -> Look:
-        """What it makes of each token of a text, which stands after the end of another as for `score`: for
-        `gptjax.infer.look.page`. Raises UserError for an empty text, and for one that is too long for a page."""
-        model, ids = self.stage.config.model, self.tokenizer.encode(text).tolist()
-        if not ids:
+    def look(self, text: str | Sequence[int]) -> Look:
+        """What it makes of each token of a text, which stands after the end of another as for `score`, or of token ids,
+        which are taken as they are and of which nothing says how likely the first was: for `gptjax.infer.look.page`.
+        Raises UserError for an empty text, and for one that is too long for a page."""
+        model = self.stage.config.model
+        if isinstance(text, str):
+            ids, before = [*self.before, *self.tokenizer.encode(text).tolist()], len(self.before)
+        else:
+            ids, before = [int(i) for i in text], 1
+        if len(ids) <= before:
             raise UserError("text: empty; give some to look at")
-        ids = [*self.before, *ids]
         self._check_length(len(ids))
         require_room(len(ids), model.num_layers, model.num_heads)
         seen = np.asarray(self._attention(self.params, self._padded(np.asarray(ids, np.int32))))
         windows = [layer_mask(model, kind).window for kind in model.layer_kinds]
-        return Look(ids, len(self.before), self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
+        return Look(ids, before, self.logits(ids), seen[:, :, : len(ids), : len(ids)], windows)
 
     def _check_length(self, length: int) -> None:
         if not 0 < length <= self.context:

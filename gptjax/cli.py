@@ -18,6 +18,8 @@ VERBS = (
     "sample",
     "chat",
     "look",
+    "label",
+    "serve",
     "eval",
     "convert",
     "recipe",

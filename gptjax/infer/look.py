@@ -10,13 +10,13 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
+from gptjax.html import page as html_page
 
 WEIGHTS = 16_000_000  # that a page holds, a byte each
 TOKENS = 512  # that it holds at most: beyond, a heat map has less than a pixel for each
@@ -47,21 +47,27 @@ def require_room(tokens: int, layers: int, heads: int) -> None:
 
 def page(look: Look, tokenizer: Tokenizer, title: str, layer: int = 0, head: int = 0) -> str:
     """The page, which first shows that layer and head."""
+    data = described(look, tokenizer) | {"layer": layer, "head": head, "attention": encoded(look.attention)}
+    # Inside a script only "<" could end it or begin a comment.
+    words = {"title": html.escape(title), "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")}
+    return re.sub("<!--(title|data)-->", lambda found: words[found[1]], html_page("infer/look.html"))
+
+
+def described(look: Look, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that a page shows but the attention, for JSON."""
     tokens = [_token(look, tokenizer, place) for place in range(len(look.ids))]
-    data = {
+    return {
         "figures": _figures(tokens),
         "tokens": tokens,
         "vocabulary": look.logits.shape[1],
         "windows": look.windows,
         "heads": look.attention.shape[1],
-        "layer": layer,
-        "head": head,
-        "attention": base64.b64encode(packed(look.attention)).decode(),
     }
-    # Inside a script only "<" could end it or begin a comment.
-    words = {"title": html.escape(title), "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")}
-    template = resources.files("gptjax.infer").joinpath("look.html").read_text(encoding="utf-8")
-    return re.sub("<!--(title|data)-->", lambda found: words[found[1]], template)
+
+
+def encoded(attention: np.ndarray) -> str:
+    """`packed`, for JSON."""
+    return base64.b64encode(packed(attention)).decode()
 
 
 def _token(look: Look, tokenizer: Tokenizer, place: int) -> dict[str, Any]:
