@@ -29,6 +29,7 @@ VERBS = (
     "bench generate",
     "bench layouts",
     "bench ppo",
+    "bench serve",
     "bench single",
 )
 """Each is gptjax/commands/VERB.py."""
