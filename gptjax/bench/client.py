@@ -5,9 +5,9 @@ It writes a request into a socket, notes when bytes come back, and reads them on
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ PATIENCE = 300.0
 """Seconds until an answer that does not come is taken for lost."""
 READ = 1 << 16
 
-Pause = Callable[[int], float]
-"""Seconds to wait before the next bytes are read, of how many have come."""
+Pause = Callable[[], float]
+"""Seconds to wait before the next bytes are read."""
 
 
 @dataclass
@@ -64,38 +64,47 @@ class Server:
     host: str
     port: int
 
-    async def post(self, path: str, body: Any, **how: Any) -> Answer:
-        """The answer to a JSON body, or to bytes as they are; `how` as for `ask`."""
+    async def post(self, path: str, body: Any, pause: Pause | None = None) -> Answer:
+        """The answer to a JSON body, or to bytes as they are."""
+        return await self.ask(self.posted(path, body), pause=pause)
+
+    def posted(self, path: str, body: Any) -> bytes:
+        """The request that `post` sends."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
-        return await self.ask(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data, **how)
+        return self._head("POST", path, f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n") + data
 
     async def get(self, path: str) -> Answer:
-        head = f"GET {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n\r\n"
-        return await self.ask(head.encode())
+        return await self.ask(self._head("GET", path))
 
-    async def ask(self, request: bytes, leave_after: int | None = None, pause: Pause | None = None) -> Answer:
-        """Send a request as it is and read to the end, or until so many bytes have come; what was read until the
-        connection broke is an answer, too. Raises TimeoutError where nothing ends it."""
-        async with asyncio.timeout(PATIENCE):
-            return await self._ask(request, leave_after, pause)
+    def _head(self, method: str, path: str, more: str = "") -> bytes:
+        return f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n{more}Connection: close\r\n\r\n".encode()
 
-    async def _ask(self, request: bytes, leave_after: int | None, pause: Pause | None) -> Answer:
+    async def ask(
+        self, request: bytes, leave_after: float = math.inf, within: float | None = None, pause: Pause | None = None
+    ) -> Answer:
+        """Send a request as it is, and read to the end. It breaks the connection off where so many bytes have come, or
+        so many seconds have passed; what was read until then is an answer, too, as where the server does. Raises
+        TimeoutError where nothing ends it."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
-        started, parts, size, arrivals = time.perf_counter(), [], 0, []
+        started, parts, arrivals, size = time.perf_counter(), list[bytes](), list[tuple[float, int]](), 0
         try:
-            with suppress(ConnectionError):
+            async with asyncio.timeout(PATIENCE if within is None else within):
                 writer.write(request)
-                while leave_after is None or size < leave_after:
+                while size < leave_after:
                     if pause:
-                        await asyncio.sleep(pause(size))
+                        await asyncio.sleep(pause())
                     if not (part := await reader.read(READ)):
                         break
                     parts.append(part)
                     size += len(part)
                     arrivals.append((time.perf_counter() - started, size))
+        except ConnectionError:
+            pass
+        except TimeoutError:
+            if within is None:
+                raise
         finally:
-            writer.transport.abort() if leave_after is not None else writer.close()
+            writer.transport.abort()
         return _read(b"".join(parts), arrivals, time.perf_counter() - started)
 
 

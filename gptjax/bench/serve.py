@@ -24,7 +24,7 @@ import numpy as np
 
 from gptjax.api import Model, load
 from gptjax.bench.client import Answer, Server
-from gptjax.bench.measure import provenance, save
+from gptjax.bench.measure import percentiles, provenance, save
 from gptjax.bench.storm import Storm, told
 from gptjax.errors import UserError
 from gptjax.files import json_text
@@ -181,14 +181,10 @@ def _row(seconds: float, times: list[tuple[float, float, int]]) -> Row:
 
 
 def _summary(rows: list[Row]) -> Row:
-    pooled = {name: [value for row in rows for value in row[name]] for name in ("first_s", "each_s")}
-    tails = {
-        f"{name}_p{share}": float(np.percentile(values, share)) if values else None
-        for name, values in pooled.items()
-        for share in (50, 99)
-    }
     rates = [row["tokens_per_s"] for row in rows]
-    return {"tokens_per_s": median(rates), "rates": rates, "tokens": sum(row["tokens"] for row in rows), **tails}
+    times = {name: [value for row in rows for value in row[name]] for name in ("first_s", "each_s")}
+    tokens = sum(row["tokens"] for row in rows)
+    return {"tokens_per_s": median(rates), "rates": rates, "tokens": tokens, **percentiles(**times)}
 
 
 def _table(result: Row) -> str:
