@@ -243,3 +243,194 @@ def test_models_and_raw_responses(openai: Any, client: Any) -> None:
         lines = [line for line in stream.iter_lines() if line]
     assert stream.headers["content-type"].startswith("text/event-stream")
     assert lines[-1] == "data: [DONE]" and all(json.loads(line[6:])["model"] == NAME for line in lines[:-1])
+
+
+# The client of 2023, in an environment of its own
+
+OLDEST = """
+import json, sys
+import openai
+
+openai.api_key, openai.api_base, name = "none", sys.argv[1], sys.argv[2]
+prompt = "Is this a dream?"
+made = openai.Completion.create(engine=name, prompt=prompt, max_tokens=150, n=1, stop=None, temperature=0.7)
+greedy = dict(prompt=prompt, max_tokens=20, temperature=0, logprobs=2)
+whole = openai.Completion.create(engine=name, **greedy)
+model = openai.Completion.create(model=name, **greedy)
+parts = [part["choices"][0] for part in openai.Completion.create(engine=name, stream=True, **greedy)]
+said = dict(model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=20, temperature=0)
+chat = openai.ChatCompletion.create(**said)
+deltas = [part["choices"][0] for part in openai.ChatCompletion.create(stream=True, **said)]
+try:
+    openai.Completion.create(engine=name, prompt=prompt, temperature=-1)
+except openai.error.InvalidRequestError as error:
+    refused = [error.http_status, error.param]
+try:
+    openai.Completion.create(engine="davinci", prompt=prompt)
+except openai.error.InvalidRequestError as error:
+    unknown = error.http_status
+print(json.dumps(dict(
+    version=openai.version.VERSION,
+    reason=made["choices"][0]["finish_reason"],
+    text=made.choices[0].text.strip(),
+    tokens=made["usage"]["completion_tokens"],
+    greedy=whole["choices"][0],
+    model=model["choices"][0],
+    streamed="".join(part["text"] for part in parts),
+    streamed_reason=parts[-1]["finish_reason"],
+    chat=chat["choices"][0]["message"],
+    deltas="".join(part["delta"].get("content", "") for part in deltas),
+    models=[model["id"] for model in openai.Model.list()["data"]],
+    refused=refused,
+    unknown=unknown,
+)))
+"""
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with openai 0.28."""
+    folder = tmp_path_factory.mktemp("oldest")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    words = [python, "-m", "pip", "install", "-q", "--no-cache-dir", "openai==0.28"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"pip cannot install openai 0.28: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return python
+
+
+@pytest.mark.slow
+def test_code_for_the_first_client_runs_unchanged(oldest: Path, served: "Served", client: Any) -> None:
+    words = [oldest, "-I", "-c", OLDEST, f"{served.url}/v1", NAME]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["version"] == "0.28.0" and found["reason"] in ("stop", "length") and found["tokens"] <= T - 16
+    whole = client.completions.create(model=NAME, prompt="Is this a dream?", max_tokens=20, temperature=0, logprobs=2)
+    assert found["greedy"] == found["model"] == whole.choices[0].model_dump(exclude_unset=True)
+    assert (found["streamed"], found["streamed_reason"]) == (whole.choices[0].text, whole.choices[0].finish_reason)
+    assert found["chat"]["content"] == found["deltas"] and found["chat"]["role"] == "assistant"
+    assert found["models"] == [NAME] and found["refused"] == [400, "temperature"] and found["unknown"] == 404
+
+
+# lm-evaluation-harness
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A cloze test, sums and whole texts of a few lines, as the harness loads them."""
+    pytest.importorskip("lm_eval.models.api_models", reason="needs the eval extra")
+    pytest.importorskip("tenacity", reason="needs the eval extra")
+    from gptjax.evaluate.harness import load_tasks
+
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    words = ("alpha", "bravo", "delta", "gamma", "omega", "sigma")
+    lines = [" = Greek = \n"]
+    for i in range(24):
+        lines += [f" {' '.join(rng.choice(words, 9))} . \n", f" = Letter {i} = \n"][: 1 + (i % 6 == 5)]
+    (folder / "wikitext.txt").write_text("\n".join(lines))
+    sums = [{"question": f"{i} and 1?", "answer": f"It is {i}+1.\n#### {i + 1}"} for i in range(14)]
+    (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    loaded = load_tasks(["local_cloze", "local_gsm8k", "local_wikitext"], str(folder), 0)
+    how = {"until": ["Question:", "q"], "do_sample": False, "max_gen_toks": 24}
+    loaded["tasks"]["local_gsm8k"].set_config("generation_kwargs", how)
+    return loaded
+
+
+def only(tasks: Any, *names: str) -> Any:
+    return tasks | {"tasks": {name: tasks["tasks"][name] for name in names}}
+
+
+def scored(model: Any, tasks: Any, **how: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """(metrics of each task, what the model said to each of its questions)"""
+    from lm_eval.evaluator import evaluate
+
+    found = evaluate(model, tasks, bootstrap_iters=0, log_samples=True, **how)
+    said = {name: [sample["resps"] for sample in samples] for name, samples in found["samples"].items()}
+    plain = {name: {k: v for k, v in row.items() if "stderr" not in k} for name, row in found["results"].items()}
+    return plain, said
+
+
+@pytest.fixture(scope="module")
+def in_process(local: api.Model, tasks: Any) -> Any:
+    from gptjax.evaluate.adapter import EngineLM
+
+    return scored(EngineLM(local), tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["remote tokenizer", "ids", "text", "ids at once"])
+def test_the_harness_scores_over_http_as_in_process(
+    kind: str, served: "Served", small_run: Path, local: api.Model, tasks: Any, in_process: Any, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Log-probabilities to 1e-3, and the same replies."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    eot = local.tokenizer.eot
+    how: dict[str, Any] = {"tokenizer_backend": "remote", "custom_prefix_token_id": eot}
+    if kind != "remote tokenizer":
+        pytest.importorskip("transformers", reason="the harness reads a tokenizer with it")
+        write_tokenizer(local.tokenizer, tmp_path, local.tokenizer.vocab_size, T)
+        how = {"tokenizer_backend": "huggingface", "tokenizer": str(tmp_path), "tokenized_requests": kind != "text"}
+    if kind == "ids at once":
+        how |= {"num_concurrent": 4}
+    peer = LocalCompletionsAPI(base_url=f"{served.url}/v1/completions", model=NAME, max_length=T, **how)
+    results, said = scored(peer, only(tasks, "local_cloze", "local_gsm8k"))
+    expected, known = in_process
+    assert results["local_cloze"]["acc,none"] == expected["local_cloze"]["acc,none"]
+    assert results["local_gsm8k"] == expected["local_gsm8k"] | {"alias": results["local_gsm8k"]["alias"]}
+    assert said["local_gsm8k"] == known["local_gsm8k"] and len({str(reply) for reply in said["local_gsm8k"]}) > 3
+    ours, theirs = (np.array([[value[0][0] for value in one] for one in each["local_cloze"]]) for each in (said, known))
+    assert ours.shape == theirs.shape == (len(ours), 4) and len(ours) > 15 and np.ptp(theirs) > 1
+    np.testing.assert_allclose(ours.astype(float), theirs.astype(float), atol=1e-3)
+    assert [[v[0][1] for v in one] for one in said["local_cloze"]] == [
+        [v[0][1] for v in one] for one in known["local_cloze"]
+    ]
+
+
+@pytest.mark.slow
+def test_whole_texts_are_worth_the_same_over_http(
+    served: "Served", local: api.Model, tasks: Any, in_process: Any
+) -> None:
+    """In the harness's windows, which hold two tokens less over HTTP: it keeps room for one that is drawn."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from gptjax.evaluate.adapter import EngineLM
+
+    how = {"tokenizer_backend": "remote", "custom_prefix_token_id": local.tokenizer.eot, "max_length": T}
+    peer = LocalCompletionsAPI(base_url=f"{served.url}/v1/completions", model=NAME, **how)
+    texts = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(["short é", "x" * 100])]
+    ours = EngineLM(local).loglikelihood_rolling(texts, disable_tqdm=True)
+    np.testing.assert_allclose(peer.loglikelihood_rolling(texts, disable_tqdm=True), ours, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_harness_chats_over_http_as_in_process(served: "Served", local: api.Model, tasks: Any) -> None:
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    peer = LocalChatCompletion(base_url=f"{served.url}/v1/chat/completions", model=NAME, max_length=T)
+    chats = only(tasks, "local_gsm8k")
+    results, said = scored(peer, chats, apply_chat_template=True)
+    docs = [*chats["tasks"]["local_gsm8k"].eval_docs]
+    prompts = [f"Question: {doc['question']}\nAnswer:" for doc in docs]
+    how = {"max_tokens": 24, "temperature": 0, "stop": ["Question:", "q"]}
+    expected = local.generate([local.prompt(text) for text in prompts], **how)
+    assert [reply[0][0] for reply in said["local_gsm8k"]] == expected and len(set(expected)) > 1
+    assert "exact_match,none" in results["local_gsm8k"]
+
+
+# schemathesis
+
+
+def test_schemathesis_finds_nothing(served: "Served", client: Any, tmp_path: Path) -> None:
+    """All its checks but one: a schema cannot say how many tokens a text has, nor what a context holds, so that it may
+    allow what is rightly refused."""
+    pytest.importorskip("schemathesis", reason="needs the test extra")
+    words = [Path(sys.executable).with_name("schemathesis"), "run", f"{served.url}/openapi.json", "--checks", "all"]
+    words += ["--exclude-checks", "positive_data_acceptance", "--max-examples", "15", "--seed", "1", "--no-color"]
+    words += ["--generation-database", "none", "--continue-on-failure", "--phases", "examples,coverage,fuzzing"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+    assert "/v1/completions" in json.dumps(client.get("/../openapi.json", cast_to=object)) and "passed" in done.stdout
