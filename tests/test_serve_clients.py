@@ -2,13 +2,11 @@
 tests/test_serve_clients.py"""
 
 import asyncio
-import importlib
 import json
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +200,9 @@ def test_errors_become_the_exceptions_that_they_should(openai: Any, client: Any)
     for kind, how, word in wrong:
         with pytest.raises(kind) as caught:
             client.completions.create(**{"model": NAME, "prompt": "a"} | how)
-        assert word in str(caught.value.body["message"]) and {"message", "type", "param", "code"} <= {*caught.value.body}
+        assert word in str(caught.value.body["message"]) and {"message", "type", "param", "code"} <= {
+            *caught.value.body
+        }
         with pytest.raises(kind):
             client.completions.create(**{"model": NAME, "prompt": "a", "stream": True} | how)
     for said in ([], [{"role": "user", "content": ""}], [{"role": "assistant", "content": "a"}], [{"role": "x"}]):

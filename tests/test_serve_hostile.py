@@ -5,10 +5,8 @@ import asyncio
 import http.client
 import json
 import socket
-import string
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -119,7 +117,17 @@ def test_whatever_the_json_is(served: "Served", asked: tuple[str, bytes]) -> Non
 def test_what_no_json_is(served: "Served", beside: Beside) -> None:
     deep = 100_000
     wrong = [
-        *(b"", b"null", b"[]", b'"a"', b"1", b"{", b'{"prompt": "a"} x', b'\xef\xbb\xbf{"prompt": "a"', b"\xff\xfe\x00"),
+        *(
+            b"",
+            b"null",
+            b"[]",
+            b'"a"',
+            b"1",
+            b"{",
+            b'{"prompt": "a"} x',
+            b'\xef\xbb\xbf{"prompt": "a"',
+            b"\xff\xfe\x00",
+        ),
         *('{"prompt": "a"}'.encode(name) for name in ("utf-16", "utf-32")),
         *(b"[" * deep, b'{"a":' * deep, b'{"prompt": ' + b"[" * deep + b"]" * deep + b"}"),
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
@@ -189,7 +197,9 @@ LARGE = 10_000_000
 
 def test_bodies_that_are_too_large(served: "Served", beside: Beside) -> None:
     body = b'{"prompt": "' + b"a" * LARGE + b'"}'
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + 65536] for i in range(0, LARGE, 65536)))
+    chunks = b"".join(
+        b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + 65536] for i in range(0, LARGE, 65536))
+    )
 
     async def all_of_them() -> list[Answer]:
         return [
@@ -251,9 +261,22 @@ def test_floods_of_headers(served: "Served", beside: Beside) -> None:
 
 def test_tricks_with_paths(served: "Served", beside: Beside) -> None:
     paths = [
-        *("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/v1/../../etc/passwd", "/static/../app.py"),
+        *(
+            "/../../etc/passwd",
+            "/%2e%2e/%2e%2e/etc/passwd",
+            "//etc/passwd",
+            "/v1/../../etc/passwd",
+            "/static/../app.py",
+        ),
         *("/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/%00", "/v1/engines/..%2f..%2f/completions", "/%", "/%ff%fe"),
-        *("/v1/models/small/..", "/.git/config", "/v1/completions/", "/V1/completions", "/v1/models?x=%00", "/?" + "a" * 999),
+        *(
+            "/v1/models/small/..",
+            "/.git/config",
+            "/v1/completions/",
+            "/V1/completions",
+            "/v1/models?x=%00",
+            "/?" + "a" * 999,
+        ),
         *("http://127.0.0.1/etc/passwd", "/docs", "/redoc", "/v1/models/" + "%41" * 500),
     ]
 

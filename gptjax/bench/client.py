@@ -6,6 +6,7 @@ It writes a request into a socket, notes when bytes come back, and reads them on
 import asyncio
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 PATIENCE = 300.0
 """Seconds until an answer that does not come is taken for lost."""
 READ = 1 << 16
+IN_PROGRESS = r"^(gptjax_(?:queue_length|slots_used|replies_open)) (\S+)$"
 
 Pause = Callable[[], float]
 """Seconds to wait before the next bytes are read."""
@@ -75,6 +77,14 @@ class Server:
 
     async def get(self, path: str) -> Answer:
         return await self.ask(self._head("GET", path))
+
+    async def in_progress(self) -> dict[str, float]:
+        """What /metrics says of work that is not over. Raises LookupError where it says nothing."""
+        text = (await self.get("/metrics")).body.decode()
+        found = {name: float(value) for name, value in re.findall(IN_PROGRESS, text, re.MULTILINE)}
+        if not found:
+            raise LookupError(f"no gauges in {text[:200]!r}")
+        return found
 
     def _head(self, method: str, path: str, more: str = "") -> bytes:
         return f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n{more}Connection: close\r\n\r\n".encode()

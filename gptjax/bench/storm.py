@@ -8,7 +8,6 @@ gave before; theirs must be the same.
 import asyncio
 import os
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,8 @@ Row = dict[str, Any]
 SHARES = {"whole": 50, "left": 20, "slow": 10, "probe": 10, "malformed": 5, "large": 5}
 """Of a hundred requests."""
 PROBES = 8
+SETTLING = 100
+"""Tenths of a second in which everything must have ended."""
 LARGE = 4_000_000
 """Bytes of a body that no server takes."""
 TIMES = ("first_s_p50", "first_s_p99", "each_s_p50", "each_s_p99")
@@ -66,12 +67,12 @@ class Storm:
         """Answers, times and memory of so many seconds. Raises UserError where memory cannot be read."""
         resident(self.pid)
         self.known = [await self._answer(number) for number in range(PROBES)]
-        idle, end = await self._gauges(), time.monotonic() + seconds
+        end = time.monotonic() + seconds
         samples: list[tuple[float, int]] = []
         sampler = asyncio.create_task(self._sample(samples))
         await asyncio.gather(*(self._stream(random.Random(f"{seed} {i}"), end) for i in range(self.streams)))
         sampler.cancel()
-        left = await self._settled(idle)
+        left = await self._settled()
         for number in range(PROBES):
             self._judge("probe afterwards", await self._answer(number) == self.known[number], str(number))
         return {
@@ -169,16 +170,10 @@ class Storm:
             samples.append((time.monotonic() - started, resident(self.pid)))
             await asyncio.sleep(1)
 
-    async def _gauges(self) -> dict[str, float]:
-        """What /metrics says of work in progress."""
-        text = (await self.server.get("/metrics")).body.decode()
-        return {name: float(value) for name, value in re.findall(GAUGES, text, re.MULTILINE)}
-
-    async def _settled(self, idle: dict[str, float]) -> dict[str, float]:
-        """How much more is in progress than before, once a while has passed in which nobody asks."""
-        for _ in range(100):
-            left = {name: value - idle.get(name, 0) for name, value in (await self._gauges()).items()}
-            if not any(left.values()):
+    async def _settled(self) -> dict[str, float]:
+        """What is still in progress once a while has passed in which nobody asked."""
+        for _ in range(SETTLING):
+            if not any((left := await self.server.in_progress()).values()):
                 break
             await asyncio.sleep(0.1)
         return left
