@@ -6,6 +6,7 @@ gave before; theirs must be the same.
 """
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -124,8 +125,8 @@ class Storm:
         """Breaks off after some bytes of the answer, after some time, or in the middle of what it asks."""
         request = self.server.posted("/v1/completions", self._body(rng) | {"n": rng.choice((1, 2))})
         sent = rng.choice((len(request), len(request), rng.randrange(len(request))))
-        after = {"leave_after": rng.randrange(1, 4000)} if sent == len(request) and rng.random() < 0.5 else {}
-        await self.server.ask(request[:sent], within=rng.random(), **after)
+        after = rng.randrange(1, 4000) if sent == len(request) and rng.random() < 0.5 else math.inf
+        await self.server.ask(request[:sent], after, within=rng.random())
         self.counts["left"] += 1
 
     async def _malformed(self, rng: random.Random) -> None:
@@ -191,8 +192,8 @@ def resident(pid: int) -> int:
 def memory(samples: Sequence[tuple[float, int]]) -> Row:
     """Bytes at the beginning, in the middle and at the end, and by how many they grow a minute in either half: what
     gets warm grows in the first alone, what leaks in both."""
-    half = len(samples) // 2
-    slopes = [60 * float(np.polyfit(*zip(*part, strict=True), 1)[0]) for part in (samples[:half], samples[half:])]
+    half, table = len(samples) // 2, np.array(samples, float)
+    slopes = [60 * float(np.polyfit(*part.T, 1)[0]) for part in (table[:half], table[half:])]
     first, middle, last = (samples[i][1] for i in (0, half, -1))
     names = ("first_bytes", "middle_bytes", "last_bytes", "first_half_bytes_per_min", "second_half_bytes_per_min")
     return dict(zip(names, (first, middle, last, *slopes), strict=True)) | {"samples": [*samples]}
