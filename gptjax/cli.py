@@ -17,6 +17,7 @@ VERBS = (
     "sample",
     "chat",
     "look",
+    "serve",
     "eval",
     "convert",
     "recipe",

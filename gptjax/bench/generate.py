@@ -153,10 +153,8 @@ def _child() -> None:
         warm = time.perf_counter() - started
         answers[name] = measured(engine, work, rng) | {"warm_s": warm} | _shares(engine, work, bounds)
         answers[name] = _judged(answers[name])
-    programs = engine.programs
-    count = sum(jitted._cache_size() for jitted in (programs.fill, programs.decode, programs.admit, programs.copy))
     about = {**provenance(), "limits": bounds, "dtype": str(dtype)}
-    print(json_text({"status": "ok", "about": about, "workloads": answers, "programs": count}))
+    print(json_text({"status": "ok", "about": about, "workloads": answers, "programs": engine.programs.compiled}))
 
 
 def _params(network: Network, weights: str) -> Any:

@@ -168,6 +168,8 @@ class Engine:
         self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
         self._counts = tuple(counts)
         self._store = deque(range(slots, slots + prefixes))
+        self.reused = 0
+        """Tokens of prompts that lay in a cache when they were asked for."""
         self._taken: dict[int, _Taken] = {}
         self._waiting: deque[Reply] = deque()
         self._recent: deque[Request] = deque(maxlen=32)
@@ -214,6 +216,57 @@ class Engine:
     @property
     def busy(self) -> bool:
         return bool(self._taken or self._waiting)
+
+    @property
+    def used(self) -> int:
+        """Rows that requests have."""
+        return len(self._taken)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._waiting)
+
+    def warm(self) -> None:
+        """Have every program that requests may need, so that none of them waits for a compiler; on an idle engine."""
+        fill, decode, missing = self.programs.fill, self.programs.decode, np.int32(self.programs.rows)
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        for tokens, read, asked in self._fills():
+            numbers = np.full(len(tokens), missing)
+            calls.append((fill, (tokens, numbers, np.zeros_like(numbers), asked, read)))
+        calls += [(decode, call) for call in self._decodes()]
+        self._unread = False
+        if self.programs.keep:
+            for program, args in calls:
+                program.read_ahead(self._params, self._state, *args)
+        for program, args in calls:
+            if not (self.programs.keep and program.make(self._params, self._state, *args)):
+                self._state, _ = program(self._params, self._state, *args)
+        self._state = self.programs.copy(self._state, np.int32(0), np.int32(0))
+        self.run([Request([0, 0], 1)])
+        self._held = [[] for _ in self._held]
+
+    def _fills(self) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
+        """What `_fill` may ask for: tokens, slots to read, and targets."""
+        for size in self._sizes:
+            if size > max(WASTE * self.capacity, self._sizes[0]):
+                continue
+            most = max(1, min(self.chunk, self._sizes[-1]) // size)
+            powers = [4**i for i in range(math.ceil(math.log(min(most, self.slots), 4)) + 1)]
+            for count in powers if self._on_cpu else [max(1, self._sizes[-1] // size)]:
+                tokens = np.zeros((count, size), np.int32)
+                for read in (0,) if self._on_cpu else (1, self.capacity):
+                    yield tokens, read, None
+                    yield tokens, read, np.full_like(tokens, IGNORED)
+
+    def _decodes(self) -> Iterator[tuple[np.ndarray | None, int, int]]:
+        """What `_decode` may ask for."""
+        lengths = *(1 << i for i in range(self.capacity.bit_length())), self.capacity
+        reads = sorted({self._read(length) for length in lengths})
+        every = [self._numbers([self.programs.rows] * (n + 1)) for n in range(self.slots)]
+        rows = {len(numbers): numbers for numbers in every if numbers is not None}
+        for numbers in rows.values() or [None]:
+            yield from ((numbers, self.steps, read) for read in reads)
 
     def submit(self, request: Request) -> Reply:
         """Take a request. Raises UserError where it does not fit the context, or names a token that is not there."""
@@ -360,6 +413,7 @@ class Engine:
 
     def _take(self, number: int, reply: Reply, shared: int) -> None:
         request = reply.request
+        self.reused += shared
         left = min(request.max_tokens, self.capacity - len(request.prompt) + 1)
         keeps = self.reuse and self._store and request.shared >= SHARED
         mark = self._mark(request.prompt, shared) if keeps else 0

@@ -48,24 +48,33 @@ class Kept:
             self._reading[key] = pool.submit(_read, self._path(folder, key, leaves), leaves[0].device)
             pool.shutdown(wait=False)
 
+    def make(self, params: Any, slots: Any, *rest: Any) -> bool:
+        """Have the program of such a call and do not run it; False where there is no folder to keep it in."""
+        return bool(jax.config.values["jax_compilation_cache_dir"]) and bool(self._program(params, slots, *rest))
+
     def __call__(self, params: Any, slots: Any, *rest: Any) -> tuple[Any, Any]:
-        folder = jax.config.values["jax_compilation_cache_dir"]
-        if not folder:
+        if not jax.config.values["jax_compilation_cache_dir"]:
             made: tuple[Any, Any] = self._jitted(params, slots, *rest)
             return made
+        program, leaves = self._program(params, slots, *rest)
+        kept, form = jax.tree.flatten(slots)
+        out = program(*leaves)
+        more = out[len(kept) :]
+        return jax.tree.unflatten(form, out[: len(kept)]), self._rest(*more) if more else None
+
+    def _program(self, params: Any, slots: Any, *rest: Any) -> tuple[Any, list[Any]]:
+        """What a call runs, and the arrays that it runs on."""
         key, leaves = self._key((params, slots, *rest))
-        first, (kept, form) = len(jax.tree.leaves(params)), jax.tree.flatten(slots)
         if key not in self._programs:
-            tree, statics, _ = key
+            (tree, statics, _), first = key, len(jax.tree.leaves(params))
 
             def program(*every: Any) -> list[Any]:
                 return jax.tree.leaves(self._jitted(*jax.tree.unflatten(tree, every), *statics))
 
-            donated = tuple(range(first, first + len(kept)))
+            donated = tuple(range(first, first + len(jax.tree.leaves(slots))))
+            folder = jax.config.values["jax_compilation_cache_dir"]
             self._programs[key] = self._compiled(folder, key, jax.jit(program, donate_argnums=donated), leaves)
-        out = self._programs[key](*leaves)
-        more = out[len(kept) :]
-        return jax.tree.unflatten(form, out[: len(kept)]), self._rest(*more) if more else None
+        return self._programs[key], leaves
 
     def _cache_size(self) -> int:
         """Programs so far, as a jit counts them."""

@@ -92,6 +92,12 @@ class Programs:
     keep: bool = False
     """Whether the two that take long to trace are kept for another process; see kept."""
 
+    @property
+    def compiled(self) -> int:
+        """Programs so far."""
+        count: int = sum(jitted._cache_size() for jitted in (self.fill, self.decode, self.admit, self.copy))
+        return count
+
     def empty(self) -> Slots:
         """Slots in which every row rests."""
         made: Slots = self._empty()

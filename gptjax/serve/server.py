@@ -1,0 +1,89 @@
+"""From a model to a socket: connections, signals, and the way down."""
+
+import os
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from gptjax.errors import UserError
+from gptjax.serve.app import create_app
+from gptjax.serve.connection import Connection
+from gptjax.serve.errors import Refused
+from gptjax.serve.options import Options
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from gptjax.api import Model
+
+
+def serve(model: "Model", options: Options) -> None:
+    """Answer until a signal says to stop. Raises UserError for an address that cannot be had."""
+    app = create_app(model, options)
+    listener = listen(options)
+    config = uvicorn.Config(
+        app,
+        http=lambda *args, **how: Connection(options.idle_timeout, *args, **how),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, int(options.drain)),
+    )
+    Server(config, app.state.served, listener).run(sockets=[listener])
+
+
+def listen(options: Options) -> socket.socket:
+    """A socket that listens."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # what a client never reads is given up, also after the last write
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * options.idle_timeout))
+        listener.bind(address)
+        listener.listen(1024)
+        return listener
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(
+            f"--host {options.host} --port {options.port}: {why}; give others, --port 0 for a free one"
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and goes down when all is answered."""
+
+    def __init__(self, config: uvicorn.Config, served: Any, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.served, self.listener = served, listener
+        self.said, self.until = False, 0.0
+
+    def handle_exit(self, sig: int, frame: "FrameType | None") -> None:
+        """The first signal lets what runs end, a second one ends it."""
+        if self.served.draining:
+            os._exit(128 + sig)
+        self.served.draining = True
+        self.until = time.monotonic() + self.served.options.drain
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked ten times a second whether to go down."""
+        served = self.served
+        if served.failure:
+            raise served.failure
+        if served.warm and not self.said:
+            self.said = True
+            host, port = self.listener.getsockname()[:2]
+            print(f"serving {served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        over = served.draining and (not served.worker.open or time.monotonic() > self.until)
+        if over:
+            for stream in list(served.worker.streams):
+                stream.cancel(Refused(503, "the server is going down"))
+        return over or await super().on_tick(counter)
