@@ -23,7 +23,7 @@ from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
 from gptjax.train.step import init_state
 
-T, SLOTS, QUEUE = 128, 4, 8
+T, SLOTS, QUEUE = 192, 4, 8
 NAME = "small"
 MODEL = ModelConfig(
     num_layers=2,

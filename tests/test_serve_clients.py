@@ -21,7 +21,7 @@ from gptjax.data.chat import Message, chat_format
 if TYPE_CHECKING:
     from served import Served
 
-NAME, T = "small", 128
+NAME, T = "small", 192
 LETTERS = {str(i): -100 for i in (*range(97), *range(123, 265))}
 """A logit_bias that leaves the small letters, so that what comes is text that can be compared with."""
 FEW = [Message("user", "hi")]
@@ -424,13 +424,14 @@ def test_the_harness_chats_over_http_as_in_process(served: "Served", local: api.
 # schemathesis
 
 
-def test_schemathesis_finds_nothing(served: "Served", client: Any, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(served: "Served", tmp_path: Path) -> None:
     """All its checks but one: a schema cannot say how many tokens a text has, nor what a context holds, so that it may
     allow what is rightly refused."""
     pytest.importorskip("schemathesis", reason="needs the test extra")
+    (tmp_path / "schemathesis.toml").write_text(f'[parameters]\n"path.name" = "{NAME}"\n"path.engine" = "{NAME}"\n')
     words = [Path(sys.executable).with_name("schemathesis"), "run", f"{served.url}/openapi.json", "--checks", "all"]
-    words += ["--exclude-checks", "positive_data_acceptance", "--max-examples", "15", "--seed", "1", "--no-color"]
-    words += ["--generation-database", "none", "--continue-on-failure", "--phases", "examples,coverage,fuzzing"]
+    words += ["--exclude-checks", "positive_data_acceptance", "--max-examples", "5", "--seed", "1", "--no-shrink"]
+    words += ["--generation-database", "none", "--phases", "coverage,fuzzing", "--no-color"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
-    assert "/v1/completions" in json.dumps(client.get("/../openapi.json", cast_to=object)) and "passed" in done.stdout
+    assert "Tested: 10" in done.stdout, done.stdout

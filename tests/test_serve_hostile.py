@@ -18,7 +18,7 @@ from gptjax.bench.client import Answer
 if TYPE_CHECKING:
     from served import Served
 
-NAME, T = "small", 128
+NAME, T = "small", 192
 PROBE = {"prompt": "probe", "max_tokens": 16, "seed": 5, "temperature": 1.1, "logprobs": 1}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NEVER = (422, 500, 501, 502, 503, 504)
