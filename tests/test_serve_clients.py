@@ -210,6 +210,9 @@ def test_errors_become_the_exceptions_that_they_should(openai: Any, client: Any)
             client.chat.completions.create(model=NAME, messages=said)
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}], tools=[{"type": "x"}])
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(model=NAME, prompt="a" * 3_000_000)
+    assert large.value.status_code == 413
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=NAME, input="a")
     assert client.completions.create(model=NAME, prompt="a", max_tokens=1).usage.completion_tokens == 1

@@ -193,7 +193,7 @@ def memory(samples: Sequence[tuple[float, int]]) -> Row:
     """Bytes at the beginning, in the middle and at the end, and by how many they grow a minute in either half: what
     gets warm grows in the first alone, what leaks in both."""
     half, table = len(samples) // 2, np.array(samples, float)
-    slopes = [60 * float(np.polyfit(*part.T, 1)[0]) for part in (table[:half], table[half:])]
+    slopes = [60 * float(np.polyfit(part[:, 0], part[:, 1], 1)[0]) for part in (table[:half], table[half:])]
     first, middle, last = (samples[i][1] for i in (0, half, -1))
     names = ("first_bytes", "middle_bytes", "last_bytes", "first_half_bytes_per_min", "second_half_bytes_per_min")
     return dict(zip(names, (first, middle, last, *slopes), strict=True)) | {"samples": [*samples]}
