@@ -227,8 +227,9 @@ class Engine:
         """Requests that have no row yet."""
         return len(self._waiting)
 
-    def warm(self) -> None:
-        """Have every program that requests may need, so that none of them waits for a compiler; on an idle engine."""
+    def warm(self) -> Iterator[None]:
+        """Have every program that requests may need, one by one, so that none of them waits for a compiler. For an
+        engine at rest."""
         fill, decode, missing = self.programs.fill, self.programs.decode, np.int32(self.programs.rows)
         calls: list[tuple[Any, tuple[Any, ...]]] = []
         for tokens, read, asked in self._fills():
@@ -242,6 +243,7 @@ class Engine:
         for program, args in calls:
             if not (self.programs.keep and program.make(self._params, self._state, *args)):
                 self._state, _ = program(self._params, self._state, *args)
+            yield
         self._state = self.programs.copy(self._state, np.int32(0), np.int32(0))
         self.run([Request([0, 0], 1)])
         self._held = [[] for _ in self._held]

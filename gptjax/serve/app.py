@@ -51,7 +51,7 @@ def create_app(model: "Model", options: Options) -> FastAPI:
 async def _warm(served: Served) -> None:
     """Ready when every program that a request may need is there."""
     try:
-        await served.worker.call(lambda: served.model.engine.warm())
+        await served.worker.warm()
         served.warm = True
     except Exception as error:
         served.failure = error

@@ -40,8 +40,6 @@ async def off_the_loop(length: int, work: Callable[[], Result]) -> Result:
         return work() if length <= SHORT else await asyncio.to_thread(work)
     except UserError as error:
         raise of_user(error) from None
-    except UnicodeEncodeError:
-        raise Refused(400, "prompt: half a character (a lone surrogate), which has no UTF-8 form") from None
 
 
 def completion(model: "Model", body: CompletionBody) -> Asked:
@@ -77,6 +75,7 @@ def chat(model: "Model", body: ChatBody) -> Asked:
     if len(set(given)) > 1:
         raise Refused(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
     messages = [Message(message.role, message.text) for message in body.messages]
+    _require_short(model, "messages", "".join(message.content for message in messages))
     ids = model.stage.chat.prompt(messages).tolist()  # type: ignore[union-attr]
     limit = given[0] if given else max(1, model.context + 1 - len(ids))
     how = dict(max_tokens=limit, tops=body.top_logprobs or 0)
@@ -107,7 +106,18 @@ def _prompts(given: str | list[Any] | None) -> list[str | list[int]]:
     return [given] if isinstance(given[0], int) else given
 
 
+def _require_short(model: "Model", name: str, text: str) -> None:
+    """Raises Refused for a text that is too long whatever its tokens are, before much time goes into them."""
+    least = len(text) // max(map(len, model.tokenizer.pieces))
+    if model.tokenizer.lossless and least > model.context:
+        message = f"{name}: at least {least} tokens; the context holds {model.context}"
+        raise Refused(400, message, param=name, code="context_length_exceeded")
+
+
 def _ids(model: "Model", prompt: str | list[int], suffix: str | None) -> list[int]:
+    for name, text in (("prompt", prompt), ("suffix", suffix)):
+        if isinstance(text, str):
+            _require_short(model, name, text)
     if suffix is not None:
         text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
         return model.prompt(text, suffix)

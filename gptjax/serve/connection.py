@@ -9,6 +9,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gptjax.serve.errors import Refused
 from gptjax.serve.guard import HEADERS
 
+LINGER = 1.0  # seconds in which a refusal can be read
+
 
 class Connection(HttpToolsProtocol):
     """A request must have come, and what waits to be read must have gone, within so many seconds."""
@@ -18,7 +20,7 @@ class Connection(HttpToolsProtocol):
         self.seconds = seconds
         self._coming: TimerHandle | None = None
         self._going: TimerHandle | None = None
-        self._head, self._in_head = 0, True
+        self._head, self._in_head, self._refused = 0, True, False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -30,6 +32,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._coming is None and (self.cycle is None or self.cycle.response_complete):
             self._await_request()
         super().data_received(data)
@@ -78,10 +82,12 @@ class Connection(HttpToolsProtocol):
             self._refuse(Refused(408, f"the request has not come in {self.seconds:g} s"))
 
     def _refuse(self, refused: Refused) -> None:
-        """Answer past the app, and hang up."""
-        if self.transport.is_closing():
+        """Answer past the app, and hang up; a moment later, for who is still sending would not hear the answer."""
+        if self.transport.is_closing() or self._refused:
             return
+        self._refused = True
         body = json.dumps(refused.body).encode()
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[refused.status_code] + head.encode() + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)

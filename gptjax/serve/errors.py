@@ -23,6 +23,12 @@ CODES = {
     429: "rate_limit_exceeded",
     431: "headers_too_large",
 }
+WANTED = {
+    "prompt": "expected a text, token ids, or a list of either",
+    "stop": "expected a text, or a list of at most 4",
+    "content": "expected a text, or a list of parts of type text",
+}
+"""Of parameters with several forms, of which pydantic would name one."""
 SHOWN = 80  # characters of a wrong value that a message repeats
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -114,8 +120,9 @@ def explained(error: RequestValidationError) -> Refused:
         only = found.get("ctx", {}).get("expected")
         what = f"only {only} is offered here" if only else "not offered here"
         return Refused(400, f"{param} = {value}: {what}; leave it out", param=param)
-    message = found["ctx"]["error"] if kind == "value_error" else found["msg"]
-    return Refused(400, f"{param} = {value}: {str(message)[:1].lower()}{str(message)[1:]}", param=param)
+    forms = next((WANTED[name] for name in reversed(place) if name in WANTED and kind.endswith("_type")), "")
+    message = forms or (str(found["ctx"]["error"]) if kind == "value_error" else found["msg"])
+    return Refused(400, f"{param} = {value}: {message[:1].lower()}{message[1:]}", param=param)
 
 
 def shown(value: Any) -> str:

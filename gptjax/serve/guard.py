@@ -61,6 +61,9 @@ class Guard:
 
         try:
             await self._guarded(scope, receive, noted, note)
+        except Exception:
+            note.status = 500
+            raise
         finally:
             self._write_down(scope, note)
 

@@ -6,17 +6,28 @@ is not here. Nothing is taken and then ignored; `user`, `safety_identifier` and 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from gptjax.data.chat import HALF
 from gptjax.infer.programs import TOPS
 
 MOST = 128  # replies of one request, over all of its prompts
 STOPS = 4  # strings that end a reply
 
+
+def whole(text: str) -> str:
+    """Raises ValueError for what JSON can spell and no text can be."""
+    if HALF.search(text):
+        raise ValueError("half a character (a lone surrogate), which has no UTF-8 form")
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+BIASES = 1024  # tokens of one request
+Stop = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(whole)]
 Tokens = Annotated[int, Field(ge=0, lt=2**31)]
 Tag = Annotated[str, Field(max_length=512)]
 
@@ -41,7 +52,7 @@ class Body(Strict):
     model: str | None = None
     """The name of the served model, as /v1/models tells it; nothing is the same."""
     frequency_penalty: Penalty | None = None
-    logit_bias: Bias | None = None
+    logit_bias: Annotated[Bias, Field(max_length=BIASES)] | None = None
     """Token id -> what is added to its logit."""
     n: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Replies to each prompt."""
@@ -84,9 +95,9 @@ class Body(Strict):
 class CompletionBody(Body):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]] | None = None
+    prompt: Text | list[Text] | list[Token] | list[list[Token]] | None = None
     """A text, token ids, or several of either; without one a text begins."""
-    suffix: str | None = None
+    suffix: Text | None = None
     """What the text ends before, of a model that has learned to fill in."""
     max_tokens: Tokens | None = None
     """16 unless given; 0 with `echo` only looks at the prompt."""
@@ -101,7 +112,7 @@ class TextPart(Strict):
     """Text of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Strict):
@@ -109,7 +120,7 @@ class ChatMessage(Strict):
 
     role: str
     """system, user or assistant"""
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: None = None
     refusal: None = None
     audio: None = None
@@ -165,7 +176,7 @@ class ChatBody(Body):
 class TokenizeBody(Strict):
     """POST /tokenize"""
 
-    prompt: str
+    prompt: Text
     add_special_tokens: bool = True
     """Whether what stands before every text comes with it, as a prompt has it."""
     model: str | None = None

@@ -113,7 +113,7 @@ class CompletionForm(Form):
         given: list[tuple[int, float | None, Tops]] = []
         if echo:
             prompt = list(reply.request.prompt)
-            known = reply.prompt_tops or [()] * len(reply.prompt_logprobs)
+            known: Sequence[Tops] = reply.prompt_tops or [()] * len(reply.prompt_logprobs)
             given = [(prompt[0], None, ()), *zip(prompt[1:], reply.prompt_logprobs, known, strict=True)]
         given += zip(ids, values, tops or [()] * len(ids), strict=True)
         for token, value, top in given:

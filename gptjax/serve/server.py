@@ -11,7 +11,6 @@ import uvicorn
 from gptjax.errors import UserError
 from gptjax.serve.app import create_app
 from gptjax.serve.connection import Connection
-from gptjax.serve.errors import Refused
 from gptjax.serve.options import Options
 
 if TYPE_CHECKING:
@@ -20,8 +19,17 @@ if TYPE_CHECKING:
     from gptjax.api import Model
 
 
+CLOSING = 3  # seconds for the last bytes of what was cut off
+
+
 def serve(model: "Model", options: Options) -> None:
     """Answer until a signal says to stop. Raises UserError for an address that cannot be had."""
+    server = made(model, options)
+    server.run(sockets=[server.listener])
+
+
+def made(model: "Model", options: Options) -> "Server":
+    """A server that is yet to run."""
     app = create_app(model, options)
     listener = listen(options)
     config = uvicorn.Config(
@@ -33,9 +41,10 @@ def serve(model: "Model", options: Options) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, int(options.drain)),
+        timeout_keep_alive=int(options.idle_timeout) or 1,
+        timeout_graceful_shutdown=CLOSING,
     )
-    Server(config, app.state.served, listener).run(sockets=[listener])
+    return Server(config, app.state.served, listener)
 
 
 def listen(options: Options) -> socket.socket:
@@ -82,8 +91,7 @@ class Server(uvicorn.Server):
             self.said = True
             host, port = self.listener.getsockname()[:2]
             print(f"serving {served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        over = served.draining and (not served.worker.open or time.monotonic() > self.until)
+        over = served.draining and (not self.server_state.tasks or time.monotonic() > self.until)
         if over:
-            for stream in list(served.worker.streams):
-                stream.cancel(Refused(503, "the server is going down"))
+            served.worker.cancel_all()
         return over or await super().on_tick(counter)

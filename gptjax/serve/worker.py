@@ -46,7 +46,8 @@ class Stream:
         self.error: Refused | None = None
         self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
         """When it was asked, and when its first and last tokens came."""
-        self._worker, self._pieces, self._came = worker, [], asyncio.Event()
+        self._worker, self._came = worker, asyncio.Event()
+        self._pieces: list[Piece] = []
 
     def take(self, pieces: list[Piece], tokens: int, ended: int) -> None:
         """A step's worth."""
@@ -139,14 +140,26 @@ class Worker:
 
     async def stop(self) -> None:
         """End everything; returns when the thread has ended."""
+        self.cancel_all()
+        self._over = True
+        self.post(lambda: None)  # it may wait for work
+        await asyncio.to_thread(self._thread.join)
+
+    def cancel_all(self) -> None:
+        """Nobody is answered any more."""
         for stream in list(self.streams):
             stream.cancel(Refused(503, "the server is going down"))
 
-        def over() -> None:
-            self._over = True
+    async def warm(self) -> None:
+        """Have every program that requests may need."""
 
-        self.post(over)
-        await asyncio.to_thread(self._thread.join)
+        def one_by_one() -> None:
+            for _ in self.engine.warm():
+                self._count()
+                if self._over:
+                    return
+
+        await self.call(one_by_one)
 
     def post(self, work: Callable[[], None]) -> None:
         """Have something done on the thread, soon."""
