@@ -6,7 +6,8 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -132,7 +133,6 @@ def test_what_no_json_is(served: "Served", beside: Beside) -> None:
             b'\xef\xbb\xbf{"prompt": "a"',
             b"\xff\xfe\x00",
         ),
-        *('{"prompt": "a"}'.encode(name) for name in ("utf-16", "utf-32")),
         *(b"[" * deep, b'{"a":' * deep, b'{"prompt": ' + b"[" * deep + b"]" * deep + b"}"),
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"prompt": "a", "seed": 1' + b"0" * 400 + b"}",
@@ -210,7 +210,7 @@ def test_bodies_that_are_too_large(served: "Served", beside: Beside) -> None:
     async def all_of_them() -> list[Answer]:
         return [
             await served.ask(head(COMPLETIONS, JSON, size, "Connection: close")),  # the answer waits for no body
-            await served.ask(head(COMPLETIONS, JSON, "Transfer-Encoding: chunked") + chunks),
+            await served.ask(head(COMPLETIONS, JSON, "Transfer-Encoding: chunked", "Connection: close") + chunks),
             await served.post(COMPLETIONS, body),
             await served.post("/tokenize", body),
         ]
@@ -326,6 +326,73 @@ def test_other_sites_get_nothing(served: "Served", beside: Beside) -> None:
     for host in (own, f"localhost:{served.port}"):
         mine = head(COMPLETIONS, f"Origin: http://{host}", JSON, size, close, host=host) + body
         proper(beside(served.ask(mine)), 200)
+
+
+# Keys, and time
+
+
+@pytest.fixture(scope="module")
+def strict(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple["Served", str]]:
+    """A server that wants a key and has little patience, and the key."""
+    pytest.importorskip("uvicorn", reason="needs the serve extra")
+    from served import serving
+
+    from gptjax.serve.keys import new_key
+
+    key, line = new_key("tester")
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"{line}\n")
+    with serving(small_run, "--api-key-file", str(file), "--idle-timeout", "1") as found:
+        yield found, key
+
+
+def test_wrong_keys(strict: tuple["Served", str]) -> None:
+    served, key = strict
+    openai = pytest.importorskip("openai", reason="needs the test extra")
+    data = json.dumps(PROBE).encode()
+    size = f"Content-Length: {len(data)}"
+
+    def answered(*lines: str) -> Answer:
+        return asyncio.run(served.ask(head(COMPLETIONS, JSON, size, "Connection: close", *lines) + data))
+
+    wrong = ["", "Bearer", "Bearer ", f"Basic {key}", f"Bearer {key}x", f"Bearer {key[:-1]}", f"Bearer {key.upper()}"]
+    wrong += [f"bearer{key}", key, "Bearer " + "a" * 20_000, "Bearer \xff\xfe", f"Bearer {key} {key}", "Bearer *"]
+    for value in wrong:
+        answer = answered(f"Authorization: {value}")
+        proper(answer, 401)
+        assert key not in answer.body.decode() and answer.headers["www-authenticate"] == "Bearer"
+    proper(answered(f"X-Api-Key: {key}"), 401)
+    proper(answered(f"Authorization: Bearer {key}"), 200)
+    for path in ("/v1/models", "/tokenizer_info", "/V1/models/../models", "//v1/models"):
+        proper(asyncio.run(served.get(path)), 401)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="sk-no", max_retries=0).models.list()
+    mine = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
+    assert [model.id for model in mine.models.list()] == [NAME]
+
+
+def test_a_body_that_never_ends_is_given_up(strict: tuple["Served", str]) -> None:
+    """Whether it stops, or drips."""
+    served, key = strict
+    start = head(COMPLETIONS, JSON, "Content-Length: 1000", f"Authorization: Bearer {key}") + b'{"prompt": "a'
+
+    async def dripping() -> bytes:
+        reader, writer = await asyncio.open_connection(served.host, served.port)
+        writer.write(start)
+        while not reader.at_eof() and not reader._buffer:  # type: ignore[attr-defined]
+            writer.write(b"a")
+            await asyncio.sleep(0.05)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    for work in (served.ask(start), served.ask(start[:30]), asyncio.wait_for(dripping(), 30)):
+        answer = asyncio.run(awaited(work))
+        assert (answer if isinstance(answer, bytes) else b"%d" % answer.status)[:12] in (b"408", b"HTTP/1.1 408")
+
+
+async def awaited(work: Awaitable[Result]) -> Result:
+    return await work
 
 
 # Connections
