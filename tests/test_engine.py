@@ -328,3 +328,20 @@ def test_cut_off_in_a_call_that_has_taken_the_caches(name: str, monkeypatch: pyt
     assert {reply.reason for reply in replies} == {"cancelled"} and not runner.busy
     (reply,) = runner.run([Request(prompt(20, 1), 9, GREEDY)])
     assert_equal("both", reply)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_warm_engine_compiles_nothing(on_cpu: bool) -> None:
+    """Prompts alone and together, short and in chunks, scored and not, and every number of rows."""
+    runner = Engine(*model("both"), slots=3, steps=2, chunk=16)
+    runner._on_cpu = on_cpu
+    for _ in runner.warm():
+        pass
+    before = runner.programs.compiled
+    for count in (1, 2, 3, 5):
+        requests = [Request(prompt(4 + 10 * n, n), 4, how, seed=n) for n in range(count) for how in (GREEDY, WARM)]
+        told = [replace(request, prompt_logprobs=True, tops=2) for request in requests[::2]]
+        for reply in runner.run([*requests, *told]):
+            assert_equal("both", reply)
+    assert runner.programs.compiled == before
+    assert runner.reused > 0

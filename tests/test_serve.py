@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -334,8 +334,6 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_a_wrong_parameter_is_named(case: int, server: Running) -> None:
-    import re
-
     route, wrong, param, words = WRONG[case]
     right: dict[str, Any] = {"prompt": "a"} if route == "prompt" else {"messages": [{"role": "user", "content": "a"}]}
     path = "/v1/completions" if route == "prompt" else "/v1/chat/completions"
@@ -746,6 +744,3 @@ def test_the_verb_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(UserError, match=r"needs the extra serve: pip install 'gptjax\[serve\]'"):
         cli.run(["serve", "x"])
-
-
-assert os.environ["JAX_PLATFORMS"] == "cpu"

@@ -25,6 +25,7 @@ CLOSING = 3  # seconds for the last bytes of what was cut off
 def serve(model: "Model", options: Options) -> None:
     """Answer until a signal says to stop. Raises UserError for an address that cannot be had."""
     server = made(model, options)
+    print("preparing programs: a first start compiles them, later ones read them", file=sys.stderr, flush=True)
     server.run(sockets=[server.listener])
 
 

@@ -20,6 +20,8 @@ from gptjax.serve.errors import Refused, log, of_user
 if TYPE_CHECKING:
     from gptjax.api import Model
 
+PAUSE = 0.003  # seconds without another request after which those that are there begin
+GATHERING = 0.03  # seconds that they wait for each other at most
 Result = TypeVar("Result")
 
 
@@ -130,6 +132,7 @@ class Worker:
         """Programs compiled or read; tokens of prompts that lay in a cache."""
         self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._given: dict[Stream, _Given] = {}
+        self._ended = 0
         self._over = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -210,10 +213,23 @@ class Worker:
         return self.model.engine
 
     def _do_posted(self) -> None:
+        idle = not self.engine.busy
         with suppress(Empty):
-            self._guarded(self._posted.get(block=not self.engine.busy))
+            self._guarded(self._posted.get(block=idle))
             while True:
                 self._guarded(self._posted.get_nowait())
+        if idle or 4 * self._ended >= self.engine.used:
+            self._gather()
+        self._ended = 0
+
+    def _gather(self) -> None:
+        """Requests that come at once come one by one, and who has just got a reply may ask for the next: those that
+        begin together share every step, and one that is a moment too early makes the others wait for a step of its
+        own."""
+        until = time.monotonic() + GATHERING
+        with suppress(Empty):
+            while time.monotonic() < until and self.engine.used + self.engine.waiting < self.model.slots:
+                self._guarded(self._posted.get(timeout=PAUSE))
 
     def _step(self) -> None:
         self.engine.step()
@@ -237,6 +253,7 @@ class Worker:
             self.completion_tokens += tokens
             if not given.going:
                 del self._given[stream]
+            self._ended += ended
             if tokens or ended:
                 made.append((stream, pieces, tokens, ended))
         if made:
