@@ -32,6 +32,7 @@ VERBS = (
     "bench generate",
     "bench layouts",
     "bench ppo",
+    "bench serve",
     "bench single",
 )
 """Each is gptjax/commands/VERB.py."""

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -38,6 +38,9 @@ from gptjax.config import (
     TrainConfig,
     to_json,
 )
+
+if TYPE_CHECKING:
+    from served import Served
 
 gc.set_threshold(400_000, 20, 20)  # as the command line does: 5% of tracing was to look at what stays
 
@@ -132,6 +135,24 @@ def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
 def adapted(tuned: SFTConfig) -> SFTConfig:
     """The same by adapters, of a base that is not there: only a run asks for it."""
     return replace(tuned, init_from="base", lora=LoRAConfig(rank=2))
+
+
+@pytest.fixture(scope="session")
+def small_run(tuned: SFTConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model that chats."""
+    from served import write_run
+
+    return write_run(tmp_path_factory.mktemp("served"), tuned)
+
+
+@pytest.fixture(scope="session")
+def served(small_run: Path) -> Iterator["Served"]:
+    """A server of it, in a process of its own."""
+    pytest.importorskip("uvicorn", reason="needs the serve extra")
+    from served import QUEUE, serving
+
+    with serving(small_run, "--max-queue", str(QUEUE)) as found:
+        yield found
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from devices import environment
 
 from gptjax import cli
 from gptjax.bench import data as bench_data
@@ -111,3 +112,25 @@ def test_data_has_both_sides_and_the_building(
         assert 0 < low <= row["ratio"] <= high and row["encode_bytes_s"] > 0 and row["stream_bytes_s"] > 0
     assert [row["processes"] for row in result["build"]] == sorted({1, cores()})
     assert "| bytes |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_serve_has_both_sides_and_what_a_storm_left(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("uvicorn", reason="needs the serve extra")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    words = ["bench", "serve", str(small_run), "--slots", "4", "--prompt", "20", "--tokens", "12", "--out", str(tmp_path)]
+    assert cli.run([*words, "--streams", "3", "--rounds", "2"]) == 0
+    result = json.loads((tmp_path / "serve.json").read_text())
+    assert len(result["ratios"]) == 2 and "server / engine" in capsys.readouterr().out
+    for side in ("server", "engine"):  # two turns of three streams that ask four times
+        assert result[side]["tokens"] == 2 * 3 * 4 * 12 and 0 < result[side]["first_s_p50"] <= result[side]["first_s_p99"]
+    assert cli.run([*words, "--streams", "12", "--load", "4"]) == 0
+    storm = json.loads((tmp_path / "serve-load.json").read_text())
+    assert storm["wrong"] == [] and not any(storm["left_behind"].values()), capsys.readouterr().out
+    assert storm["counts"]["whole: right"] > 5 and storm["counts"]["probe afterwards: right"] == 8
+    assert storm["memory"]["samples"] and set(storm["left_behind"]) >= {"gptjax_slots_used", "gptjax_queue_length"}
+    with pytest.raises(UserError, match="the context holds 192 together"):
+        cli.run([*words, "--prompt", "190"])

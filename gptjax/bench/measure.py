@@ -68,6 +68,15 @@ def figures(config: Config, times: list[float], facts: dict[str, Any]) -> dict[s
     }
 
 
+def percentiles(**times: Sequence[float]) -> dict[str, float | None]:
+    """The median and the slowest in a hundred of each, as NAME_p50 and NAME_p99; None of nothing."""
+    return {
+        f"{name}_p{share}": float(np.percentile(values, share)) if len(values) else None
+        for name, values in times.items()
+        for share in (50, 99)
+    }
+
+
 def provenance() -> dict[str, Any]:
     """Device, versions and date, as every result file carries them."""
     return {

@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
             self._coming = None
 
     def _too_slow(self) -> None:
-        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
+        if self.cycle and self.cycle.response_started and not self._in_head:  # answered, perhaps before all had come
             self.transport.abort()
         else:
             self._refuse(Refused(408, f"the request has not come in {self.seconds:g} s"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from gptjax.serve import asked as ask
 from gptjax.serve.asked import Asked, off_the_loop
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gptjax.api import Model
 
 EVENTS = "text/event-stream; charset=utf-8"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""As the OpenAPI document tells of routes that give JSON, or events where `stream` is true."""
 
 
 @dataclass
@@ -62,18 +64,18 @@ def routes(served: Served) -> APIRouter:
     router = APIRouter()
     model, worker = served.model, served.worker
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
         return await answered(request, body, ask.completion, CompletionForm)
 
-    @router.post("/v1/engines/{engine:path}/completions")
+    @router.post("/v1/engines/{engine:path}/completions", responses=STREAMED)
     async def engine_completions(engine: str, body: CompletionBody, request: Request) -> Response:
         """The same, as the first clients ask for it."""
         served.require_name(engine)
         return await answered(request, body, ask.completion, CompletionForm)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         return await answered(request, body, ask.chat, ChatForm)
@@ -147,7 +149,7 @@ def routes(served: Served) -> APIRouter:
         status = "draining" if served.draining else "ok" if served.warm else "starting"
         return JSON({"status": status, "model": served.name}, 200 if status == "ok" else 503)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
