@@ -52,12 +52,12 @@ class Chip:
 
 
 GIB = 2.0**30
-# `matmul` and `matmul8` are what no data sheet has. They, `traffic.HIDDEN_RESIDUAL`, `traffic.SLICES_EXPOSED`,
-# `traffic.WEIGHTS_EXPOSED` and `cost.STRAGGLERS` make the mean of |log(predicted / published)| over one half of published runs smallest, in steps of
-# 0.01; the other half says how wrong that is (planner/published.py, which has both and their errors). Rows that they
-# were fitted on: matmul v4 22B; v5e 16B, 64B and fuji 7B; v5p 32B to 1024B; v6e Llama 70B and 405B; tpu7x Llama 70B and
-# 405B; A100 and H100 GPT 5B. matmul8: v5p four of GPT-3 175B in int8, tpu7x Llama 70B and 405B in fp8, H100 GPT 5B in
-# fp8. Taken from their like, not fitted: matmul of H200 and Blackwell (H100), matmul8 of v6e (between v5p and tpu7x).
+# `matmul` and `matmul8` are what no data sheet has. They and the constants of traffic.py and cost.py that are called
+# fitted make the mean of |log(predicted / published)| over the entries of one half of published runs smallest, in steps
+# of 0.01; the other half says how wrong that is (planner/published.py has both, and the errors). Rows that they were
+# fitted on: matmul of v4: 22B; v5e: 16B, 64B, fuji 7B; v5p: 32B to 1024B; v6e and tpu7x: Llama 70B and 405B; A100 and
+# H100: GPT 5B. matmul8 of v5p: four of GPT-3 175B in int8; tpu7x: Llama 70B and 405B in fp8; H100: GPT 5B in fp8.
+# Taken from their like, not fitted: both of H200 and Blackwell (H100), matmul8 of v6e (between v5p and tpu7x).
 # Tiles are the side of the systolic array, or of what a thread block of a GPU computes; no published size shows them.
 _HOPPER: dict[str, Any] = {"platform": "gpu", "float8": 1.979e15, "matmul8": 0.50, "compute_capability": "9.0"}
 _BLACKWELL: dict[str, Any] = {"platform": "gpu", "matmul8": 0.50, "compute_capability": "10.0"}

@@ -10,7 +10,6 @@ from gptjax.planner.place import Place
 from gptjax.planner.rollout import judging, rollout
 from gptjax.planner.traffic import Transfer, traffic
 
-
 STRAGGLERS = 0.02
 """Of a step's computation, for each doubling of the number of TPU slices that wait for the slowest; fitted with
 `traffic.SLICES_EXPOSED`."""
@@ -48,7 +47,8 @@ def estimate(place: Place) -> Estimate:
 
 def times(place: Place, transfers: Sequence[Transfer]) -> dict[str, float]:
     """Seconds of a step by what they go to: arithmetic, the pipeline's bubble, waiting for the slowest of several
-    slices, and traffic that nothing hides; and before the updates, where a policy learns from its own replies, rollout and judging."""
+    slices, and traffic that nothing hides; and before the updates, where a policy learns from its own replies, rollout
+    and judging."""
     parts = computation(place)
     inside = sum(parts.values()) - parts["optimizer"]
     parts["bubble"] = inside * (place.stretch - 1)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from gptjax.config import Config, ModelConfig
+from gptjax.hardware import require_float8
 from gptjax.model.accounting import Reading
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import is_adapter
@@ -150,7 +151,12 @@ class Place:
     def products(self) -> dict[str, Product]:
         """Of a layer's matrices with a micro-batch, as one device computes them."""
         dim, part = self.model.embed_dim, self.model.embed_dim / self.mesh["tensor"]
-        sides = {"qkv": (dim, 3 * part), "projection": (part, dim), "mlp_up": (dim, 4 * part), "mlp_down": (4 * part, dim)}
+        sides = {
+            "qkv": (dim, 3 * part),
+            "projection": (part, dim),
+            "mlp_up": (dim, 4 * part),
+            "mlp_down": (4 * part, dim),
+        }
         return {name: Product(self.tokens, *each) for name, each in sides.items()}
 
     @property
@@ -265,7 +271,10 @@ def place(
     numbers: dict[str, float] | None = None,
 ) -> Place:
     """`arrays` saves deriving the parameters again, and `numbers` how many of them lie on a device of this layout;
-    `rules` tries another table. Raises UserError where the layout does not fit the devices or the model."""
+    `rules` tries another table. Raises UserError where the layout does not fit the devices or the model, or where the
+    trainer would for products that the chip does not have."""
+    if config.model.fp8:
+        require_float8(topology.chip)
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))

@@ -7,11 +7,12 @@ others are held out; a series of one entry is held out. This was written down be
 
 Sources, by the letters of `Run.source`:
 
-  a  MaxText, MaxText/configs/{v5e,v5p,v4}/README.md and the scripts beside them; `global_parameter_scale` made shapes of
-     MaxText/configs/base.yml (2048 wide, 16 heads of 128, gated MLP of 7168, 16 layers, vocabulary 32,000) in the turns
-     of pyconfig.get_individual_scales. TFLOP/s count 6 N and half of the attention map (train.py and maxtext_utils.py
-     of 2023 and early 2024). v5p 1024B with 16 x tensor, as the script had it beside the table (8c3d2e65); v4: scripts
-     8xv4-128.sh and 1xv4-384.sh (246f0f96), MLP without a gate, heads of 256, the only reading that gives 22B and 52B.
+  a  MaxText, MaxText/configs/{v5e,v5p,v4}/README.md and the scripts beside them; `global_parameter_scale` made shapes
+     of MaxText/configs/base.yml (2048 wide, 16 heads of 128, gated MLP of 7168, 16 layers, vocabulary 32,000) in the
+     turns of pyconfig.get_individual_scales. TFLOP/s count 6 N and half of the attention map (train.py and
+     maxtext_utils.py of 2023 and early 2024). v5p 1024B with 16 x tensor, as the script had it beside the table
+     (8c3d2e65); v4: scripts 8xv4-128.sh and 1xv4-384.sh (246f0f96), MLP without a gate, heads of 256, the only reading
+     that gives 22B and 52B.
   b  AI-Hypercomputer/tpu-recipes, training/{v5p,trillium,ironwood}: README.md (log lines) and run_recipe.sh.
   c  MLPerf training results v4.0, Google: scripts, and the steady time between evaluations in result_0.txt, which
      includes evaluating 11,590,004 tokens, packed, after each 50,331,648.
@@ -23,30 +24,24 @@ Sources, by the letters of `Run.source`:
 
 Left out, and why: MaxText 1160B (its script makes a model of 1.5T, so what was measured is not known) and 1024B of the
 README's first table (its MFU and TFLOP/s disagree); MLPerf v3.1 on v5e (whether texts were packed for evaluation is not
-known, a fifth of the time), v4.1 on v6e, all NeMo, Megatron-LM and Korthikanti et al. (pipelines in another schedule than
-ours, or layout not stated); PaLM, Levanter, midGPT (v3, or parallel blocks, or batch not stated); Pax 126M and axlearn
-on GPUs (what is recomputed is not known); Llama 3.1 405B on v5p (its config was not to be had); mixtures of experts;
-texts of 128k.
+known, a fifth of the time), v4.1 on v6e, all NeMo, Megatron-LM and Korthikanti et al. (pipelines in another schedule
+than ours, or layout not stated); PaLM, Levanter, midGPT (v3, or parallel blocks, or batch not stated); Pax 126M and
+axlearn on GPUs (what is recomputed is not known); Llama 3.1 405B on v5p (its config was not to be had); mixtures of
+experts; texts of 128k.
 
 What was neglected: biases, norms and positions; that published runs used compiler options that the planner's compiled
-step may not have (asynchronous gathers fused with products), and kept some activations in host memory.
+step may not have (asynchronous gathers fused with products); and that some kept activations in host memory: v5e 128B
+all of its products, about 47 GB out and in again each step over a bus of about 15 GB/s, the likely reason why it is the
+worst of the held-out rows; fuji 70B, Llama on v6e and 405B on tpu7x fewer.
+
+How the held-out half was used: it was priced after the first fit (median error 9%, worst 38%: 8 bit on v6e, of which
+no fitted row tells). Then the law behind `traffic.WEIGHTS_EXPOSED` was added, for which the fitted half asks by itself,
+and all constants were fitted again to that half alone; the held-out half came to a median of 7% and a worst of 36%.
+No constant was changed after that.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
-
-from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.model.accounting import Reading
-from gptjax.planner.arithmetic import passes
-from gptjax.planner.chips import Topology, topology
-from gptjax.planner.cost import times
-from gptjax.planner.place import Place
-from gptjax.planner.products import Product
-from gptjax.planner.search import named
-from gptjax.planner.traffic import traffic
-from gptjax.sharding.mesh import MESH_AXES, degrees
-from gptjax.sharding.rules import rule_table
 
 Half = Literal["fit", "held out"]
 Name = Literal["qkv", "projection", "mlp_up", "mlp_down"]
@@ -138,12 +133,25 @@ class Run:
         return SHAPES[self.model]
 
     @property
+    def family(self) -> str:
+        """Of its chips."""
+        return self.topology.split("-")[0]
+
+    @property
     def title(self) -> str:
-        """Model, slices and precision in a few words."""
-        return f"{self.model}, {f'{self.slices} x ' if self.slices > 1 else ''}{self.topology}, {KINDS[self.bits]}"
+        """Model, devices, precision and source in a few words."""
+        slices = f"{self.slices} x " if self.slices > 1 else ""
+        return f"{self.model}, {slices}{self.topology}, {self.bits} bit ({self.source})"
+
+    @property
+    def kind(self) -> str:
+        """Of those that errors are told apart by."""
+        return kind(self.bits, self.slices)
 
 
-KINDS = {16: "bfloat16", 8: "8 bit"}
+def kind(bits: int, slices: int) -> str:
+    """8 bit, or several TPU slices, or one (or GPUs)."""
+    return "8 bit" if bits == 8 else "several slices" if slices > 1 else "one slice"
 
 
 def _table(run: Run, speeds: dict[int, float]) -> list[Run]:
@@ -239,87 +247,79 @@ RUNS: tuple[Run, ...] = (
     Run(GPT, "h100-8x32", 1, "fsdp256", 6, FULL, 84.45 * 2048 / 256, "e", "held out", 8),
 )
 
-
-# What the planner says of them
-
-INT8 = {"v5e": 3.94e14, "v5p": 9.18e14, "v6e": 1.836e15}
-"""FLOP/s of int8 products, in which 8-bit runs on these chips computed; they stand where float8 does."""
-
-
-@dataclass(frozen=True)
-class Guest(Place):
-    """A decoder of others on a mesh: the planner's formulas with its widths. Biases, norms and positions have no part
-    in them, nor has a second embedding in traffic."""
-
-    shape: Shape = SHAPES[GPT]
-    again: tuple[Name, ...] = ()
-    attention_again: bool = True
-
-    @cached_property
-    def products(self) -> dict[str, Product]:
-        tensor, s = self.mesh["tensor"], self.shape
-        heads, mlp = s.attention / tensor, s.mlp / tensor
-        sides = {
-            "qkv": (s.width, heads * (1 + 2 / s.shared)),
-            "projection": (heads, s.width),
-            "mlp_up": (s.width, (1 + s.gated) * mlp),
-            "mlp_down": (mlp, s.width),
-        }
-        return {name: Product(self.tokens, *each) for name, each in sides.items()}
-
-    @property
-    def recomputed(self) -> dict[str, float]:
-        return dict.fromkeys(self.again, 1.0) | {"attention": float(self.attention_again)}
-
-    @property
-    def attention_width(self) -> int:
-        return self.shape.attention
-
-    @property
-    def between(self) -> float:
-        """12 D of the residual stream; of the 27 D of our block 7 are attention's and 20 the MLP's, five passes over
-        its width, of which a gate adds half."""
-        s = self.shape
-        inside = 7 * s.attention + 5 * s.mlp * (1 + s.gated / 2)
-        return 12 * s.width * self.residual_length / self.length + inside / self.mesh["tensor"]
-
-    @cached_property
-    def local_trained(self) -> float:
-        return self.shape.params / self.mesh["fsdp"] / self.mesh["tensor"]
-
-    @cached_property
-    def restarts(self) -> bool:
-        return False
-
-
-def where(run: Run) -> Topology:
-    """Its devices; int8 stands for float8 where it was used."""
-    found = topology(run.topology, run.slices)
-    peak = INT8.get(found.family)
-    return replace(found, chip=replace(found.chip, float8=peak)) if run.bits == 8 and peak else found
-
-
-def guest(run: Run, pod: Topology) -> Guest:
-    """A run as the planner sees it."""
-    s = run.shape
-    size = round(run.batch * pod.num_devices)
-    remat: Literal["dots", "full"] = "full" if "projection" in run.again else "dots"
-    heads = s.width // 128
-    model = ModelConfig(s.layers, heads, s.width, s.length, s.vocab, fp8=run.bits == 8, remat=remat)
-    plain = Config("published", model, train=TrainConfig(batch_size=size, micro_batch_size=size))
-    config = named(plain, run.layout)
-    mesh = dict(zip(MESH_AXES, degrees(config.layout, pod.num_devices), strict=True))
-    return Guest(
-        config, pod, mesh, (), {}, rule_table(config.layout), Reading(model), s, run.again, run.attention_again
-    )
-
-
-def predicted(run: Run, pod: Topology | None = None) -> float:
-    """Tokens a second and chip, evaluation included where the published figure includes it."""
-    pod = pod or where(run)
-    here = guest(run, pod)
-    step = sum(times(here, traffic(here)).values())
-    if run.evaluated:
-        reading = replace(here.reading, trained=False)
-        step += run.evaluated * sum(passes(here.of(reading)).values())
-    return here.config.step_tokens / step / pod.chips
+ERRORS: dict[str, int] = {
+    "16B, v5e-256, 16 bit (a)": -3,
+    "16B, 2 x v5e-256, 16 bit (a)": -3,
+    "16B, 4 x v5e-256, 16 bit (a)": -5,
+    "16B, 8 x v5e-256, 16 bit (a)": -5,
+    "16B, 16 x v5e-256, 16 bit (a)": -3,
+    "16B, 32 x v5e-256, 16 bit (a)": -3,
+    "32B, v5e-256, 16 bit (a)": -6,
+    "32B, 2 x v5e-256, 16 bit (a)": -6,
+    "32B, 4 x v5e-256, 16 bit (a)": -6,
+    "32B, 8 x v5e-256, 16 bit (a)": -7,
+    "32B, 16 x v5e-256, 16 bit (a)": -7,
+    "32B, 32 x v5e-256, 16 bit (a)": -6,
+    "64B, v5e-256, 16 bit (a)": -1,
+    "64B, 2 x v5e-256, 16 bit (a)": 1,
+    "64B, 4 x v5e-256, 16 bit (a)": 0,
+    "64B, 8 x v5e-256, 16 bit (a)": 0,
+    "64B, 16 x v5e-256, 16 bit (a)": 1,
+    "64B, 32 x v5e-256, 16 bit (a)": 5,
+    "128B, v5e-256, 16 bit (a)": 29,
+    "128B, 2 x v5e-256, 16 bit (a)": 23,
+    "128B, 4 x v5e-256, 16 bit (a)": 22,
+    "128B, 8 x v5e-256, 16 bit (a)": 24,
+    "128B, 16 x v5e-256, 16 bit (a)": 26,
+    "128B, 32 x v5e-256, 16 bit (a)": 36,
+    "fuji 7B, 4 x v5e-256, 16 bit (f)": 44,
+    "fuji 70B, 4 x v5e-256, 16 bit (f)": 6,
+    "32B, v5p-128, 16 bit (a)": -4,
+    "32B, 2 x v5p-128, 16 bit (a)": -5,
+    "64B, v5p-128, 16 bit (a)": -4,
+    "64B, 2 x v5p-128, 16 bit (a)": -5,
+    "128B, v5p-256, 16 bit (a)": -2,
+    "128B, 2 x v5p-256, 16 bit (a)": -7,
+    "128B, v5p-512, 16 bit (a)": -3,
+    "128B, 2 x v5p-512, 16 bit (a)": 7,
+    "256B, v5p-1024, 16 bit (a)": 4,
+    "256B, 2 x v5p-1024, 16 bit (a)": 7,
+    "512B, v5p-1024, 16 bit (a)": -11,
+    "512B, 2 x v5p-1024, 16 bit (a)": -10,
+    "1024B, v5p-2048, 16 bit (a)": 3,
+    "1024B, 2 x v5p-2048, 16 bit (a)": 8,
+    "1024B, v5p-4096, 16 bit (a)": -12,
+    "1024B, 2 x v5p-4096, 16 bit (a)": -8,
+    "GPT-3 175B, v5p-1024, 8 bit (b)": -8,
+    "GPT-3 175B, v5p-1024, 8 bit (c)": -6,
+    "GPT-3 175B, v5p-2048, 8 bit (c)": 1,
+    "GPT-3 175B, v5p-3072, 8 bit (c)": 2,
+    "GPT-3 175B, v5p-4096, 8 bit (d)": 2,
+    "GPT-3 175B, v5p-12288, 8 bit (c)": 0,
+    "GPT-3 175B, v5p-12288, 8 bit (d)": 0,
+    "22B, v4-128, 16 bit (a)": 0,
+    "22B, 2 x v4-128, 16 bit (a)": 1,
+    "22B, 4 x v4-128, 16 bit (a)": 1,
+    "22B, 8 x v4-128, 16 bit (a)": 1,
+    "52B, v4-384, 16 bit (a)": 9,
+    "52B, 2 x v4-384, 16 bit (a)": 2,
+    "Llama 2 70B, v6e-256, 16 bit (b)": 7,
+    "Llama 3.1 70B, v6e-128, 16 bit (b)": -1,
+    "Llama 3.1 70B, v6e-256, 16 bit (b)": -2,
+    "GPT-3 175B, v6e-256, 16 bit (b)": 10,
+    "Llama 3.1 405B, 2 x v6e-256, 16 bit (b)": 1,
+    "GPT-3 175B, v6e-256, 8 bit (b)": 25,
+    "Llama 3.1 70B, tpu7x-128, 16 bit (b)": 0,
+    "Llama 3.1 70B, tpu7x-512, 16 bit (b)": 0,
+    "Llama 3.1 405B, tpu7x-512, 16 bit (b)": 0,
+    "Llama 3.1 70B, tpu7x-128, 8 bit (b)": -7,
+    "Llama 3.1 70B, tpu7x-512, 8 bit (b)": -7,
+    "Llama 3.1 405B, tpu7x-512, 8 bit (b)": 0,
+    "GPT 5B, a100-8x32, 16 bit (e)": 0,
+    "GPT-3 175B, a100-8x32, 16 bit (e)": -4,
+    "GPT 5B, h100-8x32, 16 bit (e)": 0,
+    "GPT-3 175B, h100-8x32, 16 bit (e)": -9,
+    "GPT 5B, h100-8x32, 8 bit (e)": 0,
+    "GPT-3 175B, h100-8x32, 8 bit (e)": -12,
+}
+"""Predicted over published speed of each row, less 1, in percent; a test recomputes all of it."""

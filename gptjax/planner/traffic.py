@@ -19,8 +19,8 @@ from gptjax.planner.place import FLOAT, Place
 HIDDEN_WEIGHTS = 0.9  # of the computation, behind which weights and gradients travel
 # Fitted to published runs (planner/published.py). Of the traffic of tensor parallelism collective products and
 # neighbouring work hide as much as in MaxText's rows on v5p (32B to 1024B, and 175B in int8) with its options of the
-# compiler. Of the traffic between TPU slices, which would fit behind the computation, nothing is hidden in those on 2 to
-# 32 slices of v5e (16B, 64B), v5p and v4 (22B). Weights and gradients that travel behind the computation slow it by
+# compiler. Of the traffic between TPU slices, which would fit behind the computation, nothing is hidden in those on 2
+# to 32 slices of v5e (16B, 64B), v5p and v4 (22B). Weights and gradients that travel behind the computation slow it by
 # part of their time: the fitted rows want more of it the more it is, up to shares of the peak that no chip reaches, so
 # it is the most with which none exceeds 0.95 (v5e 16B and 64B).
 HIDDEN_RESIDUAL = 0.78
