@@ -67,11 +67,15 @@ CHIPS = {
     "v5p": Chip("TPU v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 0.79, matmul8=0.63),
     "v6e": Chip(
         *("TPU v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, 0.74),
-        **{"float8": 1.836e15, "matmul8": 0.67, "tile": 256},
+        float8=1.836e15,
+        matmul8=0.67,
+        tile=256,
     ),
     "tpu7x": Chip(
         *("TPU7x core", PEAK_FLOPS["TPU7x"], 94.75 * GIB, 3.69e12, 1.8e11, 6.25e9, 0.79),
-        **{"float8": 2.307e15, "matmul8": 0.71, "tile": 256},
+        float8=2.307e15,
+        matmul8=0.71,
+        tile=256,
     ),
     "a100": Chip(
         *("A100 80GB", PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 73.6 * GIB, 2.0e12, 3e11, 2.5e10, 0.72, "gpu"),
