@@ -6,6 +6,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,14 +15,17 @@ from shipped import CONFIGS
 from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from gptjax.errors import UserError
+from gptjax.planner.bill import Collective
 from gptjax.planner.chips import CHIPS, Chip, topology, with_constants
 from gptjax.planner.cost import STRAGGLERS
+from gptjax.planner.dry_run import Rehearsal
 from gptjax.planner.guests import guest, predicted, where
 from gptjax.planner.place import place
 from gptjax.planner.products import Product, cast
 from gptjax.planner.published import ERRORS, RUNS, SHAPES, Run, Shape, kind
 from gptjax.planner.search import named, priced
 from gptjax.planner.spread import spread
+from gptjax.planner.traffic import HIDDEN_RESIDUAL, SLICES_EXPOSED, WEIGHTS_EXPOSED, billed
 
 MODEL = ModelConfig(8, 16, 2048, seq_len=2048, vocab_size=32768)
 CONFIG = Config("timed", MODEL, train=TrainConfig(batch_size=512))
@@ -232,6 +236,28 @@ def test_float8_is_refused_in_the_trainers_words(tmp_path: Path) -> None:
     assert cli.run(words) == 0
     best = json.loads((tmp_path / "gpt3_1_3b-h100-8x2.json").read_text())["rows"][0]
     assert best["seconds"]["casts to float8"] > 0
+
+
+def test_float8_is_refused_by_a_rehearsal() -> None:
+    config = replace(CONFIG, model=replace(MODEL, fp8=True))
+    with pytest.raises(UserError, match=r"A100 80GB \(compute capability 8.0\) has no float8 products"):
+        next(Rehearsal(config, None, topology("a100-8x2"), jax.devices()).facts())
+
+
+def test_what_a_program_overlaps_costs_as_by_formula() -> None:
+    """All of what it does not; of what it does over tensor what the formula leaves, of weights a share, between slices
+    everything."""
+    pod = topology("v5e-256", 2)
+    here = place(named(replace(CONFIG, train=TrainConfig(batch_size=512)), "replica2_fsdp32_tp8_seq/full/512"), pod)
+
+    def exposed(axis: str, overlapped: bool) -> float:
+        (found,) = billed(here, [Collective("all-gather", (axis,), here.mesh[axis], 1 << 20, 1, overlapped, "")])
+        return found.exposed / found.seconds
+
+    assert exposed("tensor", False) == exposed("fsdp", False) == 1
+    assert exposed("tensor", True) == pytest.approx(1 - HIDDEN_RESIDUAL)
+    assert exposed("fsdp", True) == WEIGHTS_EXPOSED
+    assert exposed("replica", True) == SLICES_EXPOSED
 
 
 def test_new_constants_come_from_a_file(tmp_path: Path) -> None:

@@ -225,8 +225,7 @@ class Rates:
 
 
 def billed(place: Place, collectives: Sequence[Collective]) -> list[Transfer]:
-    """The transfers of a compiled program. What it does not overlap is exposed whole; what it overlaps, as far as it
-    does not fit behind the computation."""
+    """The transfers of a compiled program. What it does not overlap is exposed whole, what it overlaps as by formula."""
     rates, compute = Rates(place), sum(computation(place).values())
     grouped: dict[tuple[str, tuple[str, ...], bool, bool], list[Collective]] = {}
     for c in collectives:
@@ -236,7 +235,8 @@ def billed(place: Place, collectives: Sequence[Collective]) -> list[Transfer]:
         size, count = float(sum(c.total for c in same)), sum(c.count for c in same)
         seconds = rates.seconds("all-reduce" if disguised else kind, axes, size)
         what = "overlapped" if overlapped else "not overlapped"
-        exposed = rates.exposed(axes, seconds, 1.0 if overlapped else 0.0, compute)
+        hidden = 0.0 if not overlapped else HIDDEN_RESIDUAL if axes == ("tensor",) else 1.0
+        exposed = rates.exposed(axes, seconds, hidden, compute)
         what += ", as an all-reduce" if disguised else ""
         found.append(Transfer(kind, axes, what, size, seconds, exposed, rates.network(axes), count))
     return sorted(found, key=lambda t: -t.bytes)
