@@ -225,7 +225,7 @@ class Rates:
 
 
 def billed(place: Place, collectives: Sequence[Collective]) -> list[Transfer]:
-    """The transfers of a compiled program. What it does not overlap is exposed whole, what it overlaps as by formula."""
+    """The transfers of a compiled program. What it does not overlap is exposed whole, the rest as by formula."""
     rates, compute = Rates(place), sum(computation(place).values())
     grouped: dict[tuple[str, tuple[str, ...], bool, bool], list[Collective]] = {}
     for c in collectives:
