@@ -602,12 +602,15 @@ def test_a_price_gives_dollars_and_a_file_other_constants(
     assert plain["dollars"] is None and "cost" not in capsys.readouterr().out
     paid = best("--price", "1.25")
     assert paid["dollars"] == pytest.approx(1.25 * 24 * 16 * paid["days"])
-    assert f"${paid['dollars']:,.0f}" in capsys.readouterr().out
+    ends = [f"${dollars:,.0f}" for dollars in paid["interval"]["dollars"]]
+    assert "-".join(ends) in capsys.readouterr().out
     file = tmp_path / "chips.json"
     file.write_text(json.dumps({"v5e": {"matmul": 0.35, "price": 2}, "h100": {"matmul": 0.1}}))
+    v5e = topology("v5e-16").chip
     slow = best("--chip-file", str(file))
     assert slow["name"] == plain["name"]
-    assert slow["seconds"]["matrix products"] == pytest.approx(2 * plain["seconds"]["matrix products"])
+    assert slow["seconds"]["attention"] == pytest.approx(v5e.matmul / 0.35 * plain["seconds"]["attention"])
+    assert slow["seconds"]["matrix products"] > 2 * plain["seconds"]["matrix products"]
     assert slow["dollars"] == pytest.approx(2 * 24 * 16 * slow["days"])
     assert best("--chip-file", str(file), "--price", "3")["dollars"] == pytest.approx(1.5 * slow["dollars"])
 
@@ -700,39 +703,6 @@ def test_without_the_compiler_it_says_so(six: Config, monkeypatch: pytest.Monkey
     made = plan(six, topology("v5p-128"), Settings(2, 1, 1, False, tmp_path), Console(quiet=True))
     assert made.compiler.startswith("none: the TPU compiler is not installed (pip install -e '.[tpu]')")
     assert {row.status for row in made.rows} == {"by formula"}
-
-
-# Published runs: GPT-3 175B in the layouts of MaxText and NVIDIA's Pax, dense attention, T = 2048
-
-
-def dense(layout: str, sequences: int) -> Config:
-    config = load_config(str(CONFIGS / "gpt3_175b.py"), [])
-    model = replace(config.model, attention_pattern=("dense",), vocab_size=50257)
-    train = replace(config.train, batch_size=sequences, ramp_start=0, ramp_tokens=0)
-    return named(replace(config, model=model, train=train), f"{layout}/{sequences}")
-
-
-PUBLISHED = [  # name, topology, layout, sequences a step, tokens a second and chip, within 15%
-    ("v6e-256, bfloat16, MaxText", "v6e-256", "fsdp256/full", 768, 357.6, True),
-    ("v5p-1024, int8, MaxText", "v5p-1024", "fsdp64_tp8_seq/full", 2048, 369.06, True),
-    ("v5p-4096, int8, MLPerf 4.1", "v5p-4096", "dp4_fsdp64_tp8_seq/dots", 2048, 364.0, False),
-    ("v5p-12288, int8, MLPerf 4.1", "v5p-12288", "dp16_fsdp48_tp8_seq/dots", 6144, 342.0, False),
-    ("256 H100, bfloat16, NVIDIA", "h100-8x32", "fsdp256/full", 1536, 408.0, True),
-    ("256 A100, bfloat16, NVIDIA", "a100-8x32", "fsdp256/full", 1536, 163.5, True),
-]
-
-
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
-def test_published_runs(row: tuple, record_property) -> None:  # type: ignore[no-untyped-def, type-arg]
-    """Tokens per second and chip. int8 doubles the matrix rate; what is not within 15% is listed as a miss, and a miss
-    that comes right must lose its mark."""
-    title, pod, layout, sequences, measured, close = row
-    where = topology(pod)
-    if "int8" in title:
-        where = replace(where, chip=replace(where.chip, flops=2 * where.chip.flops))
-    found = priced(dense(layout, sequences), where)
-    speed = sequences * 2048 / found.estimate.step_seconds / where.num_devices
-    assert (abs(speed / measured - 1) <= 0.15) == close, f"{title}: {speed:.0f} predicted, {measured} published"
 
 
 # Shipped configs

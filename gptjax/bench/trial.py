@@ -26,6 +26,7 @@ from gptjax.children import end_with_parent
 from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.files import json_text
+from gptjax.hardware import require_float8
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.kernels import BACKENDS
 from gptjax.parallel.network import Network
@@ -123,7 +124,10 @@ def _child() -> None:
 
 
 def _facts(config: Config) -> dict[str, Any]:
-    """The devices: how many of what, what they reach, and which attention backends serve the model there."""
+    """The devices: how many of what, what they reach, and which attention backends serve the model there. Raises
+    UserError for products in float8 that they do not have."""
+    if config.model.fp8:
+        require_float8(jax.devices()[0])
     platform, count = jax.default_backend(), jax.device_count()
     dtype = compute_dtype(config.model, platform)
     served, refused = _backends(config, platform)

@@ -14,7 +14,7 @@ from gptjax.files import json_text, write_whole
 if TYPE_CHECKING:
     from gptjax.planner.plan import Plan, Row
 
-WIDTH = 140  # characters that the table needs; a narrower terminal wraps its lines
+WIDTH = 160  # characters that the table needs; a narrower terminal wraps its lines
 
 
 def _two(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -104,6 +104,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
         "days": plan.endless or "to the end of training, at the full batch",
+        "intervals": plan.trust.splitlines(),
         "searched": {
             "fitting": len(plan.found.fitting),
             "crowded": len(plan.found.crowded),
@@ -127,6 +128,13 @@ def _row_facts(row: "Row") -> dict[str, Any]:
         "tokens_per_second_per_device": row.tokens_per_device,
         "days": row.days,
         "dollars": row.dollars,
+        "interval": {
+            "step_seconds": row.spread.seconds(row.step_seconds),
+            "tokens_per_second_per_device": row.spread.speed(row.tokens_per_device),
+            "mfu": row.spread.speed(row.mfu),
+            "days": None if row.days is None else row.spread.seconds(row.days),
+            "dollars": None if row.dollars is None else row.spread.seconds(row.dollars),
+        },
         "memory": row.candidate.estimate.memory,
         "analytic_peak": row.candidate.estimate.peak,
         "compiler_peak": compiled.peak if compiled else None,

@@ -3,7 +3,9 @@
 from collections import Counter
 
 from gptjax.model.accounting import mean_keys
+from gptjax.planner.chips import Chip
 from gptjax.planner.place import FLOAT, Place
+from gptjax.planner.products import Product, cast
 
 ATTENTION_RATE = 0.5  # of the matrix rate: its products are small, and exponentials wait in between
 KERNEL_BLOCK = 256  # keys that a kernel computes beyond the mask's edge, on average
@@ -24,24 +26,42 @@ def computation(place: Place) -> dict[str, float]:
 def passes(place: Place) -> dict[str, float]:
     """Seconds of one model that reads a micro-batch, forward and, where it is trained, backward."""
     model, chip, tensor, reading = place.model, place.topology.chip, place.mesh["tensor"], place.reading
-    rate, trained = chip.flops * chip.matmul, reading.trained
-    work = place.tokens * place.layers  # tokens x layers
-    unit = len(model.attention_pattern)
-    product = 24 * model.embed_dim**2 / tensor * work / rate  # the forward pass
+    width, float8, trained, layers = place.width, model.fp8, reading.trained, place.layers
+    rate = chip.flops * chip.matmul
+    work = place.tokens * layers  # tokens x layers
+    each, in_head, in_adapter = reading.products_per_weight
+    products = place.products
+    forward = {name: product.seconds(chip, width, float8) for name, product in products.items()}
+    matrices = sum(_with_gradients(product, each, chip, width, float8) for product in products.values())
+    head = Product(place.outside_tokens, model.embed_dim, model.padded_vocab_size / tensor)
+    head_seconds = _with_gradients(head, in_head, chip, width)
+    adapters = 2 * sum(place.adapters) / width * work / rate
     kinds = model.layer_kinds
     keys = sum(mean_keys(kind, model.seq_len, model.window) + KERNEL_BLOCK for kind in kinds) / len(kinds)
-    attention = 4 * model.embed_dim / tensor * min(keys, model.seq_len) * work / (rate * ATTENTION_RATE)
-    again = 1.0 if model.remat == "full" and trained else 0.0
-    residual_ways = place.length / place.residual_length
-    # Reads and writes of a layer's forward pass between its products: 12 of [T, D], 27 split over tensor.
-    between = UNFUSED * place.width * model.embed_dim * (12 / residual_ways + 27 / tensor) * work / chip.hbm_rate
-    crossings = 3 + (0.5 if model.remat == "dots" else again) if trained else 1
-    each, in_head, in_adapter = reading.products_per_weight
-    adapters = 2 * sum(place.adapters) / place.width * work / rate
-    head = in_head * model.padded_vocab_size * model.embed_dim / tensor * place.outside_tokens / rate
+    attention = 4 * place.attention_width / tensor * min(keys, model.seq_len) * work / (rate * ATTENTION_RATE)
+    again = {name: share for name, share in place.recomputed.items() if share} if trained else {}
+    attended = attention if again.pop("attention", 0.0) else 0.0
+    # Reads and writes of a layer's forward pass between its products.
+    between = UNFUSED * width * place.between * work / chip.hbm_rate
+    crossings = 3 + (1 if model.remat == "full" else 0.5 if model.remat == "dots" else 0) if trained else 1
+    casts = 0.0
+    if float8:
+        inputs = {name: cast(chip, product.operands, width) for name, product in products.items()}
+        gradients = sum(cast(chip, p.rows * p.outer, width) for p in products.values()) if trained else 0.0
+        casts = sum((1 + again.get(name, 0.0)) * each for name, each in inputs.items()) + gradients
     return {
-        "matrix products": each / 2 * product + in_adapter / 2 * adapters + head,
-        "recomputation": again * (product * (12 * unit - 4) / (12 * unit) + adapters + attention),
+        "matrix products": layers * matrices + in_adapter / 2 * adapters + head_seconds,
+        "recomputation": layers * sum(share * forward[name] for name, share in again.items())
+        + (adapters if again else 0.0)
+        + attended,
         "attention": (3.5 if trained else 1) * attention,
         "memory traffic": crossings * between,
+        "casts to float8": layers * casts,
     }
+
+
+def _with_gradients(product: Product, flops: float, chip: Chip, width: int, float8: bool = False) -> float:
+    """Seconds of a product forward, of its gradient for what goes in and of that for its matrix, where `flops` a number
+    of the matrix and token are 2, 4 or 6; none where it is not computed."""
+    all_three = (product, product.of_input, product.of_weights)
+    return sum(one.seconds(chip, width, float8) for one in all_three[: int(flops // 2)])

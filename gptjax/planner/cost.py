@@ -1,5 +1,6 @@
 """What one step costs on one device, by formulas: memory, traffic and time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,10 @@ from gptjax.planner.memory import memory
 from gptjax.planner.place import Place
 from gptjax.planner.rollout import judging, rollout
 from gptjax.planner.traffic import Transfer, traffic
+
+STRAGGLERS = 0.02
+"""Of a step's computation, for each doubling of the number of TPU slices that wait for the slowest; fitted with
+`traffic.SLICES_EXPOSED`."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,14 @@ def estimate(place: Place) -> Estimate:
 
 
 def times(place: Place, transfers: Sequence[Transfer]) -> dict[str, float]:
-    """Seconds of a step by what they go to: arithmetic, the pipeline's bubble, and traffic that nothing hides; and
-    before the updates, where a policy learns from its own replies, rollout and judging."""
+    """Seconds of a step by what they go to: arithmetic, the pipeline's bubble, waiting for the slowest of several
+    slices, and traffic that nothing hides; and before the updates, where a policy learns from its own replies, rollout
+    and judging."""
     parts = computation(place)
     inside = sum(parts.values()) - parts["optimizer"]
     parts["bubble"] = inside * (place.stretch - 1)
+    if place.topology.chip.platform == "tpu":
+        parts["waiting for slices"] = STRAGGLERS * math.log2(place.topology.num_slices) * (inside + parts["bubble"])
     for network in ("fast", "slow"):
         parts[f"{network} network"] = sum(t.exposed for t in transfers if t.network == network)
     if drawn := rollout(place):

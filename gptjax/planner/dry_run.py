@@ -17,7 +17,7 @@ from gptjax.data import vocabulary
 from gptjax.data.sources import Corpus, look
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.hardware import peak_flops
+from gptjax.hardware import peak_flops, require_float8
 from gptjax.planner.chips import Chip, Topology, topology
 from gptjax.planner.compile import ENVIRONMENT, available, devices_of
 from gptjax.planner.memory import memory
@@ -152,6 +152,8 @@ class Rehearsal:
         return f"{base}, new" + (" (or the next free number)" if inside else "")
 
     def facts(self) -> Iterator[str]:
+        if self.config.model.fp8:
+            require_float8(self.devices[0] if self.hardware.name == ATTACHED else self.hardware.chip)
         processes, train = len({device.process_index for device in self.devices}), self.config.train
         known = replace(self.config, train=replace(train, total_tokens=known_tokens(self.config)))
         flops = self.stage.flops_per_token

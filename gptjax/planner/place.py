@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from gptjax.config import Config, ModelConfig
+from gptjax.hardware import require_float8
 from gptjax.model.accounting import Reading
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
 from gptjax.planner.chips import Topology
+from gptjax.planner.products import Product
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
 from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
 from gptjax.stages import AnyStage, stage_class
@@ -145,10 +147,43 @@ class Place:
         """Work done, bubble included, over work that counts."""
         return 1 / (1 - pipeline.bubble(self.mesh["pipeline"], self.config.layout.pipeline_rounds, self.chunks))
 
+    @cached_property
+    def products(self) -> dict[str, Product]:
+        """Of a layer's matrices with a micro-batch, as one device computes them."""
+        dim, part = self.model.embed_dim, self.model.embed_dim / self.mesh["tensor"]
+        sides = {
+            "qkv": (dim, 3 * part),
+            "projection": (part, dim),
+            "mlp_up": (dim, 4 * part),
+            "mlp_down": (4 * part, dim),
+        }
+        return {name: Product(self.tokens, *each) for name, each in sides.items()}
+
+    @property
+    def recomputed(self) -> dict[str, float]:
+        """Share of a layer's products, and of its attention, that the backward pass computes again: under full remat
+        all but a unit's last product."""
+        if self.model.remat != "full":
+            return {}
+        unit = len(self.model.attention_pattern)
+        return {"qkv": 1.0, "projection": 1.0, "mlp_up": 1.0, "mlp_down": (unit - 1) / unit, "attention": 1.0}
+
+    @property
+    def attention_width(self) -> int:
+        """Of queries over all heads."""
+        return self.model.embed_dim
+
+    @property
+    def between(self) -> float:
+        """Numbers that a layer's forward pass reads and writes between its products, a token: 12 D of the residual
+        stream, 27 D of what tensor splits."""
+        dim = self.model.embed_dim
+        return 12 * dim * self.residual_length / self.length + 27 * dim / self.mesh["tensor"]
+
     @property
     def matrices(self) -> float:
         """W: bytes of one layer's matrices, whole over fsdp."""
-        return 12 * self.model.embed_dim**2 * self.width / self.mesh["tensor"]
+        return sum(product.inner * product.outer for product in self.products.values()) * self.width
 
     @property
     def vectors(self) -> float:
@@ -236,7 +271,10 @@ def place(
     numbers: dict[str, float] | None = None,
 ) -> Place:
     """`arrays` saves deriving the parameters again, and `numbers` how many of them lie on a device of this layout;
-    `rules` tries another table. Raises UserError where the layout does not fit the devices or the model."""
+    `rules` tries another table. Raises UserError where the layout does not fit the devices or the model, or where the
+    trainer would for products that the chip does not have."""
+    if config.model.fp8:
+        require_float8(topology.chip)
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))

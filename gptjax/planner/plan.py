@@ -15,6 +15,7 @@ from gptjax.planner.compile import Compiled, available, compile_all
 from gptjax.planner.cost import times
 from gptjax.planner.memory import arrays_at_peak
 from gptjax.planner.search import PIECES, Candidate, Search, finalists, fits, priced, search, smaller
+from gptjax.planner.spread import Spread, spread
 from gptjax.planner.traffic import Transfer, billed
 from gptjax.train.schedule import known_tokens
 
@@ -64,6 +65,11 @@ class Row:
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def spread(self) -> Spread:
+        """How far off the times of such rows have been."""
+        return spread(self.candidate.place.topology, self.candidate.config.model.fp8)
 
     @property
     def tokens(self) -> int:
@@ -145,6 +151,15 @@ class Plan:
         if self.found.fitting:
             return ""
         return f"every layout has {MARGIN}; of those whose peak there is room for, the least crowded were tried"
+
+    @property
+    def trust(self) -> str:
+        """What the intervals of its figures are, and what the ranking comes from."""
+        found = self.rows[0].spread
+        text = f"intervals: {found.low:.2f} to {found.high:.2f} times the predicted step, {found.reason}"
+        if self.compiler.startswith("none"):
+            text += "\nranking: by formulas, which may rank otherwise than the compiled programs would"
+        return text
 
     @property
     def endless(self) -> str:

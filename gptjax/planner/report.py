@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import html
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.table import Table
@@ -51,14 +53,21 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.candidate.estimate.peak / 1e9:.1f} GB",
         f"{row.candidate.estimate.peak / row.chip.hbm:.0%}",
         f"{compiled / 1e9:.1f} GB" if compiled else "-",
-        _seconds(row.step_seconds),
-        f"{row.mfu:.0%}",
-        f"{row.tokens_per_device:,.0f}",
-        "-" if row.days is None else f"{row.days:,.1f}",
-        "-" if row.dollars is None else f"${row.dollars:,.0f}",
+        _span(row.spread.seconds(row.step_seconds), _seconds),
+        _span(row.spread.speed(row.mfu), "{:.0%}".format),
+        _span(row.spread.speed(row.tokens_per_device), "{:,.0f}".format),
+        "-" if row.days is None else _span(row.spread.seconds(row.days), "{:,.1f}".format),
+        "-" if row.dollars is None else _span(row.spread.seconds(row.dollars), "${:,.0f}".format),
         f"{network / row.step_seconds:.0%}",
         row.status,
     )
+
+
+def _span(ends: tuple[float, float], shown: Callable[[float], str]) -> str:
+    """24-33 s: both ends, the unit once where it is the same."""
+    low, high = map(shown, ends)
+    unit = re.search(r"( ?[^\d.,]*)$", high)
+    return f"{low.removesuffix(unit[1]) if unit else low}-{high}"
 
 
 def table(plan: Plan) -> Table:
@@ -81,6 +90,7 @@ def headline(plan: Plan) -> str:
         f"{len(found.fitting):,} combinations fit, {len(found.crowded):,} need more memory, "
         f"{found.refused.total():,} layouts do not divide; compiler: {plan.compiler}"
         + (f"\n{plan.tight}" if plan.tight else "")
+        + f"\n{plan.trust}"
         + (f"\ndays: {plan.endless}" if plan.endless else "")
         + (f"\nreward: {assumed}" if (assumed := assumption(plan.config)) else "")
         + f"\n{decoding(plan.config, plan.topology.chip.platform)}"
@@ -187,6 +197,7 @@ def page(plan: Plan, out: Path) -> None:
         for row in plan.rows
     )
     best = plan.rows[0]
+    days = _span(best.spread.seconds(best.days), "{:,.1f}".format) if best.days else ""
     refused = "".join(f"<li>{html.escape(why)}: {count:,}</li>" for why, count in plan.found.refused.most_common(5))
     bills = "\n".join(f"<h3>{html.escape(row.candidate.name)}</h3>{_bill(row)}" for row in plan.rows[:4])
     plots = [("memory per device", memory_plot(plan)), ("what a step's time goes to", time_plot(plan))]
@@ -200,13 +211,15 @@ def page(plan: Plan, out: Path) -> None:
 <style>{STYLE}</style></head><body>
 <h1>{html.escape(plan.config.name)} on {html.escape(plan.topology.name)}</h1>
 <p>{html.escape(headline(plan)).replace(chr(10), "<br>")}</p>
-<p>Best: <code>{html.escape(best.candidate.name)}</code>, {_seconds(best.step_seconds)} for {best.tokens:,} tokens,
-{best.mfu:.0%} MFU{f", {best.days:,.1f} days for {best.length:,} tokens" if best.days else ""}.</p>
+<p>Best: <code>{html.escape(best.candidate.name)}</code>, {_span(best.spread.seconds(best.step_seconds), _seconds)} for
+{best.tokens:,} tokens, {_span(best.spread.speed(best.mfu), "{:.0%}".format)} MFU{
+        f", {days} days for {best.length:,} tokens" if days else ""
+    }.</p>
 <p>To train with it: <code>{flags(best.candidate.config)}</code></p>
 <table><tr>{head}</tr>{body}</table>
 <p>memory: by formula, and its share of what a device has; compiler: its own peak; network: share of the step in which
 nothing but the network works. Predictions, not measurements; assumptions are in <code>planner/chips.py</code>,
-<code>arithmetic.py</code> and <code>traffic.py</code>.</p>
+<code>arithmetic.py</code> and <code>traffic.py</code>, published runs in <code>published.py</code>.</p>
 {pictures}
 <h2>what each step sends</h2>{bills}
 {f"<h2>layouts that do not divide</h2><ul>{refused}</ul>" if refused else ""}
