@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -394,6 +395,29 @@ def test_a_base_model_fills_in_and_does_not_chat() -> None:
         error = running.post("/v1/chat/completions", 400, messages=message)["error"]
         assert error["param"] == "messages" and "has not learned conversations" in error["message"]
         assert running.client.get("/tokenizer_info").json()["chat_template"] is None
+
+
+def test_an_editor_s_requests_are_answered(tmp_path: Path) -> None:
+    """As minuet-ai.nvim sends them for its provider openai_fim_compatible: by curl, from a file, streamed, with a key
+    that nobody asked for; what follows the cursor may be empty."""
+    if not (curl := shutil.which("curl")):
+        pytest.skip("no curl")
+    optional = {"max_tokens": 8, "top_p": 0.9, "stop": ["\n\n"]}
+    with serving(filling_model()) as running:
+        for suffix in ("\n    return x\n", ""):
+            data = {"model": "filling", "stream": True, **optional, "prompt": "def f(", "suffix": suffix}
+            file = tmp_path / "request.json"
+            file.write_text(json.dumps(data))
+            headers = ("Content-Type: application/json", "Accept: application/json", "Authorization: Bearer xterm")
+            words = [curl, "-sN", f"{running.url}/v1/completions", "-d", f"@{file}", "-w", "\n%{http_code}"]
+            said = subprocess.run(
+                [*words, *(word for header in headers for word in ("-H", header))], capture_output=True, check=True
+            ).stdout.decode()
+            *lines, status = said.strip().split("\n")
+            made = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert status == "200" and made[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+            assert all(set(part["choices"][0]) >= {"text", "index"} for part in made)
+            assert "data: [DONE]" in lines
 
 
 # Limits
