@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +295,14 @@ def test_figures_and_limits(tiny: Config) -> None:
     assert (gpu.chip.flops * gpu.chip.matmul, gpu.chip.hbm_rate, gpu.chip.link) == pytest.approx((8e9, 4e9, 1e8))
     cpu = attached(FACTS).chip  # eight virtual devices share the machine; the gather was measured on all at once
     assert (cpu.flops * cpu.matmul, cpu.hbm_rate, cpu.hbm, cpu.link) == pytest.approx((1e9, 5e8, 2e9, 1e8))
+
+
+def test_float8_that_a_gpu_does_not_have(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is measured, in the trainer's words."""
+    gpu = SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(trial.jax, "devices", lambda: [gpu])
+    with pytest.raises(UserError, match=r"model.fp8 = true: NVIDIA A100 .* has no float8 products"):
+        trial._facts(replace(tiny, model=replace(tiny.model, fp8=True)))
 
 
 def test_nothing_measured_is_still_a_result() -> None:

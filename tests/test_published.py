@@ -170,6 +170,13 @@ def test_a_published_run(run: Run) -> None:
     assert 100 * (predicted(run) / run.speed - 1) == pytest.approx(ERRORS[run.title], abs=0.6)
 
 
+def test_constants_are_of_the_fitted_half() -> None:
+    """On each chip as many of its fitted rows, or nearly, come out too fast as too slow."""
+    for family, bits in {(run.family, run.bits) for run in RUNS if run.half == "fit"}:
+        fitted = [ERRORS[r.title] for r in RUNS if r.half == "fit" and (r.family, r.bits) == (family, bits)]
+        assert abs(statistics.median(fitted)) < 4, family
+
+
 def test_errors_of_both_halves() -> None:
     """Bars: a median of 10%, a worst of 20% on what was held out. The worst is missed by two entries."""
     assert {run.title for run in RUNS} == set(ERRORS) and len(ERRORS) == len(RUNS)

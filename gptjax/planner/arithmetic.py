@@ -25,39 +25,44 @@ def computation(place: Place) -> dict[str, float]:
 
 def passes(place: Place) -> dict[str, float]:
     """Seconds of one model that reads a micro-batch, forward and, where it is trained, backward."""
-    model, chip, tensor, reading = place.model, place.topology.chip, place.mesh["tensor"], place.reading
-    width, float8, trained, layers = place.width, model.fp8, reading.trained, place.layers
-    rate = chip.flops * chip.matmul
-    work = place.tokens * layers  # tokens x layers
-    each, in_head, in_adapter = reading.products_per_weight
-    products = place.products
-    forward = {name: product.seconds(chip, width, float8) for name, product in products.items()}
-    matrices = sum(_with_gradients(product, each, chip, width, float8) for product in products.values())
-    head = Product(place.outside_tokens, model.embed_dim, model.padded_vocab_size / tensor)
-    head_seconds = _with_gradients(head, in_head, chip, width)
-    adapters = 2 * sum(place.adapters) / width * work / rate
-    kinds = model.layer_kinds
-    keys = sum(mean_keys(kind, model.seq_len, model.window) + KERNEL_BLOCK for kind in kinds) / len(kinds)
-    attention = 4 * place.attention_width / tensor * min(keys, model.seq_len) * work / (rate * ATTENTION_RATE)
-    again = {name: share for name, share in place.recomputed.items() if share} if trained else {}
-    attended = attention if again.pop("attention", 0.0) else 0.0
+    model, chip, trained = place.model, place.topology.chip, place.reading.trained
+    width, float8, layers = place.width, model.fp8, place.layers
+    each, in_head, in_adapter = place.reading.products_per_weight
+    matrices = sum(_with_gradients(product, each, chip, width, float8) for product in place.products.values())
+    head = Product(place.outside_tokens, model.embed_dim, model.padded_vocab_size / place.mesh["tensor"])
+    adapters = 2 * sum(place.adapters) / width * place.tokens * layers / (chip.flops * chip.matmul)
+    attention = _attention(place)
+    again = dict(place.recomputed) if trained else {}
+    attended = again.pop("attention", 0.0) * attention
+    remade = sum(share * place.products[name].seconds(chip, width, float8) for name, share in again.items())
     # Reads and writes of a layer's forward pass between its products.
-    between = UNFUSED * width * place.between * work / chip.hbm_rate
+    between = UNFUSED * width * place.between * place.tokens * layers / chip.hbm_rate
     crossings = 3 + (1 if model.remat == "full" else 0.5 if model.remat == "dots" else 0) if trained else 1
-    casts = 0.0
-    if float8:
-        inputs = {name: cast(chip, product.operands, width) for name, product in products.items()}
-        gradients = sum(cast(chip, p.rows * p.outer, width) for p in products.values()) if trained else 0.0
-        casts = sum((1 + again.get(name, 0.0)) * each for name, each in inputs.items()) + gradients
     return {
-        "matrix products": layers * matrices + in_adapter / 2 * adapters + head_seconds,
-        "recomputation": layers * sum(share * forward[name] for name, share in again.items())
-        + (adapters if again else 0.0)
-        + attended,
+        "matrix products": layers * matrices + in_adapter / 2 * adapters + _with_gradients(head, in_head, chip, width),
+        "recomputation": layers * remade + (adapters if again else 0.0) + attended,
         "attention": (3.5 if trained else 1) * attention,
         "memory traffic": crossings * between,
-        "casts to float8": layers * casts,
+        "casts to float8": layers * _casts(place, again) if float8 else 0.0,
     }
+
+
+def _attention(place: Place) -> float:
+    """Seconds of queries, keys and values of all layers, forward."""
+    model, chip = place.model, place.topology.chip
+    kinds = model.layer_kinds
+    keys = sum(mean_keys(kind, model.seq_len, model.window) + KERNEL_BLOCK for kind in kinds) / len(kinds)
+    flops = 4 * place.attention_width / place.mesh["tensor"] * min(keys, model.seq_len) * place.tokens * place.layers
+    return flops / (chip.flops * chip.matmul * ATTENTION_RATE)
+
+
+def _casts(place: Place, again: dict[str, float]) -> float:
+    """Seconds in which a layer's activations, weights and gradients become float8; what goes into products that are
+    computed `again` once more."""
+    chip, products = place.topology.chip, place.products
+    inputs = sum((1 + again.get(name, 0.0)) * product.operands for name, product in products.items())
+    gradients = sum(product.rows * product.outer for product in products.values()) if place.reading.trained else 0.0
+    return cast(chip, inputs + gradients, place.width)
 
 
 def _with_gradients(product: Product, flops: float, chip: Chip, width: int, float8: bool = False) -> float:

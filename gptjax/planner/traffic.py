@@ -154,7 +154,8 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
 
 
 def _exposed(seconds: float, hidden: float, compute: float) -> float:
-    """What is left of a transfer: all but a share of itself, or what does not fit behind the computation."""
+    """What is left of a transfer: all but a share of itself, or, of what travels behind the computation, the part that
+    slows it or does not fit."""
     if hidden == 1.0:
         return max(WEIGHTS_EXPOSED * seconds, seconds - HIDDEN_WEIGHTS * compute)
     return seconds * (1 - hidden)
