@@ -564,6 +564,7 @@ def test_keys(model: api.Model, tmp_path: Path) -> None:
         assert 0 < int(statuses[2].headers["retry-after"]) <= 30
         for path in ("/health", "/metrics"):
             assert running.client.get(path).status_code == 200
+        until(lambda: audit.read_text().count("\n") == 11)
         lines = [json.loads(line) for line in audit.read_text().splitlines()]
         assert [line["status"] for line in lines] == [401] * 4 + [200] * 4 + [200, 200, 429]
         assert [line["key"] for line in lines[4:]] == ["ann"] * 4 + ["bob"] * 3
@@ -582,6 +583,7 @@ def test_the_audit_keeps_texts_where_it_is_told_to(model: api.Model, tmp_path: P
     audit = tmp_path / "audit"
     with serving(model, audit_file=str(audit), audit_text=True) as running:
         text = running.post("/v1/completions", prompt="secret", max_tokens=2)["choices"][0]["text"]
+        until(lambda: audit.read_text().endswith("\n"))  # it is written after the answer
         (line,) = map(json.loads, audit.read_text().splitlines())
     assert line["asked"] == {"prompt": "secret"} and line["answered"] == [text]
 
