@@ -1150,8 +1150,9 @@ def mean_gold(run: Path, each: int = 20) -> float:
 def test_a_learned_reward_makes_walks_shorter(
     walker: Path, preferences: RankingConfig, tiny: Config, tmp_path: Path
 ) -> None:
-    """By their true worth, which the policy is never told: 0.94 in the last five iterations when this was written. Of
-    the held-out replies it was 0.895 then, 0.966 in another run: the last update alone moves it so far."""
+    """By their true worth, which the policy is never told: 0.92 in the last five iterations, and 0.938 of the held-out
+    replies, when this was written, by a judge that is right on 97.8% of pairs. One of 93% is soon believed too much:
+    0.87 to 0.94, from one machine's rounding to another's."""
     ppo = PPOConfig(kl_coef=0.2, kl_target=0.8, kl_horizon=1000, value_learning_rate=1e-3)
     function = f"{Path(__file__).parent / 'walks_reward.py'}:gold"
     judge = judging(walker, tiny, preferences, tmp_path / "judge", 240)
