@@ -95,6 +95,7 @@ def test_peak_is_that_of_the_very_card(device_kind: str, tera: float | None) -> 
 
 def test_planned_chips_are_the_cards_of_the_big_nodes() -> None:
     tera = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 1150, "a100": 312, "h100": 989, "h200": 989}
+    tera |= {"b200": 2250, "gb200": 2500}
     assert {family: chip.flops / 1e12 for family, chip in CHIPS.items()} == pytest.approx(tera)
 
 

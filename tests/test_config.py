@@ -188,7 +188,7 @@ def test_a_number_is_taken_within_its_bounds_and_else_refused_in_one_line(leaf: 
         (["plan", "c.py"], "--topology: a value is missing"),
         (["plan", "c.py", "--topology", "v5e-4", "--diff", "tp"], "--diff ('tp',): name two layouts with a comma"),
         (["plan", str(QUICKSTART), "--topology", "v5e-4", "--diff", "fsdp0/full/4,tp/full/4"], "layout.fsdp = 0"),
-        (["trian", "c.py"], "gptjax trian: choose from train, sample"),
+        (["trian", "c.py"], "gptjax trian: choose from train, run, sample"),
         (["bench", "all"], "gptjax bench all: choose from bench attention"),
     ],
 )
