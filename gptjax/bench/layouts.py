@@ -93,20 +93,29 @@ def _result(
 
 def settings(config: Config, facts: dict[str, Any]) -> Iterator[Setting]:
     """Every setting for the attached devices, the config's own first; each checked without compiling."""
-    # What only data and the length of a run need is left out: it would refuse batches for no reason.
-    train = replace(config.train, ramp_start=0, ramp_tokens=0)
-    config = with_lanes(replace(config, train=train), 1)
+    config = _steps_alone(config)
     made = layouts(config, facts["count"]) if facts["count"] > 1 else sweep(config, facts)
     seen = set()
     for setting in made:
         if setting.name in seen:
             continue
         seen.add(setting.name)
-        try:
-            check(validate(setting.config), degrees(setting.config.layout, facts["count"]))
-        except UserError as error:
-            setting = setting._replace(refused=setting.refused or str(error))
-        yield setting
+        yield _checked(setting, facts["count"])
+
+
+def _steps_alone(config: Config) -> Config:
+    """Without what only data and the length of a run need: it would refuse batches for no reason."""
+    train = replace(config.train, ramp_start=0, ramp_tokens=0)
+    return with_lanes(replace(config, train=train), 1)
+
+
+def _checked(setting: Setting, count: int) -> Setting:
+    """With the reason, where it does not fit so many devices."""
+    try:
+        check(validate(setting.config), degrees(setting.config.layout, count))
+    except UserError as error:
+        return setting._replace(refused=setting.refused or str(error))
+    return setting
 
 
 def layouts(config: Config, count: int) -> Iterator[Setting]:
@@ -174,13 +183,7 @@ def _variant(base: Config, config: Config) -> Setting:
 
 def planned(config: Config, facts: dict[str, Any], name: str) -> Setting:
     """The setting of a name that `gptjax plan` prints, such as fsdp4_tp2_seq/full/16. Raises UserError for another."""
-    train = replace(config.train, ramp_start=0, ramp_tokens=0)
-    made = named(with_lanes(replace(config, train=train), 1), name)
-    try:
-        check(made, degrees(made.layout, facts["count"]))
-    except UserError as error:
-        return Setting(name, made, str(error))
-    return Setting(name, made)
+    return _checked(Setting(name, named(_steps_alone(config), name)), facts["count"])
 
 
 def select(every: list[Setting], names: str, planned: Callable[[str], Setting]) -> list[Setting]:
