@@ -47,16 +47,16 @@ OUTSIDE = (
 
 @dataclass(frozen=True)
 class Care:
-    """How a trainer is watched."""
+    """How a trainer is watched; what is usual stands on the arguments of `gptjax run`."""
 
-    tries: int = 5
+    tries: int
     """Falls in a row without a step beyond the last checkpoint's, after which it is given up."""
-    patience: float = 20.0
+    patience: float
     """A step may take so many times the middle of the others, and half a minute."""
-    grace: float = 1800.0
+    grace: float
     """Seconds for anything else: reading a checkpoint, compiling, a save, an evaluation. What comes before, such as
     building a text, takes as long as it takes."""
-    backoff: float = 5.0
+    backoff: float
     """Seconds before the first start anew; doubled at each fall that follows without progress."""
 
 
@@ -121,6 +121,8 @@ class Supervisor:
         self._run, self._care = run, care
         self._told = 0
         """The signal by which this process was told to stop."""
+        self._unsent: deque[int] = deque()
+        """Signals that the trainer has not been given yet."""
         self._child: subprocess.Popen[str] | None = None
         self._unwritten: list[str] = []
 
@@ -157,6 +159,7 @@ class Supervisor:
             self._child = subprocess.Popen(
                 self._command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
             )
+            self._forward()  # what came while it was being started
             said: deque[str] = deque(maxlen=1)
             assert self._child.stderr
             reader = Thread(target=_pass_on, args=(self._child.stderr, said), daemon=True)
@@ -186,8 +189,12 @@ class Supervisor:
 
     def _hear(self, number: int, frame: object) -> None:
         self._told = number
-        if self._child and self._child.poll() is None:
-            self._child.send_signal(number)
+        self._unsent.append(number)
+        self._forward()
+
+    def _forward(self) -> None:
+        while self._unsent and self._child and self._child.poll() is None:
+            self._child.send_signal(self._unsent.popleft())
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import Config
 from gptjax.stages.weights import on_device, open_weights
-from gptjax.supervisor import EVENTS, FLOOR, LONGEST, Care, Fall, given_up, no_progress, pause, stuck
+from gptjax.supervisor import EVENTS, FLOOR, LONGEST, Care, Fall, Supervisor, given_up, no_progress, pause, stuck
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.pulse import STEP, Beat, Pulse, read
 
@@ -209,3 +209,12 @@ def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(ti
 
 def weights_of(run: Path, config: Config) -> Any:
     return open_weights(str(run)).load(config.model, on_device(config, jax.local_devices()[0]))
+
+
+def test_a_signal_that_comes_while_a_trainer_is_being_started_reaches_it(tmp_path: Path) -> None:
+    """Once, and before it is known to whoever watches: a trainer that missed it would go on for days."""
+    supervisor = Supervisor([], tmp_path, QUICK)
+    supervisor._hear(signal.SIGTERM, None)
+    supervisor._child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], text=True)
+    supervisor._forward()
+    assert supervisor._child.wait(30) == -signal.SIGTERM
