@@ -274,9 +274,23 @@ def batches(
     position: Position,
     params: Callable[[], Params],
 ) -> Generator[Batch]:
-    """Every step's batch, on the devices; runs in the prefetch thread, unless the stage is on-policy and wants the
-    current `params`. The rows `mine` of each micro-batch are this process's to read."""
-    feed = stage.feed(position.data, mine)
+    """Every step's batch, on the devices; made in the prefetch thread, unless the stage is on-policy and wants the
+    current `params`. The rows `mine` of each micro-batch are this process's to read.
+
+    The feed is opened in the caller's thread: to import Grain changes for a moment what `import` does in every thread,
+    and JAX imports while it compiles.
+    """
+    return _batches(config, stage, stage.feed(position.data, mine), sharding, position, params)
+
+
+def _batches(
+    config: Config,
+    stage: Stage,
+    feed: Feed,
+    sharding: NamedSharding,
+    position: Position,
+    params: Callable[[], Params],
+) -> Generator[Batch]:
     micro, most = config.micro_batch_size, config.updates * config.max_accumulation
     try:
         for step, tokens, size in steps(config, position.step, position.tokens):
