@@ -323,9 +323,12 @@ class Engine:
         finally:
             self.cancel(reply)
 
-    def step(self) -> None:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """One round. Rows that speak never wait for more than one call of prompts; rows that are yet to begin wait
-        until all prompts that have a row are in, since a step costs little more for many rows than for one."""
+        until all prompts that have a row are in, since a step costs little more for many rows than for one.
+
+        `meanwhile` is called while the devices decode; not at all in a round in which nothing is decoded.
+        """
         with self._whole():
             self._admit()
             if self._unread and self._taken:  # beside the program of prompts, a quarter of a second of the first answer
@@ -335,7 +338,7 @@ class Engine:
             self._admit()  # what waited for a prefix
             speaking = any(taken.reply.tokens for taken in self._taken.values())
             if speaking or all(taken.filled == taken.goal for taken in self._taken.values()):
-                self._decode()
+                self._decode(meanwhile)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -522,7 +525,7 @@ class Engine:
 
     # Replies
 
-    def _decode(self) -> None:
+    def _decode(self, meanwhile: Callable[[], None]) -> None:
         going = {number: taken for number, taken in self._taken.items() if taken.filled == taken.goal}
         if not going:
             return
@@ -531,6 +534,7 @@ class Engine:
         self._state, drawn = self.programs.decode(self._params, self._state, numbers, *sizes)
         if not any(taken.reply.request.tops for taken in going.values()):
             drawn = drawn._replace(top_tokens=None, top_logprobs=None)
+        meanwhile()
         drawn = jax.device_get(drawn)
         for i, (number, taken) in enumerate(going.items()):
             place = number if numbers is None else i

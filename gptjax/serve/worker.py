@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PAUSE = 0.003  # seconds without another request after which those that are there begin
 GATHERING = 0.03  # seconds that they wait for each other at most
+RETURNING = 0.25  # of a step's rows that must be free to be waited for: fewer are not worth the time
 Result = TypeVar("Result")
 
 
@@ -132,7 +133,8 @@ class Worker:
         """Programs compiled or read; tokens of prompts that lay in a cache."""
         self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._given: dict[Stream, _Given] = {}
-        self._ended = 0
+        self._spoke, self._seconds, self._ended = 0, 0.0, 0.0
+        """Rows of the last step, how long it took, and when it ended."""
         self._over = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -218,22 +220,31 @@ class Worker:
             self._guarded(self._posted.get(block=idle))
             while True:
                 self._guarded(self._posted.get_nowait())
-        if idle or 4 * self._ended >= self.engine.used:
-            self._gather()
-        self._ended = 0
+        self._gather(idle)
 
-    def _gather(self) -> None:
+    def _gather(self, idle: bool) -> None:
         """Requests that come at once come one by one, and who has just got a reply may ask for the next: those that
         begin together share every step, and one that is a moment too early makes the others wait for a step of its
-        own."""
+        own. Nobody is waited for longer than a step without the free rows would cost."""
         until = time.monotonic() + GATHERING
         with suppress(Empty):
-            while time.monotonic() < until and self.engine.used + self.engine.waiting < self.model.slots:
-                self._guarded(self._posted.get(timeout=PAUSE))
+            while (there := self.engine.used + self.engine.waiting) < self.model.slots:
+                free = max(1 - there / self._spoke, 0.0) if time.monotonic() < self._ended + GATHERING else 0.0
+                pause = max(free * self._seconds if free >= RETURNING else 0.0, PAUSE if idle else 0.0)
+                if (left := min(pause, until - time.monotonic())) <= 0:
+                    return
+                self._guarded(self._posted.get(timeout=left))
 
     def _step(self) -> None:
-        self.engine.step()
-        self._hand_out()
+        """What a step gave is told while the next one is computed: before that the event loop would take the time of
+        this thread, which has to get the next one going. Who has got all may ask again, and is told at once."""
+        self._spoke = min(self.engine.used + self.engine.waiting, self.model.slots)
+        began = time.monotonic()
+        self.engine.step(self._hand_out)
+        self._ended = time.monotonic()
+        self._seconds = self._ended - began
+        if any(reply.reason for given in self._given.values() for reply in given.stream.replies):
+            self._hand_out()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """What fails ends what is under way, and nothing else."""
@@ -253,7 +264,6 @@ class Worker:
             self.completion_tokens += tokens
             if not given.going:
                 del self._given[stream]
-            self._ended += ended
             if tokens or ended:
                 made.append((stream, pieces, tokens, ended))
         if made:
