@@ -10,7 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else the command line starts its process once more
 
 # Every worker and every process that a test starts: what one has compiled the others read. A folder of the tests' own,
-# which goes with them: a user's cache is neither read nor removed.
+# which goes with them where they made it: a user's cache is neither read nor removed.
+os.environ["GPTJAX_TESTS_GIVEN"] = os.environ.get("GPTJAX_TESTS_XLA", "")
 os.environ["GPTJAX_TESTS_XLA"] = os.environ.get("GPTJAX_TESTS_XLA") or tempfile.mkdtemp()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GPTJAX_TESTS_XLA"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -203,7 +204,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the process that started the workers
+    if not os.environ["GPTJAX_TESTS_GIVEN"]:  # not a worker's
         shutil.rmtree(os.environ["GPTJAX_TESTS_XLA"], ignore_errors=True)
 
 

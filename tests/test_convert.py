@@ -244,6 +244,7 @@ def test_a_trained_model_gives_the_same_logits_and_ids_in_transformers(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_finetuning_a_directory_starts_from_its_weights_and_resumes_without_it(
     torch: Any, transformers: Any, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

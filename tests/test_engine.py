@@ -98,6 +98,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, V, length).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_length_of_prompt(name: str) -> None:
     """One token to a full context, over every border of the calls that fill it, and three times round each ring."""
@@ -240,6 +241,7 @@ def test_other_parameters_between_two_rounds() -> None:
     assert (programs.fill._cache_size(), programs.decode._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_weights_in_8_and_16_bits_are_near() -> None:
     """Each in a type of its own, and stacked layers laid apart."""
     config = MODELS["scanned"]

@@ -47,6 +47,7 @@ def no_tracing(*arguments: object) -> None:
     raise AssertionError("traced")
 
 
+@pytest.mark.slow
 def test_another_process_traces_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
@@ -64,6 +65,7 @@ def test_another_process_traces_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert sorted(folder.iterdir()) == files and all(path.stat().st_size > 100 for path in files)
 
 
+@pytest.mark.slow
 def test_another_model_and_another_code_have_programs_of_their_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,9 +93,15 @@ def single(steady: Config) -> tuple[np.ndarray, dict]:
 
 COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4")
 """By fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
+QUICK = ("fsdp8", "fsdp2_tp4_sequence")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.whole) if n in COVERED else n for n in LAYOUTS])
+def marked(name: str) -> Any:
+    mark = pytest.mark.whole if name in COVERED else pytest.mark.slow
+    return name if name in QUICK else pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in LAYOUTS])
 def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np.ndarray, dict]) -> None:
     losses, params = run(replace(steady, layout=LAYOUTS[name]), 8)
     assert single[0][-1] < single[0][0] - 0.5
@@ -186,8 +193,9 @@ def tuned_single(tuned: SFTConfig, adapted: SFTConfig) -> dict[str, tuple[list[f
 
 
 TUNINGS = [
-    *(("adapted", name) for name in TUNED_LAYOUTS),
-    *(("tuned", name) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
+    ("adapted", "fsdp4_tp2"),
+    *(pytest.param("adapted", name, marks=pytest.mark.slow) for name in ("fsdp8", "pipeline2_fsdp4", "fsdp2_context4")),
+    *(pytest.param("tuned", name, marks=pytest.mark.slow) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
     # Sharded as above, and packed as with adapters.
     *(pytest.param("tuned", name, marks=pytest.mark.whole) for name in ("fsdp8", "fsdp4_tp2")),
 ]
@@ -210,6 +218,7 @@ def test_fine_tuning_on_a_layout_equals_single_device(
     jax.tree.map(np.testing.assert_array_equal, frozen, single[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_frozen_matrices_rest_in_the_compute_dtype(dtype: str, adapted: SFTConfig) -> None:
     """Also those that are loaded; the loss is that of float32 ones, to the bit."""
@@ -262,6 +271,7 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
     assert np.isclose(plain[1], plain[2]).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_gradients_of_stages_cross_the_network_once(tiny: Config) -> None:
     """Their sums over fsdp, in the whole step, are as many as without stages: none turns with the schedule."""
     config = replace(tiny, layout=LayoutConfig(pipeline=2, fsdp=2), train=replace(tiny.train, batch_size=8))

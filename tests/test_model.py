@@ -173,6 +173,7 @@ def unstack(params: dict, config: ModelConfig) -> dict:
     return rest | {f"unit_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["units"]) for i in range(units)}
 
 
+@pytest.mark.slow
 def test_scan_unroll_and_remat_are_one_function() -> None:
     model, params = build(CONFIG)
     tokens = tokens_of(CONFIG)
@@ -243,6 +244,7 @@ def test_float8_scale_fits_the_largest_number(dtype: jnp.dtype) -> None:
         assert not np.isfinite(np.float32(quantise(jnp.array([1.0, wrong]), dtype).values)).all()
 
 
+@pytest.mark.slow
 def test_float8_model_scanned_unrolled_and_close_to_float32() -> None:
     small = replace(CONFIG, num_layers=2, attention_pattern=("dense",))
     model, params = build(small)

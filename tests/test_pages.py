@@ -600,6 +600,7 @@ def test_a_model_that_has_not_learned_conversations_goes_on_with_a_text(
     assert script.asked[-1]["text"] == "Once *upon* a time" + one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_serious_stands_in_the_way_of_anybody(theme: str, open_chat: Callable[..., Chat]) -> None:
     wide = open_chat(theme=theme)

@@ -81,6 +81,7 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
     assert len([*(cache / "datasets").glob("[!.]*")]) == 1
 
 
+@pytest.mark.slow
 def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: Path) -> None:
     """A part of the newest checkpoint lies where only the first process sees it: a link that goes through the folder
     in which a process was started. Both set the checkpoint aside, once, and neither waits for the other."""
@@ -101,6 +102,7 @@ def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: P
     assert sorted(path.name for path in (run / FOLDER).iterdir()) == sorted([f"{steps[-1]}.damaged", *map(str, steps)])
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_the_hosts_do_not_share_is_refused(file: str, tmp_path: Path) -> None:
     """The second process sees an empty file system in its place, as a host that has no such mount."""
     (tmp_path / "runs").mkdir()

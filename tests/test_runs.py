@@ -145,6 +145,7 @@ def test_a_process_that_lost_its_lock_ends(tmp_path: Path) -> None:
     assert errors == f"error: lost the lock of run {tmp_path} to another process; ending\n"
 
 
+@pytest.mark.slow
 def test_a_live_run_is_not_resumed_by_another_start(run: Path) -> None:
     """Both are real processes; the first one goes on unharmed."""
     command = [sys.executable, "-m", "gptjax", "train", "--resume", str(run), "--train.total_tokens"]
@@ -338,6 +339,7 @@ def test_another_text_is_refused_and_the_same_elsewhere_is_not(
         resume(run, "--train.total_tokens", str(8 * STEP))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(
     small: Config, written: str, longer: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

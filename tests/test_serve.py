@@ -683,6 +683,7 @@ def test_metrics_add_up(server: Running) -> None:
 # The verb
 
 
+@pytest.mark.slow
 def test_two_devices_each_way_say_the_same(alone: api.Model, corpus: Path) -> None:
     from gptjax.api import _layout
 

@@ -428,6 +428,7 @@ def test_the_harness_chats_over_http_as_in_process(served: "Served", local: api.
 # schemathesis
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_nothing(served: "Served", tmp_path: Path) -> None:
     """All its checks but one: a schema cannot say how many tokens a text has, nor what a context holds, so that it may
     allow what is rightly refused."""

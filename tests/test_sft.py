@@ -388,6 +388,7 @@ def test_adapters_start_as_their_base_and_learn_beside_it(base: Path, adapted: P
     )
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_the_same_function(adapted: Path, stage: SFT) -> None:
     """With layers stacked and apart, against the model that has them beside its kernels."""
     _, config = open_run(str(adapted))
@@ -409,6 +410,7 @@ def _without(params: Any) -> Any:
     return split(params, is_adapter)[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_is_sampled_exported_and_goes_on(
     adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,6 +498,7 @@ def test_the_best_checkpoint_is_kept_and_is_what_others_take(small: SFTConfig, t
 # Where it starts
 
 
+@pytest.mark.slow
 def test_chat_tokens_find_room_in_a_vocabulary_that_has_none(small: SFTConfig, tmp_path: Path) -> None:
     """The model of a pretraining run with an id for each byte and the end of text alone."""
     model = replace(small.model, vocab_size=257)

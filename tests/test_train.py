@@ -450,7 +450,9 @@ def newest_or_zero(run: Path) -> int:
     return newest(run) if (run / FOLDER).is_dir() and any(p.name.isdigit() for p in (run / FOLDER).iterdir()) else 0
 
 
-@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, "step 5 "), (signal.SIGINT, "run ")])
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGTERM, "step 5 "), pytest.param(signal.SIGINT, "run ", marks=pytest.mark.slow)]
+)
 def test_signal_saves_and_says_how_to_go_on(
     number: int, at: str, config_file: str, finished: Path, tmp_path: Path
 ) -> None:
@@ -488,6 +490,7 @@ def earlier(run: Path) -> int:
     return sorted(int(p.name) for p in (run / FOLDER).iterdir() if p.name.isdigit())[-2]
 
 
+@pytest.mark.slow
 def test_resume_on_another_layout(finished: Path, tmp_path: Path) -> None:
     """Saved on one device, continued on 2 stages x 2 parts of the sequence x 2: the same losses, dropout and all, and
     the same parameters within rounding."""
@@ -521,6 +524,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(finished: Path, tmp
     assert_same_run(run, finished)
 
 
+@pytest.mark.slow
 def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, finished: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for the full disk: the second save fails in the background, as it would there."""
     run = copy_at(finished, earlier(finished), tmp_path / "full")
@@ -608,6 +612,7 @@ def test_command_line_sets_malloc_once_and_keeps_its_arguments() -> None:
 # Sampling and the report
 
 
+@pytest.mark.slow
 def test_sample_is_a_function_of_the_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("sample", str(finished), "--prompt", "la ", "--tokens", "40")
 

@@ -49,6 +49,7 @@ def test_a_large_text_is_learned_from_in_parts(data, monkeypatch):
     assert sum(map(len, texts)) == 3000 and len(texts) > 2
 
 
+@pytest.mark.slow
 def test_a_run_with_its_own_vocabulary(tiny: Config, file: str, tmp_path: Path, capsys):
     run = str(tmp_path / "run")
     words = ["--data.tokenizer", "sentencepiece:300", "--model.vocab_size", "300", "--train.total_tokens", "1280"]
