@@ -272,6 +272,22 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
 
 
 @pytest.mark.slow
+def test_gradients_of_copies_cross_the_network_once(tiny: Config) -> None:
+    """Between copies of the parameters, which may lie in different slices: once a step, not in each micro-batch."""
+    layout = LayoutConfig(replica=2, data=2, fsdp=2)
+    train = replace(tiny.train, batch_size=32, ramp_start=0, ramp_tokens=0)
+    config = replace(tiny, layout=layout, train=train)
+    lowered, mesh = lower(config, Topology("cpu-8", "cpu", Chip("CPU", 1, 1, 1, 1, 1, 1, "cpu"), (8,)))
+    bill = read(lowered.compile().as_text(), mesh, config.max_accumulation)
+    between = [c for c in bill if {"replica", "data"} & set(c.axes)]
+    weights = 4 * num_params(config.model) / layout.fsdp
+    assert config.max_accumulation == 4 and {c.count for c in between} == {1}
+    assert weights <= sum(c.total for c in between) < 1.1 * weights  # the vocabulary is padded
+    each_time = [c for c in bill if c.count >= 4]
+    assert {axis for c in each_time for axis in c.axes} == {"fsdp"}
+
+
+@pytest.mark.slow
 def test_gradients_of_stages_cross_the_network_once(tiny: Config) -> None:
     """Their sums over fsdp, in the whole step, are as many as without stages: none turns with the schedule."""
     config = replace(tiny, layout=LayoutConfig(pipeline=2, fsdp=2), train=replace(tiny.train, batch_size=8))

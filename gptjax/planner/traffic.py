@@ -6,7 +6,7 @@ a step; p, r and m the stages, rounds and chunks of a pipeline; W the bytes of a
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,8 @@ from gptjax.planner.arithmetic import computation
 from gptjax.planner.bill import Collective
 from gptjax.planner.chips import wiring
 from gptjax.planner.place import FLOAT, Place
+from gptjax.sharding.rules import COPIES
+from gptjax.train.step import copies_apart
 
 HIDDEN_WEIGHTS = 0.9  # of the computation, behind which weights and gradients travel
 # Fitted to published runs (planner/published.py). Of the traffic of tensor parallelism collective products and
@@ -50,24 +52,28 @@ class Transfer:
 def traffic(place: Place) -> list[Transfer]:
     """What a step's updates send, in bytes of whole arrays, with times."""
     micro, updates = place.config.max_accumulation, place.config.updates
-    return _timed(place, place.learners, micro, updates, sum(computation(place).values()))
+    sent = [(about, updates * size) for model in place.learners for about, size in _sent(model, micro)]
+    used = tuple(axis for axis in COPIES if place.mesh[axis] > 1)
+    if _apart(place, micro):
+        sent.append((("all-reduce", used, "gradients' sums", 0.0), updates * FLOAT * place.local_trained))
+    return _timed(place, sent, sum(computation(place).values()))
 
 
 def judged(place: Place, calls: int, compute: float) -> list[Transfer]:
     """What so many micro-batches send that are only judged, in `compute` seconds."""
-    return _timed(place, place.judges, 1, calls, compute)
+    sent = [(about, calls * size) for model in place.judges for about, size in _sent(model, 1)]
+    return _timed(place, sent, compute)
 
 
 About = tuple[str, tuple[str, ...], str, float]
 """Kind, mesh axes, what, and the share that is hidden; see Transfer."""
 
 
-def _timed(place: Place, models: Sequence[Place], micro: int, times: int, compute: float) -> list[Transfer]:
-    """What models send that read so many micro-batches with the same parameters, so many times."""
+def _timed(place: Place, sent: Iterable[tuple[About, float]], compute: float) -> list[Transfer]:
+    """What is sent beside so many seconds of computation."""
     rates, sizes = Rates(place), defaultdict[About, float](float)
-    for model in models:
-        for about, size in _sent(model, micro):
-            sizes[about] += size * times
+    for about, size in sent:
+        sizes[about] += size
     return [
         Transfer(kind, axes, what, size, seconds, rates.exposed(axes, seconds, hidden, compute), rates.network(axes))
         for (kind, axes, what, hidden), size in sizes.items()
@@ -97,7 +103,7 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
         again = (12 * unit - 9) / (12 * unit) if full else 0.0
         add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + trained * (1 + again)), 1.0)
     fsdp = mesh["fsdp"]
-    copies = ("replica", "data", "context")
+    copies = ("context",) if _apart(place, micro) else (*COPIES, "context")
     behind = 1.0 if stages == 1 else 0.0
     lora = reading.lora
     whole = 0 if lora else trained  # beside adapters nothing else has a gradient
@@ -110,7 +116,7 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     # positions' gradient is a product, and goes as those of matrices; where positions are looked up, it is as the
     # embedding's.
     positions = model.seq_len * model.embed_dim * place.width
-    others = ("replica", "pipeline", "data", "context")
+    others = ("pipeline", *copies)
     add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
     looked_up = place.embedding * FLOAT / place.width
     scored = place.embedding if reading.predicts else 0.0
@@ -151,6 +157,11 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
         batches = 2 + trained * (1 + table)
         add("all-gather", ("pipeline",), "batch in and out", batches * place.resting * micro, 0.0)
     return made
+
+
+def _apart(place: Place, micro: int) -> bool:
+    """Whether gradients of so many micro-batches cross between the copies of parameters once, behind nothing."""
+    return micro > 1 and copies_apart(place.config, place.mesh, place.width)
 
 
 def _exposed(seconds: float, hidden: float, compute: float) -> float:

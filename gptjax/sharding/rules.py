@@ -17,6 +17,8 @@ from gptjax.sharding.mesh import MESH_AXES
 Rules = dict[str, tuple[str, ...]]
 Axes = tuple[str | None, ...]
 """A logical axis, or None, for each dimension of an array."""
+COPIES = ("replica", "data")
+"""Mesh axes over which parameters are whole: devices along them differ in their rows alone."""
 # What a replicated bias may cost; a forgotten matrix costs far more.
 TOLERANCE = 0.005
 
@@ -32,8 +34,8 @@ def rule_table(config: LayoutConfig) -> Rules:
     al., arXiv 2205.05198).
     """
     return {
-        "batch": ("replica", "data", "fsdp"),
-        "rows": ("replica", "data", "fsdp", "pipeline"),
+        "batch": (*COPIES, "fsdp"),
+        "rows": (*COPIES, "fsdp", "pipeline"),
         "length": ("context",),
         "residual_length": ("context", "tensor") if config.sequence_sharding else ("context",),
         "embed": ("fsdp",),
@@ -77,6 +79,11 @@ class Layout:
 
     def sharding(self, axes: Axes, what: str = "array") -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(self.rules, axes, what))
+
+    @property
+    def of_a_copy(self) -> "Layout":
+        """As the parameters' copies see it each for itself, where their parts of the batch are mapped one by one."""
+        return Layout(self.mesh, {k: tuple(a for a in axes if a not in COPIES) for k, axes in self.rules.items()})
 
     def constrain(self, x: Array, axes: Axes) -> Array:
         """Pin an activation; what the model calls as `constrain`."""

@@ -1,10 +1,10 @@
 """What all stages share: a decoder on devices, the tokenizer and the text that it learns from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from jax import Array
 
@@ -83,6 +83,9 @@ class Base(ByGradient):
     def flops_per_token(self) -> float:
         """Of a step, for each token that it learns from."""
         return sum(self.flops.values()) / self.config.step_tokens
+
+    def on(self, layout: Layout) -> Self:
+        return replace(self, layout=layout)
 
     def init(self, key: Array) -> Any:
         return self.network.init(key)

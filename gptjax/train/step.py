@@ -1,19 +1,24 @@
 """The state of training and the one jitted step that every stage shares."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.config import Config, OptimizerConfig
 from gptjax.hardware import compiler_options
 from gptjax.model.gpt import compute_dtype
-from gptjax.sharding.rules import Layout, is_boxed, leaf_name
+from gptjax.sharding.rules import COPIES, Layout, is_boxed, leaf_name
 from gptjax.train.parts import Params, join, split
 
 if TYPE_CHECKING:
@@ -51,6 +56,10 @@ class Parametrised(Protocol):
 
 class Objective(Protocol):
     """What a stage minimises: a sum over the micro-batches of a step, every term over its count in the whole step."""
+
+    def on(self, layout: Layout, /) -> Self:
+        """The same on another layout."""
+        ...
 
     def counts(self, rows: Rows, /) -> Counts:
         """Those of rows [b, ...]; those of a step are their sums over all micro-batches and processes."""
@@ -265,11 +274,14 @@ def make_step(
     platform = layout.mesh.devices.flat[0].platform
     options = compiler_options(platform, config.train.deterministic) if options is None else options
     dtype = compute_dtype(config.model, platform)
+    apart = copies_apart(config, layout.mesh.shape, dtype.itemsize)
+    mean_gradient = partial(_mean_gradient, stage, Copies(layout, shardings.params) if apart else None)
     optimizer = make_optimizer(config.optimizer, stage.rates)
 
     def update(state: TrainState, rows: Rows, lr: Array, num_micro: Array, key: Array) -> tuple[TrainState, Metrics]:
         params = state.params if _num_micro(rows) == 1 else narrow(state.params, dtype)
-        (loss, figures), grads = _mean_gradient(stage, params, join(state.frozen, state.carried), rows, num_micro, key)
+        frozen = join(state.frozen, state.carried)
+        (loss, figures), grads = mean_gradient(params, frozen, rows, num_micro, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -312,8 +324,54 @@ def narrow(params: Params, dtype: jnp.dtype) -> Params:
     return jax.tree.map(one, params, is_decayed(params))
 
 
+Gradient = Callable[[Params, Rows, Counts, Array], tuple[tuple[Array, Metrics], Params]]
+"""(trainable parameters, rows [b, ...], counts, key) -> (loss, figures), gradients."""
+
+
+def copies_apart(config: Config, mesh: Mapping[str, int], width: int) -> bool:
+    """Whether a step sums the gradients of the copies of the parameters once, in float32, and not in every micro-batch,
+    in a compute dtype of so many bytes: where less crosses the network then.
+
+    Dropout draws by a row's place in the batch, and a pipeline has a way of its own to sum over its chunks.
+    """
+    fewer = config.max_accumulation * width > np.dtype(np.float32).itemsize
+    return fewer and math.prod(mesh[axis] for axis in COPIES) > 1 and not config.model.dropout and mesh["pipeline"] == 1
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The copies of parameters that a layout has, each with its part of the rows."""
+
+    layout: Layout
+    places: Any
+    """Where each gradient belongs."""
+
+    def apart(self, gradient: Gradient) -> Gradient:
+        """What a gradient on the layout of a copy gives for the rows of each, as [copies, ...]: nothing of it crosses
+        from one to another."""
+        each = jax.vmap(gradient, in_axes=(None, 0, None, None), spmd_axis_name=COPIES)
+        rows_spec = self.layout.of_a_copy.sharding(("batch",)).spec
+
+        def run(params: Params, rows: Rows, counts: Counts, key: Array) -> tuple[tuple[Array, Metrics], Params]:
+            ways = self.layout.ways(COPIES)
+            cut = jax.tree.map(lambda leaf: self._pin(leaf.reshape(ways, -1, *leaf.shape[1:]), rows_spec), rows)
+            told, grads = each(params, cut, counts, key)
+            return told, jax.tree.map(lambda grad, place: self._pin(grad, place.spec), grads, self.places)
+
+        return run
+
+    def _pin(self, x: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(COPIES, *spec)))
+
+
 def _mean_gradient(
-    objective: Objective, params: Params, frozen: Params, rows: Rows, num_micro: Array, key: Array
+    objective: Objective,
+    copies: Copies | None,
+    params: Params,
+    frozen: Params,
+    rows: Rows,
+    num_micro: Array,
+    key: Array,
 ) -> tuple[tuple[Array, Metrics], Params]:
     """Loss and figures of the first num_micro micro-batches and the gradient for `params`, summed in float32; of
     figures that are `maxima` the largest.
@@ -321,9 +379,12 @@ def _mean_gradient(
     The counts come first: a term is divided by what it is a mean over before it meets another. Where nothing counts the
     loss is not a number, and the step is one that is left out.
     """
-    gradient = jax.value_and_grad(
-        lambda trained, *rest: objective.loss_and_figures(join(trained, frozen), *rest), has_aux=True
+    inside = objective.on(copies.layout.of_a_copy) if copies else objective
+    gradient: Gradient = jax.value_and_grad(
+        lambda trained, *rest: inside.loss_and_figures(join(trained, frozen), *rest), has_aux=True
     )
+    if copies:
+        gradient = copies.apart(gradient)
     used = jnp.arange(_num_micro(rows)) < num_micro
     counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
@@ -339,9 +400,12 @@ def _mean_gradient(
         most = {name: jnp.maximum(total[0][1][name], new[0][1][name]) for name in objective.maxima}
         return (loss, figures | most), grads
 
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape), (jax.eval_shape(one, 0)[0], params))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(one, 0))
     total: tuple[tuple[Array, Metrics], Params] = jax.lax.fori_loop(0, num_micro, with_next, empty)
-    return total
+    if copies is None:
+        return total
+    (loss, figures), grads = jax.tree.map(lambda x: jnp.sum(x, 0), total)
+    return (loss, figures | {name: jnp.max(total[0][1][name], 0) for name in objective.maxima}), grads
 
 
 def _num_micro(rows: Rows) -> int:
