@@ -32,7 +32,7 @@ from gptjax.sharding.rules import Layout, partition_spec, rule_table
 from gptjax.stages import SFT, Pretrain, stage_class
 from gptjax.stages.weights import Weights
 from gptjax.train.parts import join
-from gptjax.train.step import abstract_state, init_state, make_step, placed
+from gptjax.train.step import abstract_state, copies_apart, init_state, make_step, placed
 
 STEPS = 20
 LAYOUTS = {
@@ -94,6 +94,8 @@ def single(steady: Config) -> tuple[np.ndarray, dict]:
 COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4")
 """By fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
 QUICK = ("fsdp8", "fsdp2_tp4_sequence")
+APART = ("dp8", "replica2_fsdp2_tp2")
+"""Without dropout: the gradients of the copies of the parameters are then summed once a step."""
 
 
 def marked(name: str) -> Any:
@@ -103,7 +105,12 @@ def marked(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [marked(name) for name in LAYOUTS])
 def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np.ndarray, dict]) -> None:
-    losses, params = run(replace(steady, layout=LAYOUTS[name]), 8)
+    config = replace(steady, layout=LAYOUTS[name])
+    if name in APART:
+        steady = replace(steady, model=replace(steady.model, dropout=0.0))
+        config, single = replace(steady, layout=LAYOUTS[name]), run(steady, 1)
+        assert copies_apart(config, make_mesh(config).shape, 4)
+    losses, params = run(config, 8)
     assert single[0][-1] < single[0][0] - 0.5
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, single[1])

@@ -31,7 +31,7 @@ from gptjax.planner.check import replicated, unexpected
 from gptjax.planner.chips import Chip, Topology, topology, wiring, with_constants
 from gptjax.planner.compile import COMPILERS, Compiled, compile_all, lower, needed
 from gptjax.planner.explain import diff, explain
-from gptjax.planner.place import place
+from gptjax.planner.place import Place, place
 from gptjax.planner.plan import Plan, Row, Settings, for_compiler, plan
 from gptjax.planner.report import decoding, headline
 from gptjax.planner.search import finalists, layouts, name, named, priced, search
@@ -291,23 +291,45 @@ COVERED = [("lora", layout) for layout in ("fsdp_tensor", "replica_fsdp", "pipel
 )
 def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     """Every formula against the compiled step, axis by axis, within 5%; and what a device holds between steps."""
-    config = replace(KINDS[kind], layout=BILLED[layout])
-    if config.layout.pipeline > 1:  # this compiler gathers a stage's weights once a step, the TPU's once a micro-batch
-        config = replace(config, train=replace(config.train, micro_batch_size=32))
+    config = billed_config(KINDS[kind], layout)
     lowered, mesh = lower(config, CPU)
     compiled, here = lowered.compile(), place(config, CPU)
-    program = read(compiled.as_text(), mesh, config.max_accumulation)
     held = 4 * (here.local_trained + here.local_moments) + here.local_frozen
     batch = 4 * (2 if kind == "pretrain" else 4) * 32 // here.ways("batch") * 256
     assert compiled.memory_analysis().argument_size_in_bytes - batch == pytest.approx(held, rel=1e-3)
+    # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
+    require_sent(compiled.as_text(), mesh, here, 0.1 if config.layout.sequence_sharding else 0.05)
+
+
+def billed_config(config: Config, layout: str, remat: str = "none") -> Config:
+    config = replace(config, layout=BILLED[layout], model=replace(config.model, remat=remat))
+    if config.layout.pipeline > 1:  # this compiler gathers a stage's weights once a step, the TPU's once a micro-batch
+        config = replace(config, train=replace(config.train, micro_batch_size=32))
+    return config
+
+
+def require_sent(text: str, mesh: dict[str, int], here: Place, most: float = 0.05) -> None:
+    program = read(text, mesh, here.config.max_accumulation)
     billed = by_axes((c.axes, c.total) for c in program)
     formula = by_axes((t.axes, t.bytes) for t in traffic(here))
-    # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
-    most = 0.1 if config.layout.sequence_sharding else 0.05
     for axes in billed.keys() | formula.keys():
         if billed[axes] > 0.005 * billed.total():
             assert formula[axes] == pytest.approx(billed[axes], rel=most), axes
     assert formula.total() == pytest.approx(billed.total(), rel=0.05)
+
+
+# What recomputing sends again: weights, what a matrix reads along the length, keys and values.
+AGAIN = [("full", "fsdp"), ("dots", "fsdp_tensor_sequence"), ("full", "context")]
+REST = [(r, name) for name in BILLED for r in ("dots", "full") if (r, name) not in AGAIN] + [("none", "context")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "layout"), AGAIN + [pytest.param(*each, marks=pytest.mark.whole) for each in REST])
+def test_formulas_know_what_is_computed_again(remat: str, layout: str) -> None:
+    config = billed_config(SMALL, layout, remat)
+    lowered, mesh = lower(config, CPU)
+    most = 0.1 if config.layout.sequence_sharding else 0.05
+    require_sent(lowered.compile().as_text(), mesh, place(config, CPU), most)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora of layers"])

@@ -99,8 +99,8 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
         add("all-gather", ("fsdp",), "weights", weights + split, 0.0)
     else:
         # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
-        # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D².
-        again = (12 * unit - 9) / (12 * unit) if full else 0.0
+        # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D². A CPU's compiler keeps all of them.
+        again = (12 * unit - 9) / (12 * unit) if full and place.topology.chip.platform != "cpu" else 0.0
         add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + trained * (1 + again)), 1.0)
     fsdp = mesh["fsdp"]
     copies = ("context",) if _apart(place, micro) else (*COPIES, "context")
@@ -142,8 +142,10 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     add("all-gather", ("tensor",), "tokens looked up", ends)
     add("all-reduce", ("tensor",), "the loss's gradient", trained * ends)
     if layout.sequence_sharding:
-        # Of an adapter's gradient, once more what its matrix needs of the residual's.
-        gathers = 2 + trained * (4 if full else 2) + len({"projection", "mlp_down"} & adapted)
+        # No policy but none keeps what a matrix read, whole along the length. Of an adapter's gradient, once more what
+        # its matrix needs of the residual's.
+        again = 0 if model.remat == "none" else 2
+        gathers = 2 + trained * (2 + again) + len({"projection", "mlp_down"} & adapted)
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
         add("reduce-scatter", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
     else:
@@ -178,7 +180,7 @@ def _context_bytes(place: Place) -> float:
     if ways == 1:
         return 0.0
     pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
-    passes = 1 + trained  # forward and backward
+    passes = 1 + trained * (2 if model.remat == "full" else 1)  # forward, once more, and backward
     # Gradients go one step further: home.
     ring = pair * place.length * (passes * (ways - 1) * place.width + trained * ways * FLOAT)
     halo = passes * 2 * pair * (model.window - 1) * place.width
