@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,7 +298,8 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     batch = 4 * (2 if kind == "pretrain" else 4) * 32 // here.ways("batch") * 256
     assert compiled.memory_analysis().argument_size_in_bytes - batch == pytest.approx(held, rel=1e-3)
     # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
-    require_sent(compiled.as_text(), mesh, here, 0.1 if config.layout.sequence_sharding else 0.05)
+    program = read(compiled.as_text(), mesh, config.max_accumulation)
+    require_sent(program, here, 0.1 if config.layout.sequence_sharding else 0.05)
 
 
 def billed_config(config: Config, layout: str, remat: str = "none") -> Config:
@@ -308,12 +309,12 @@ def billed_config(config: Config, layout: str, remat: str = "none") -> Config:
     return config
 
 
-def require_sent(text: str, mesh: dict[str, int], here: Place, most: float = 0.05) -> None:
-    program = read(text, mesh, here.config.max_accumulation)
+def require_sent(program: Sequence[Collective], here: Place, most: float = 0.05, least: float = 0.005) -> None:
+    """Within `most` on every group of axes that carries a share of at least `least`."""
     billed = by_axes((c.axes, c.total) for c in program)
     formula = by_axes((t.axes, t.bytes) for t in traffic(here))
     for axes in billed.keys() | formula.keys():
-        if billed[axes] > 0.005 * billed.total():
+        if billed[axes] > least * billed.total():
             assert formula[axes] == pytest.approx(billed[axes], rel=most), axes
     assert formula.total() == pytest.approx(billed.total(), rel=0.05)
 
@@ -328,8 +329,22 @@ REST = [(r, name) for name in BILLED for r in ("dots", "full") if (r, name) not 
 def test_formulas_know_what_is_computed_again(remat: str, layout: str) -> None:
     config = billed_config(SMALL, layout, remat)
     lowered, mesh = lower(config, CPU)
-    most = 0.1 if config.layout.sequence_sharding else 0.05
-    require_sent(lowered.compile().as_text(), mesh, place(config, CPU), most)
+    program = read(lowered.compile().as_text(), mesh, config.max_accumulation)
+    require_sent(program, place(config, CPU), 0.1 if config.layout.sequence_sharding else 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_formulas_are_what_the_tpu_compiler_sends(tmp_path: Path) -> None:
+    """Every policy and kind of layout: 3.7% off at most in all, when this was written. What crosses two axes at once,
+    up to 6%, this compiler does in parts over one of them."""
+    pytest.importorskip(COMPILERS["tpu"], reason="needs the extra tpu")
+    policies = "none", "dots", "full"
+    every = {f"{name} {remat}": billed_config(SMALL, name, remat) for name in BILLED for remat in policies}
+    pod = topology("v5e-8")
+    for about, result in compile_all(every, pod, tmp_path, 1800, 1):
+        assert not result.error, about
+        require_sent(result.collectives, place(every[about], pod), least=0.1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora of layers"])
