@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
+from gptjax.train.described import misdescribed
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import LOG, read_log
 from gptjax.train.processes import every, first, is_first, together
@@ -273,9 +274,12 @@ def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)
     )
-    with reading(folder), closing(ocp.PyTreeCheckpointHandler()) as handler:
+    with reading(folder, found=meta["arrays"]), closing(ocp.PyTreeCheckpointHandler()) as handler:
         # Orbax's handler itself: the manager around it ends in a barrier, where a process that fails is waited for.
-        return handler.restore(folder / "state", args=arguments), meta
+        state = handler.restore(folder / "state", args=arguments)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+            raise KeyError("an array that Orbax did not find in its own notes")  # it leaves it out
+        return state, meta
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -325,17 +329,22 @@ def unchanged(tree: Any, saved: dict[str, list[Any]]) -> None:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Sorts what reading a checkpoint can meet: Damaged, a UserError for the file system, the rest as it is."""
+def reading(folder: Path, found: Iterable[str] = ()) -> Iterator[None]:
+    """Sorts what reading a checkpoint, or the arrays `found` in it, can meet: Damaged, a UserError for the file system,
+    the rest as it is."""
     try:
         yield
     except (Damaged, UserError):
         raise
-    except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of three kinds
+    except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of these kinds
         system = system_error(error)
         missing = system is not None and system.errno == errno.ENOENT
         if system is None or missing:
-            if not (missing or _undecodable(error)) or _out_of_memory(error):
+            if _out_of_memory(error):
+                raise
+            if not (missing or _undecodable(error)):
+                if found and (file := misdescribed(folder / "state", found)):
+                    raise Damaged(f"{file} is not what was saved") from error
                 raise
             system = unreadable(folder)
         if system is None:
