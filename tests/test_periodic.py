@@ -248,6 +248,7 @@ def test_report_shows_every_start_and_every_evaluation(crashed: tuple[Config, Pa
     assert "not finite nats, 2.5000 perplexity" in page
     assert "<th>training loss</th><td>not finite</td>" in page
     assert "1,234 s in 2 starts" in page
+    assert "<th>time, over all starts</th>" in page and "lost 1 steps, " in page
     assert "\N{SNOWMAN}" in page
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 

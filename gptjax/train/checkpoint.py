@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -50,6 +51,8 @@ class Position:
     tokens: int = 0
     data: tuple[int, ...] | None = None
     """One integer per data lane (see data.stream); None is the start."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(step to which the run went back, step up to which the rows were passed over then), for each time that it did."""
 
 
 @dataclass(frozen=True)
@@ -127,27 +130,49 @@ class Checkpoints:
                 f"checkpoint in {self._folder}: cannot write ({system.strerror}); {last}; {remedy} and resume"
             ) from error
 
-    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position] | None:
-        """The newest intact checkpoint, laid out as the shardings of `abstract` say; None before the first save.
+    def restore(
+        self, abstract: Any, warn: Callable[[str], None], most: float = math.inf
+    ) -> tuple[Any, Position] | None:
+        """The newest intact checkpoint, of step `most` at most, laid out as the shardings of `abstract` say; None
+        before the first save.
 
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
         """
-        saved = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
+        every = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
+        saved = [step for step in every if step <= most]
         for step in saved:
             try:
                 return self._restore(step, abstract)
             except Damaged as error:
                 warn(f"checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
                 self._set_aside(step)
-        if saved or list(self._folder.glob("*.damaged*")):
+        if saved or (not every and list(self._folder.glob("*.damaged*"))):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
         return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, Position]:
         state, meta = intact(self._folder / str(step), abstract)
-        data = meta["position"].pop("data")
-        return state, Position(**meta["position"], data=None if data is None else tuple(data))
+        return state, position_of(meta)
+
+    def forget(self, step: int) -> None:
+        """Remove the checkpoints after a step, to which the run goes back, and what is known of them.
+
+        The newest first: a run that is killed meanwhile goes on from one that led here, and comes here again.
+        """
+        self.wait()
+
+        def remove() -> None:
+            for later in saved_steps(self._folder) if is_first() else ():
+                if later > step:
+                    half = self._folder / HALF.replace("*", str(later), 1).strip("*")
+                    (self._folder / str(later)).rename(half)  # what is left of it goes at the next start
+                    shutil.rmtree(half, ignore_errors=True)
+
+        together(remove)
+        self._manager.reload()
+        for later in [each for each in self._losses if each > step]:
+            del self._losses[later]
 
     def _set_aside(self, step: int) -> None:
         folder = self._folder / str(step)
@@ -168,6 +193,13 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def position_of(meta: dict[str, Any]) -> Position:
+    """That of what was saved beside the arrays."""
+    told = meta["position"]
+    passed = tuple((there, end) for there, end in told.get("passed", ()))
+    return Position(told["step"], told["tokens"], None if told["data"] is None else tuple(told["data"]), passed)
 
 
 def evaluated(run: Path) -> dict[int, float]:
@@ -278,7 +310,7 @@ def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -
         # Orbax's handler itself: the manager around it ends in a barrier, where a process that fails is waited for.
         state = handler.restore(folder / "state", args=arguments)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
-            raise KeyError("an array that Orbax did not find in its own notes")  # it leaves it out
+            raise KeyError("an array that is not in Orbax's own notes, and was left out")
         return state, meta
 
 

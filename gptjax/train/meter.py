@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +28,14 @@ Read = tuple[float, dict[str, float]]
 BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
 
 
+class GoneBad(UserError):
+    """A run that has to go back, or else to end: `position` is after the last of `streak` bad steps in a row."""
+
+    def __init__(self, text: str, position: Position, streak: int):
+        super().__init__(text)
+        self.position, self.streak = position, streak
+
+
 class Queued(NamedTuple):
     """A step that is on the devices, or was when it was queued."""
 
@@ -47,12 +55,14 @@ class Clock:
         self._paused = 0.0
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        before = time.perf_counter()
+    def pause(self) -> Iterator[Callable[[], float]]:
+        """Gives how long it has been, once it is over."""
+        before, length = time.perf_counter(), 0.0
         try:
-            yield
+            yield lambda: length
         finally:
-            self._paused += time.perf_counter() - before
+            length = time.perf_counter() - before
+            self._paused += length
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start - self._paused
@@ -93,7 +103,7 @@ class Meter:
             self._waited += time.perf_counter() - before
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
-        """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
+        """The metrics of the step that led to `position`. Raises GoneBad where an earlier one ends the run."""
         self._queue.append(Queued(position, lr, self._waited, metrics, self._reader.submit(self._fetch, metrics)))
         if len(self._queue) > BEHIND:
             self._read()
@@ -103,7 +113,7 @@ class Meter:
         self._due.add(now.position.step)
 
     def flush(self) -> None:
-        """Read all that is queued, as before a pause. Raises UserError as `add` does."""
+        """Read all that is queued, as before a pause. Raises GoneBad as `add` does."""
         while self._queue:
             self._read()
 
@@ -116,9 +126,13 @@ class Meter:
             self._due.discard(step.position.step)
             self._emit(step.position, step.lr, step.waited, seconds)
         if reason:
-            raise UserError(
-                f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
-                f"if it has any: gptjax train CONFIG --init_from {self._run}"
+            count = len(step.position.passed)
+            tried = f", after going back {count} time(s) (train.rollbacks)" if count else ""
+            raise GoneBad(
+                f"{reason}{tried}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of "
+                f"this one if it has any: gptjax train CONFIG --init_from {self._run}",
+                step.position,
+                int(values["bad_streak"]),
             )
 
     def _fetch(self, metrics: Metrics) -> Read:
