@@ -29,6 +29,7 @@ from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.feed import Feed, Telling
 from gptjax.train.meter import Clock, GoneBad, Meter, require_finite
 from gptjax.train.metrics import LOG, Reporter
+from gptjax.train.parting import parting
 from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.processes import is_first, warn
@@ -118,7 +119,7 @@ def fit(
     Raises UserError for anything the user can mend, and where the run has gone bad once more than it may go back.
     """
     pulse = Pulse(os.environ)
-    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
+    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints, parting():
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
