@@ -283,7 +283,8 @@ class TrainConfig:
     """Times that optimizer.max_bad_steps bad steps in a row take a run back to its last checkpoint before them, to pass
     over the rows that led there; the next time they end it. 0 is off."""
     profile_steps: Annotated[tuple[Count, ...], AfterValidator(_window), FREE] = ()
-    """First and last step of a profiler trace, such as 10,13; empty is off."""
+    """First and last step of a profiler trace, such as 10,13; empty is off. A file profile.request in the run folder,
+    with a number of steps, has so many traced after the next log record."""
     deterministic: Annotated[bool, ROUNDING] = False
     """On a GPU only kernels that always give the same bits, so that a resumed run is bit-identical there, too."""
     tensorboard: Annotated[bool, FREE] = True

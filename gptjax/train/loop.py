@@ -212,7 +212,7 @@ def _loop(
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position, stage.flops_per_token)
-    trace = Trace(train.profile_steps, position.step, run / "profile")
+    trace = Trace(train.profile_steps, position.step, run, every(train.log_interval))
     todo = _todo(config, stage, meter, trace, save, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
@@ -299,7 +299,7 @@ def _todo(
         todo.append(
             Action("sample", every(train.sample_interval), lambda now: {"text": stage.sample(now.state.params)})
         )
-    return [*todo, *more, trace.begin]
+    return [*todo, *more, trace.ask, trace.begin]
 
 
 def _compile(config: Config, stage: Stage, shardings: Any, layout: Layout, state: Any) -> Any:
