@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from test_checkpoint import abstract, flip, largest
 from gptjax import cli
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
-from gptjax.train.checkpoint import FOLDER, Checkpoints, Damaged, Position, intact
+from gptjax.terminal import size_words
+from gptjax.train.checkpoint import FOLDER, Checkpoints, Damaged, Position, intact, sizes
 from gptjax.train.described import misdescribed
-from gptjax.train.examine import size_words
 from gptjax.train.fingerprint import fingerprint, fingerprint_of_parts
 
 State = dict[str, dict[str, jax.Array]]
@@ -140,6 +141,24 @@ def test_inspect_shows_every_array_and_the_position(run: Path, capsys: pytest.Ca
     (run / FOLDER / "40" / "meta" / "metadata").write_text("{")
     with pytest.raises(UserError, match=r"damaged .*; gptjax checkpoint verify"):
         said(capsys, "inspect", str(run))
+
+
+def test_what_a_save_will_take_is_said_before_it(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tree of 8 devices each part once: one process holds them all. Where it may not fit it is tried all the same,
+    for it may be smaller on the disk."""
+    size = 4 * (64 * 32 + 8 * 6 + 3 * 5 + 1) + 2 * 12
+    assert sizes(made(1)) == sizes(abstract(made(1))) == (size, size)
+    checkpoints = Checkpoints(tmp_path, tiny)
+    for step, free in ((1, size - 1), (2, size)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert checkpoints.save(made(step), Position(step))
+        said = capsys.readouterr().err
+        assert (f"warning: checkpoint {tmp_path / FOLDER / '1'}: may need 8.5 kB, and 8.5 kB are free" in said) == (
+            step == 1
+        )
+    checkpoints.close()
 
 
 def test_a_run_without_checkpoints_is_one_line(tiny: Config, tmp_path: Path) -> None:

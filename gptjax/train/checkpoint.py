@@ -25,10 +25,11 @@ import orbax.checkpoint as ocp
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
+from gptjax.terminal import size_words
 from gptjax.train.described import misdescribed
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import LOG, read_log
-from gptjax.train.processes import every, first, is_first, together
+from gptjax.train.processes import every, first, is_first, together, warn
 
 X = TypeVar("X")
 
@@ -98,6 +99,10 @@ class Checkpoints:
         """
         if position.step in self._manager.all_steps():
             return False
+        size, free = sizes(state)[0], shutil.disk_usage(self._folder).free
+        if size > free:
+            at = self._folder / str(position.step)
+            warn(f"checkpoint {at}: may need {size_words(size)}, and {size_words(free)} are free")
         prints = fingerprint(state)
         meta = {
             "format": FORMAT,
@@ -327,6 +332,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.pop("digest", None) != digest(meta):
         raise Damaged("its meta is not what was saved")
     return meta
+
+
+def sizes(tree: Any) -> tuple[int, int]:
+    """Bytes of the arrays of a tree, or of what stands for them; and of those parts of which this process holds a copy,
+    which is what a save takes of its memory."""
+    leaves = jax.tree.leaves(tree)
+    held = 0
+    for leaf in leaves:
+        places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        parts = len({str(place) for place in places})
+        held += parts * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), held
 
 
 def digest(meta: dict[str, Any]) -> str:

@@ -14,13 +14,13 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.terminal import size_words
 from gptjax.train.checkpoint import FOLDER, Damaged, evaluated, lowest, read_meta, reading, saved_steps
 from gptjax.train.described import misdescribed, tree
 from gptjax.train.fingerprint import fingerprint_of_parts
 from gptjax.train.metrics import LOG, read_log
 from gptjax.train.run import open_run
 
-SIZES = ("B", "kB", "MB", "GB", "TB")
 AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -199,12 +199,6 @@ def num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def size_words(size: float) -> str:
-    """1.2 GB"""
-    power = min(int(math.log(max(size, 1), 1000)), len(SIZES) - 1)
-    return f"{size / 1000**power:.{1 if power else 0}f} {SIZES[power]}"
 
 
 def _age(folder: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -24,8 +25,9 @@ from gptjax.model.accounting import adapter_params, num_params, scalar_params
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
+from gptjax.terminal import size_words
 from gptjax.train import goodput
-from gptjax.train.checkpoint import Checkpoints, Position
+from gptjax.train.checkpoint import Checkpoints, Position, sizes
 from gptjax.train.feed import Feed, Telling
 from gptjax.train.meter import Clock, GoneBad, Meter, require_finite
 from gptjax.train.metrics import LOG, Reporter
@@ -133,13 +135,14 @@ def fit(
         show = config.train.total_tokens, config.train.tensorboard, is_first()
         rest = run, stop, pulse, more
         with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
-            _announce(config, stage, layout, reporter, position, facts)
+            _announce(config, stage, layout, reporter, position, facts | {"saves": _saves(places.kept, run)})
             ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         while isinstance(ended, GoneBad):
             del state
             began = time.perf_counter()
-            kept, position = _gone_back(config, checkpoints, places.kept, ended)
-            state = _whole_state(kept, places, load)
+            with pulse.doing("rollback"):
+                kept, position = _gone_back(config, checkpoints, places.kept, ended)
+                state = _whole_state(kept, places, load)
             with closing(Reporter(run / LOG, *show, position.step)) as reporter:
                 _tell(reporter, position, ended, time.perf_counter() - began)
                 ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
@@ -166,6 +169,13 @@ def _gone_back(config: Config, checkpoints: Checkpoints, places: Any, bad: GoneB
     kept, there = found
     checkpoints.forget(there.step)
     return kept, replace(there, data=_whole(bad.position).data, passed=(*passed, (there.step, bad.position.step)))
+
+
+def _saves(places: Any, run: Path) -> str:
+    """What a checkpoint takes, in words."""
+    size, held = sizes(places)
+    free = shutil.disk_usage(run).free
+    return f"{size_words(size)} each, up to {size_words(held)} of host memory meanwhile; {size_words(free)} free there"
 
 
 def _tell(reporter: Reporter, position: Position, bad: GoneBad, took: float) -> None:
