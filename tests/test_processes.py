@@ -159,7 +159,8 @@ def test_both_go_back_and_when_one_falls_both_end_soon(file: str, tmp_path: Path
     """To the same checkpoint, and on with the rows that come then; at the end each has status 1 and the reason."""
     run, port, pipe = tmp_path / "run", free_port(), subprocess.PIPE
     words = [sys.executable, "-c", GOES_BACK, "train", file, "--run", str(run), "--distributed"]
-    words += ["--train.total_tokens", "1e6", "--train.save_interval", "2", "--optimizer.max_bad_steps", "2"]
+    words += ["--train.log_interval", "1", "--train.save_interval", "2"]
+    words += ["--train.total_tokens", "1e6", "--optimizer.max_bad_steps", "2"]
     where = [environment(2, **place(index, port)) for index in range(2)]
     started = [subprocess.Popen(words, env=each, stdout=pipe, stderr=pipe, text=True) for each in where]
     ends = [process.communicate(timeout=400) for process in started]

@@ -51,9 +51,8 @@ def test_a_streak_goes_back_and_its_rows_are_passed_over(config: Config, tmp_pat
     assert told["reason"].startswith("step 10: 3 bad steps in a row, optimizer.max_bad_steps = 3")
     assert records(tmp_path / "run", "train")[-1]["skipped"] == 0
     (start,) = records(tmp_path / "run", "start")
-    assert start["saves"].startswith(
-        "72 B each, up to 72 B of host memory meanwhile; "
-    )  # four numbers thrice, six of one
+    size = 4 * (3 * 4 + 6)  # four numbers with Adam's two of each, and six counters and statistics
+    assert start["saves"].startswith(f"{size} B each, up to {size} B of host memory meanwhile; ")
     assert read_meta((tmp_path / "run" / FOLDER / "9").absolute())["position"]["data"] == [13]  # saved anew
 
 

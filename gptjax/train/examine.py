@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def listing(run: str) -> str:
             kept = ", ".join(_reasons(config, steps, losses, step)) or "not yet removed"
         except Damaged as error:
             tokens, kept = "-", f"damaged: {error}"
-        rows.append((f"{step:,}", tokens, loss, size_words(_size(folder)), _age(folder), kept))
+        with suppress(FileNotFoundError):  # a run that is under way has just removed it
+            rows.append((f"{step:,}", tokens, loss, size_words(_size(folder)), _age(folder), kept))
     aside = sorted((path / FOLDER).glob("*.damaged*"))
     rows += [(folder.name, "-", "-", size_words(_size(folder)), _age(folder), "set aside") for folder in aside]
     return _columns(rows)
@@ -88,7 +90,10 @@ def verify(run: str, step: int | None = None) -> Iterator[Verdict]:
     """Every array of every checkpoint, or of one, read and compared with its fingerprint. Raises UserError for what
     keeps this process from reading, which is no damage."""
     path, _, steps = _opened(run, step)
-    return (_verdict(_folder(path, each), each) for each in steps)
+    for folder in (_folder(path, each) for each in steps):
+        verdict = _verdict(folder, int(folder.name))
+        if not verdict.wrong or folder.is_dir():  # else a run that is under way has just removed it
+            yield verdict
 
 
 def _verdict(folder: Path, step: int) -> Verdict:

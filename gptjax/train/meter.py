@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.train.checkpoint import Position
-from gptjax.train.metrics import Reporter
+from gptjax.train.metrics import SHOWN_WAIT, Reporter
 from gptjax.train.periodic import Moment
 from gptjax.train.schedule import total_steps
 from gptjax.train.step import Metrics
@@ -145,7 +146,7 @@ class Meter:
         more = {name: fmean(m[name] for m in self._window) for name in self._window[-1] if name not in OWN}
         last, self._window = self._window[-1], []
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
-        data_wait = (waited - self._told) / (seconds - self._seconds)
+        data_wait, waiting = _longest((waited - self._told) / (seconds - self._seconds))
         self._tokens, self._seconds, self._told = position.tokens, seconds, waited
         self._reporter.train(
             position.step,
@@ -159,8 +160,18 @@ class Meter:
             data_wait=data_wait,
             mfu=self._flops * rate / self._peak if self._peak else None,
             skipped=int(last["skipped"]),
+            **({"waiting": waiting} if waiting else {}),
             **more,
         )
+
+
+def _longest(share: float) -> tuple[float, str]:
+    """The share of its time in which the process that waits most for data does so, and, of several, which it is: the
+    others wait for it in their sums, and do not know."""
+    if jax.process_count() == 1:
+        return share, ""
+    every = np.asarray(multihost_utils.process_allgather(np.float32(share)))
+    return float(every.max()), f"process {every.argmax()}" if every.max() >= SHOWN_WAIT else ""
 
 
 def gone_bad(config: Config, metrics: dict[str, float], step: int, total_steps: int) -> str | None:

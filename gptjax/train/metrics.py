@@ -19,6 +19,7 @@ Record = dict[str, Any]
 over all starts; `took`, the seconds of what is no training; `cost`, seconds that went before a start or a rollback."""
 BEGINS = ("start", "rollback")
 """Kinds of records that stay when a run goes back to before them."""
+SHOWN_WAIT = 0.01  # share of the time, from which it is told that data are waited for
 TOLD = ("score", "gold", "kl", "length")  # where a stage has them, beside its loss, which says little there
 
 
@@ -71,7 +72,9 @@ class Reporter:
         told = "".join(f"  {name} {values[name]:.2f}" for name in TOLD if name in values)
         text = f"step {step}  loss {values['loss']:.4f}{told}  {values['tokens_per_s']:,.0f} tok/s"
         text += f"  mfu {values['mfu']:.1%}" if values.get("mfu") else ""
-        text += f"  waits for data {values['data_wait']:.0%}" if values.get("data_wait", 0) >= 0.01 else ""
+        if values.get("data_wait", 0) >= SHOWN_WAIT:
+            who = f"{values['waiting']} " if "waiting" in values else ""
+            text += f"  {who}waits for data {values['data_wait']:.0%}"
         text += f"  skipped {values['skipped']}" if values.get("skipped") else ""
         if self._progress is not None:
             self._progress.update(self._bar, description=text, completed=tokens)
