@@ -49,7 +49,7 @@ def written(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(tiny, train=replace(tiny.train, keep_last=2, keep_every=10, keep_best=True))
     checkpoints = Checkpoints(run, config)
     for step in (10, 20, 30, 40):
-        assert checkpoints.save(made(step), Position(step, 1000 * step, (step, 1)))
+        assert checkpoints.save(made(step), Position(step, 1000 * step, (step, 1), ((31, 36),) if step == 40 else ()))
     checkpoints.close()
     (run / "config.json").write_text(to_json(config))
     log = [{"kind": "eval", "step": 20, "loss": 2.25}, {"kind": "eval", "step": 30, "loss": 3.5}]
@@ -138,6 +138,8 @@ def test_inspect_shows_every_array_and_the_position(run: Path, capsys: pytest.Ca
     rows = [line.split() for line in lines[lines.index("") + 2 :]]
     assert [row[0] for row in rows] == ["params/half", "params/v", "params/w", "rest/count", "rest/scale"]
     assert rows[2] == ["params/w", "float32", "[64,", "32]", "8.2", "kB"]
+    assert "  gone back  to step 31, over the rows up to step 36" in said(capsys, "inspect", str(run))[1]
+    assert "gone back" not in text
     (run / FOLDER / "40" / "meta" / "metadata").write_text("{")
     with pytest.raises(UserError, match=r"damaged .*; gptjax checkpoint verify"):
         said(capsys, "inspect", str(run))

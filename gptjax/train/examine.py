@@ -16,7 +16,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.terminal import size_words
-from gptjax.train.checkpoint import FOLDER, Damaged, evaluated, lowest, read_meta, reading, saved_steps
+from gptjax.train.checkpoint import FOLDER, Damaged, evaluated, lowest, position_of, read_meta, reading, saved_steps
 from gptjax.train.described import misdescribed, tree
 from gptjax.train.fingerprint import fingerprint_of_parts
 from gptjax.train.metrics import LOG, read_log
@@ -153,15 +153,16 @@ def inspect(run: str, step: int | None = None) -> str:
         meta = read_meta(folder)
     except Damaged as error:
         raise UserError(f"{folder}: damaged ({error}); gptjax checkpoint verify {run}") from None
-    position, config = meta["position"], json.loads(meta["config"])
-    lanes = position["data"] or []
+    position, config = position_of(meta), json.loads(meta["config"])
+    lanes = position.data or ()
     rows = [("array", "dtype", "shape", "size")]
     for name, (shape, dtype, _) in sorted(meta["arrays"].items()):
         rows.append((name, dtype, str(shape), size_words(num_bytes(shape, dtype))))
     total = sum(num_bytes(shape, dtype) for shape, dtype, _ in meta["arrays"].values())
     numbers = sum(math.prod(shape) for name, (shape, *_) in meta["arrays"].items() if name.startswith("params/"))
     lines = [
-        f"{folder}: step {position['step']:,}, {position['tokens']:,} tokens",
+        f"{folder}: step {position.step:,}, {position.tokens:,} tokens",
+        *(f"  gone back  to step {there:,}, over the rows up to step {end:,}" for there, end in position.passed),
         f"  data       {len(lanes)} lanes at {', '.join(map(str, lanes[:8]))}{', ...' if len(lanes) > 8 else ''}",
         f"  arrays     {len(meta['arrays'])} of {size_words(total)}, {numbers:,} trained parameters",
         f"  on disk    {size_words(_size(folder))}",
