@@ -126,12 +126,13 @@ def test_parts_of_a_log() -> None:
         {"kind": "save", "step": 5, "seconds": 50.5, "took": 1.0},
         {"kind": "eval", "step": 5, "seconds": 50.5, "took": 2.0},
         {"kind": "start", "step": 5, "cost": {"start": 5.0, "down": 10.0, "lost": 7.0, "lost_steps": 3}},
+        {"kind": "train", "step": 8, "seconds": 60.0, "data_wait": 1.2},
         {"kind": "train", "step": 9, "seconds": 80.0, "data_wait": None},
         {"kind": "end", "step": 9, "took": 1.0},
     ]
     parts = goodput.seconds_by_part(log)
-    want = {"steps": 70, "data": 10, "compile": 6, "save": 2, "evaluate": 2, "start": 9, "down": 10, "lost": 7}
+    want = {"steps": 60, "data": 20, "compile": 6, "save": 2, "evaluate": 2, "start": 9, "down": 10, "lost": 7}
     assert parts == pytest.approx(want)
-    assert goodput.in_words(log).startswith("1m 56s: steps 60.3%, waiting for data 8.6%, compiling 5.2%")
+    assert goodput.in_words(log).startswith("1m 56s: steps 51.7%, waiting for data 17.2%, compiling 5.2%")
     assert goodput.cost_in_words(log[5]) == "down 0m 10s, starting 0m 05s, lost 3 steps, 0m 07s"
     assert goodput.in_words([{"kind": "start", "step": 0}]) == "none"

@@ -174,7 +174,8 @@ def inspect(run: str, step: int | None = None) -> str:
 
 
 def _facts(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in ("", None))
+    shown = {name: value if str(value).isprintable() else repr(value) for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value not in ("", None))
 
 
 # What they share

@@ -62,7 +62,7 @@ def seconds_by_part(records: Iterable[Record]) -> dict[str, float]:
         if record["kind"] == "train":
             window = max(0.0, record["seconds"] - trained)
             trained += window
-            waited = window * (record.get("data_wait") or 0.0)
+            waited = window * min(record.get("data_wait") or 0.0, 1.0)  # of a window of one short step it can be more
             parts["data"] += waited
             parts["steps"] += window - waited
         parts[PART_OF.get(record["kind"], "evaluate")] += record.get("took", 0.0)
