@@ -19,12 +19,3 @@ def born(pid: int) -> str:
     except OSError:
         pass
     return "alive"
-
-
-def age() -> float:
-    """Seconds since this process started; 0 where the system does not tell."""
-    try:
-        since_boot = float(Path("/proc/uptime").read_text().split()[0])
-        return max(0.0, since_boot - int(born(os.getpid())) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError):
-        return 0.0

@@ -134,12 +134,8 @@ def test_inspect_shows_every_array_and_the_position(run: Path, capsys: pytest.Ca
     text = "\n".join(lines)
     assert status == 0
     assert f"{FOLDER}/30: step 30, 30,000 tokens" in text and "2 lanes at 30, 1" in text
-    assert (
-        "2,108 trained parameters" in text
-        and "num_layers 4" in text
-        and "name tiny" in text
-        and r"sample_prompt '\n'" in text
-    )
+    for words in ("2,108 trained parameters", "num_layers 4", "name tiny", r"sample_prompt '\n'"):
+        assert words in text
     rows = [line.split() for line in lines[lines.index("") + 2 :]]
     assert [row[0] for row in rows] == ["params/half", "params/v", "params/w", "rest/count", "rest/scale"]
     assert rows[2] == ["params/w", "float32", "[64,", "32]", "8.2", "kB"]

@@ -68,6 +68,7 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     `named` starts a new run in exactly the config's folder, `overwrite` there in the place of another. Several
     processes have joined each other before.
     """
+    began = time.monotonic()
     prepare(config)
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
@@ -79,7 +80,7 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named, overwrite) as run:
         known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
         load = partial(_first_params, stage, weights, run) if config.init_from else None
-        number = fit(stage.config, stage, layout, run, resumed is not None, known, load)
+        number = fit(stage.config, stage, layout, run, resumed is not None, known, load, began=began)
         if is_first():
             print(
                 f"\n{'stopped' if number else 'done'}: run folder {run}\n"

@@ -1,9 +1,9 @@
 """Where the time of a run went, over all of its starts, from its log alone."""
 
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from gptjax.liveness import age
 from gptjax.train.metrics import Record, Reporter, duration
 
 PARTS = {
@@ -16,16 +16,16 @@ PARTS = {
     "down": "down",
     "lost": "lost",
 }
-"""Each part and what it is called: `evaluate` is all else that is done between steps; `start` is from the process to
-the first compilation, and going back; `down` is between the last word of a start and the next process; `lost` is what
-was done after the checkpoint from which the run went on."""
+"""Each part and what it is called: `evaluate` is all else that is done between steps; `start` is all before
+the first compilation, and going back; `down` is between the last word of a start and the next; `lost` is what was done
+after the checkpoint from which the run went on."""
 PART_OF = {"compile": "compile", "save": "save", "end": "save"}
 """Of what a kind of record took; of the others it is `evaluate`."""
 
 
-def of_start(reporter: Reporter) -> dict[str, float]:
-    """The cost of the record of a start."""
-    before, seconds = [*reporter.earlier, *reporter.undone], age()
+def of_start(reporter: Reporter, began: float) -> dict[str, float]:
+    """The cost of the record of a start; began: of `time.monotonic`."""
+    before, seconds = [*reporter.earlier, *reporter.undone], time.monotonic() - began
     last = max((datetime.fromisoformat(r["time"]) for r in before if "time" in r), default=None)
     down = (datetime.now(UTC) - last).total_seconds() - seconds if last else 0.0
     return {"start": seconds, "down": max(0.0, down)} | _lost(reporter)

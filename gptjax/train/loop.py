@@ -112,15 +112,16 @@ def fit(
     facts: dict[str, Any],
     load: Callable[[Params], Params] | None = None,
     more: Sequence[Action] = (),
+    began: float | None = None,
 ) -> int:
     """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
 
     `load` gives parameters, laid out as the shapes it gets say: all of them where there is no checkpoint to resume,
     else those that are frozen; without `load` they are random. `more` is what a stage does between steps beside saving,
-    evaluating and sampling.
+    evaluating and sampling. `began`, of `time.monotonic`, is when this start began, where that was before.
     Raises UserError for anything the user can mend, and where the run has gone bad once more than it may go back.
     """
-    pulse = Pulse(os.environ)
+    pulse, began = Pulse(os.environ), began or time.monotonic()
     with signals() as stop, closing(Checkpoints(run, config)) as checkpoints, parting():
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
@@ -135,16 +136,17 @@ def fit(
         show = config.train.total_tokens, config.train.tensorboard, is_first()
         rest = run, stop, pulse, more
         with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
-            _announce(config, stage, layout, reporter, position, facts | {"saves": _saves(places.kept, run)})
+            known = facts | {"saves": _saves(places.kept, run)}
+            _announce(config, stage, layout, reporter, position, known, goodput.of_start(reporter, began))
             ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         while isinstance(ended, GoneBad):
             del state
-            began = time.perf_counter()
+            fell = time.perf_counter()
             with pulse.doing("rollback"):
                 kept, position = _gone_back(config, checkpoints, places.kept, ended)
                 state = _whole_state(kept, places, load)
             with closing(Reporter(run / LOG, *show, position.step)) as reporter:
-                _tell(reporter, position, ended, time.perf_counter() - began)
+                _tell(reporter, position, ended, time.perf_counter() - fell)
                 ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         return ended
 
@@ -419,7 +421,13 @@ def plain_facts(
 
 
 def _announce(
-    config: Config, stage: Stage, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]
+    config: Config,
+    stage: Stage,
+    layout: Layout,
+    reporter: Reporter,
+    position: Position,
+    facts: dict[str, Any],
+    cost: dict[str, float],
 ) -> None:
     """The plain facts before the first step."""
     devices = jax.devices()
@@ -431,6 +439,6 @@ def _announce(
         "command": shlex.join(["gptjax", *sys.argv[1:]]),
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
     }
-    reporter.record("start", position.step, **started, **lines, **facts, cost=goodput.of_start(reporter))
+    reporter.record("start", position.step, **started, **lines, **facts, cost=cost)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")
