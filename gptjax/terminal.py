@@ -1,10 +1,12 @@
 """What standard output can show, and how long work shows how far it is."""
 
 import io
+import math
 import sys
 import time
 from typing import Any
 
+SIZES = ("B", "kB", "MB", "GB", "TB")
 SHOW_AFTER = 1.0  # seconds
 SAY_EVERY = 30.0  # seconds
 
@@ -14,6 +16,12 @@ def show_anything() -> None:
     nothing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def size_words(size: float) -> str:
+    """1.2 GB"""
+    power = min(int(math.log(max(size, 1), 1000)), len(SIZES) - 1)
+    return f"{size / 1000**power:.{1 if power else 0}f} {SIZES[power]}"
 
 
 class Progress:

@@ -196,7 +196,7 @@ def test_spikes_count_as_bad_steps(tiny: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [6, 7])
 def test_values_that_are_let_in_end_the_run_before_a_save(step: int, tiny: Config, tmp_path: Path) -> None:
     """With skip_nonfinite off, also where the bad step is the one that would be saved."""
-    config = toy_config(tiny, 12, save_interval=3)
+    config = toy_config(tiny, 12, save_interval=3, rollbacks=0)
     config = replace(config, optimizer=replace(config.optimizer, skip_nonfinite=False))
     with pytest.raises(UserError, match=f"step {step}: .*optimizer.skip_nonfinite = False"):
         fit(config, Toy({step: NAN_GRADIENT}), tmp_path)
@@ -241,7 +241,7 @@ def test_output_that_is_ascii_ends_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdout", stream)
     reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
     reporter.say("O(T\N{MIDDLE DOT}W)")
-    reporter.done("sample", 1, 1, 1.0, {"text": "\N{SNOWMAN} and \ud800"})
+    reporter.done("sample", 1, 1, 1.0, 0.5, {"text": "\N{SNOWMAN} and \ud800"})
     reporter.close()
     assert stream.buffer.getvalue().decode("ascii").splitlines() == ["O(T?W)", "step 1  sample", "? and ?"]
     assert json.loads((tmp_path / "log.jsonl").read_text())["text"] == "\N{SNOWMAN} and \ud800"

@@ -6,13 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from toy import toy_config
 
 from gptjax.config import Config
 from gptjax.train.checkpoint import Position
-from gptjax.train.meter import Clock, Meter
+from gptjax.train.meter import Clock, Meter, _longest
 from gptjax.train.metrics import Reporter
 
 STEP = 0.2
@@ -71,3 +72,14 @@ def test_waiting_for_a_batch_counts_for_its_own_step(tmp_path: Path, tiny: Confi
     reporter.close()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["data_wait"] for row in rows] == pytest.approx([0.9, 1, 1], abs=0.08)
+
+
+@pytest.mark.parametrize(("shares", "want"), [([0.1, 0.7, 0.2], (0.7, "process 1")), ([0.0, 0.004], (0.004, ""))])
+def test_the_process_that_waits_for_data_is_named(
+    shares: list[float], want: tuple[float, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it in their sums, and have waited for no data."""
+    assert _longest(0.25) == (0.25, "")
+    monkeypatch.setattr(jax, "process_count", lambda: len(shares))
+    monkeypatch.setattr("gptjax.train.meter.multihost_utils.process_allgather", lambda mine: np.array(shares))
+    assert _longest(shares[0]) == want

@@ -185,6 +185,33 @@ def test_the_trace_is_of_its_steps(
     assert traces == want
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("2", [[2, 3], [5, 6]]),
+        ("", [[2, 3], [5, 6, 7, 8, 9]]),
+        ("99", [[2, 3], [5, 6, 7, 8, 9, 10, 11]]),
+        ("0", [[2, 3]]),
+    ],
+)
+def test_a_file_asks_for_a_trace_once(
+    text: str, want: list, traces: list, running: list, tiny: Config, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """From the step after the one in whose record it is seen, beside the trace that the config has; not while one is
+    being taken."""
+
+    def ask(now: Moment) -> None:
+        if now.position.step == 3:
+            (tmp_path / "profile.request").write_text(text)
+
+    config = toy_config(tiny, 12, profile_steps=(2, 3), log_interval=2)
+    assert fit(config, Toy(), tmp_path, more=[Action("ask", every(1), ask)]) == 0
+    assert traces == want and not running
+    assert not (tmp_path / "profile.request").exists()
+    assert ("profile.request: 0: must be a number of steps" in capsys.readouterr().err) == (text == "0")
+
+
 def test_a_window_past_the_end_is_written(tiny: Config, tmp_path: Path) -> None:
     assert fit(toy_config(tiny, 3, profile_steps=(1, 9)), Toy(), tmp_path) == 0
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -248,6 +275,7 @@ def test_report_shows_every_start_and_every_evaluation(crashed: tuple[Config, Pa
     assert "not finite nats, 2.5000 perplexity" in page
     assert "<th>training loss</th><td>not finite</td>" in page
     assert "1,234 s in 2 starts" in page
+    assert "<th>time, over all starts</th>" in page and "lost 1 steps, " in page
     assert "\N{SNOWMAN}" in page
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 

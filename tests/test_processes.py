@@ -3,6 +3,8 @@
 import socket
 import subprocess
 import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,12 @@ import pytest
 from devices import environment
 
 from gptjax.config import Config, to_json
-from gptjax.train.checkpoint import FOLDER
+from gptjax.config.load import load_config
+from gptjax.data.sources import build
+from gptjax.data.tokenizers import load_tokenizer
+from gptjax.stages.pretrain import Pretrain
+from gptjax.train.checkpoint import FOLDER, Position, position_of, read_meta
+from gptjax.train.metrics import read_log
 
 
 def free_port() -> int:
@@ -19,11 +26,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def place(index: int, port: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+
+
 def start(words: list[str], index: int, port: int, before: list[str]) -> "subprocess.Popen[str]":
-    where = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
     command = [*before, sys.executable, "-m", "gptjax", "train", *words, "--distributed"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(2, **where), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=environment(2, **place(index, port)), stdout=pipe, stderr=pipe, text=True)
 
 
 def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str, str]]:
@@ -115,3 +125,58 @@ def test_a_run_folder_that_the_hosts_do_not_share_is_refused(file: str, tmp_path
             "does not see what the first process wrote there; name a folder on storage that all hosts share" in errors
         )
     assert [*(tmp_path / "runs").iterdir()] == []
+
+
+# The fourth and the fifth batch have no targets, so that their loss is no number. At the tenth call of the schedule,
+# after the way back, the second process makes a mistake, and the first waits as on a device that raises nothing.
+GOES_BACK = """
+import os, time
+from gptjax import cli
+from gptjax.data.stream import TokenStream
+from gptjax.train import loop
+
+batches, calls = [0], [0]
+
+def batch(self, *args, plain=TokenStream.batch):
+    rows, batches[0] = plain(self, *args), batches[0] + 1
+    if batches[0] in (4, 5):
+        rows.targets[...] = -1
+    return rows
+
+def rate(*args, plain=loop.learning_rate):
+    calls[0] += 1
+    if calls[0] == 10:
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            print(f"at {time.time()}", flush=True)
+            raise RuntimeError("a mistake")
+        time.sleep(300)
+    return plain(*args)
+
+TokenStream.batch, loop.learning_rate = batch, rate
+cli.main()
+"""
+
+
+def test_both_go_back_and_when_one_falls_both_end_soon(file: str, tmp_path: Path) -> None:
+    """To the same checkpoint, and on with the rows that come then; at the end each has status 1 and the reason."""
+    run, port, pipe = tmp_path / "run", free_port(), subprocess.PIPE
+    words = [sys.executable, "-c", GOES_BACK, "train", file, "--run", str(run), "--distributed"]
+    words += ["--train.log_interval", "1", "--train.save_interval", "2"]
+    words += ["--train.total_tokens", "1e6", "--optimizer.max_bad_steps", "2"]
+    where = [environment(2, **place(index, port)) for index in range(2)]
+    started = [subprocess.Popen(words, env=each, stdout=pipe, stderr=pipe, text=True) for each in where]
+    ends = [process.communicate(timeout=400) for process in started]
+    took = time.time() - float(ends[1][0].rpartition("at ")[2])
+    assert [process.returncode for process in started] == [1, 1], ends
+    assert ends[1][1].endswith("RuntimeError: a mistake\n") and "Traceback" in ends[1][1]
+    assert ends[0][1] == f"error: process 1 on {socket.gethostname()} ended: RuntimeError: a mistake\n"
+    assert took < 60  # else 300: of JAX's barrier, or until the first wakes
+    (told,) = [r for r in read_log(run / "log.jsonl") if r["kind"] == "rollback"]
+    assert (told["step"], told["end"]) == (2, 5)
+    config = load_config(file, [])
+    stage = Pretrain(config, "cpu", tokenizer=load_tokenizer("bytes"), corpus=build(config.data))
+    with closing(stage.feed(None, range(8))) as feed:
+        for _ in range(7):  # of one process: five steps, and two that followed
+            feed.batch(2, None)
+        want = Position(4, 4 * 16 * 16, tuple(feed.positions), ((2, 5),))
+    assert position_of(read_meta((run / FOLDER / "4").absolute())) == want

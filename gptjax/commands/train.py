@@ -45,14 +45,21 @@ class Command:
         if self.overwrite and self.resume:
             raise UserError("--overwrite: starts anew, and --resume goes on; give one of them")
         given = self.given() if self.config else None
-        from gptjax.stages.launch import Resumed, train
+        if not self.distributed:
+            return self._train(given)
         from gptjax.train.join import join
+        from gptjax.train.parting import parting
+
+        join(os.environ)
+        with parting():
+            return self._train(given)
+
+    def _train(self, given: Config | None) -> int:
+        from gptjax.stages.launch import Resumed, train
         from gptjax.train.processes import first, warn
         from gptjax.train.run import going_on, open_run
 
         folder = self.resume
-        if self.distributed:
-            join(os.environ)
         if self.resume == AUTO:  # the first decides: once a run has begun, a process that starts late sees its folder
             folder = first(lambda: self._there(given)) if self.distributed else self._there(given)
         if not folder:

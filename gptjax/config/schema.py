@@ -233,8 +233,9 @@ class OptimizerConfig:
     skip_spike_sigma: Annotated[float, Field(ge=0)] = 0.0
     """Skip a step whose loss lies this many standard deviations above its running mean; 0 is off."""
     max_bad_steps: Annotated[Count, FREE] = 50
-    """Steps in a row without a finite loss and gradient, or left out as spikes, that end the run with an error; 0 is
-    no limit. With skip_nonfinite off the first that is not finite ends it."""
+    """Steps in a row without a finite loss and gradient, or left out as spikes, after which the run goes back
+    (train.rollbacks) or ends with an error; 0 is no limit. With skip_nonfinite off the first that is not finite counts
+    as so many."""
 
 
 @frozen
@@ -278,8 +279,12 @@ class TrainConfig:
     run."""
     keep_every: Annotated[Count, FREE] = 0
     """Checkpoints at multiples of this many steps are kept for good; 0 is off."""
+    rollbacks: Annotated[Count, FREE] = 2
+    """Times that optimizer.max_bad_steps bad steps in a row take a run back to its last checkpoint before them, to pass
+    over the rows that led there; the next time they end it. 0 is off."""
     profile_steps: Annotated[tuple[Count, ...], AfterValidator(_window), FREE] = ()
-    """First and last step of a profiler trace, such as 10,13; empty is off."""
+    """First and last step of a profiler trace, such as 10,13; empty is off. A file profile.request in the run folder,
+    with a number of steps, has so many traced after the next log record."""
     deterministic: Annotated[bool, ROUNDING] = False
     """On a GPU only kernels that always give the same bits, so that a resumed run is bit-identical there, too."""
     tensorboard: Annotated[bool, FREE] = True

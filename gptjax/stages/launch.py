@@ -37,10 +37,12 @@ from gptjax.stages import AnyStage, Base, Pretrain, stage_class
 from gptjax.stages.on_policy import REWARD, OnPolicy
 from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
+from gptjax.train import goodput
 from gptjax.train import run as folders
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
+from gptjax.train.metrics import LOG, read_log
 from gptjax.train.parts import join, split
 from gptjax.train.processes import compare, first, is_first, together, warn
 from gptjax.train.schedule import with_length
@@ -66,6 +68,7 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     `named` starts a new run in exactly the config's folder, `overwrite` there in the place of another. Several
     processes have joined each other before.
     """
+    began = time.monotonic()
     prepare(config)
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
@@ -77,10 +80,12 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named, overwrite) as run:
         known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
         load = partial(_first_params, stage, weights, run) if config.init_from else None
-        number = fit(stage.config, stage, layout, run, resumed is not None, known, load)
+        number = fit(stage.config, stage, layout, run, resumed is not None, known, load, began=began)
         if is_first():
             print(
-                f"\n{'stopped' if number else 'done'}: run folder {run}\n{next_commands(run, stage, number != 0)}",
+                f"\n{'stopped' if number else 'done'}: run folder {run}\n"
+                f"time, over all starts, {goodput.in_words(read_log(run / LOG))}\n"
+                f"{next_commands(run, stage, number != 0)}",
                 flush=True,
             )
     return 128 + number if number else 0

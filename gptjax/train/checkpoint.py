@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,9 +25,11 @@ import orbax.checkpoint as ocp
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
+from gptjax.terminal import size_words
+from gptjax.train.described import misdescribed
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import LOG, read_log
-from gptjax.train.processes import every, first, is_first, together
+from gptjax.train.processes import every, first, is_first, together, warn
 
 X = TypeVar("X")
 
@@ -49,6 +52,8 @@ class Position:
     tokens: int = 0
     data: tuple[int, ...] | None = None
     """One integer per data lane (see data.stream); None is the start."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(step to which the run went back, step up to which the rows were passed over then), for each time that it did."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Checkpoints:
         """
         if position.step in self._manager.all_steps():
             return False
+        size, free = sizes(state)[0], shutil.disk_usage(self._folder).free
+        if size > free:
+            at = self._folder / str(position.step)
+            warn(f"checkpoint {at}: may need {size_words(size)}, and {size_words(free)} are free")
         prints = fingerprint(state)
         meta = {
             "format": FORMAT,
@@ -126,27 +135,49 @@ class Checkpoints:
                 f"checkpoint in {self._folder}: cannot write ({system.strerror}); {last}; {remedy} and resume"
             ) from error
 
-    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[Any, Position] | None:
-        """The newest intact checkpoint, laid out as the shardings of `abstract` say; None before the first save.
+    def restore(
+        self, abstract: Any, warn: Callable[[str], None], most: float = math.inf
+    ) -> tuple[Any, Position] | None:
+        """The newest intact checkpoint, of step `most` at most, laid out as the shardings of `abstract` say; None
+        before the first save.
 
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
         """
-        saved = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
+        every = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
+        saved = [step for step in every if step <= most]
         for step in saved:
             try:
                 return self._restore(step, abstract)
             except Damaged as error:
                 warn(f"checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
                 self._set_aside(step)
-        if saved or list(self._folder.glob("*.damaged*")):
+        if saved or (not every and list(self._folder.glob("*.damaged*"))):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
         return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, Position]:
         state, meta = intact(self._folder / str(step), abstract)
-        data = meta["position"].pop("data")
-        return state, Position(**meta["position"], data=None if data is None else tuple(data))
+        return state, position_of(meta)
+
+    def forget(self, step: int) -> None:
+        """Remove the checkpoints after a step, to which the run goes back, and what is known of them.
+
+        The newest first: a run that is killed meanwhile goes on from one that led here, and comes here again.
+        """
+        self.wait()
+
+        def remove() -> None:
+            for later in saved_steps(self._folder) if is_first() else ():
+                if later > step:
+                    half = self._folder / HALF.replace("*", str(later), 1).strip("*")
+                    (self._folder / str(later)).rename(half)  # what is left of it goes at the next start
+                    shutil.rmtree(half, ignore_errors=True)
+
+        together(remove)
+        self._manager.reload()
+        for later in [each for each in self._losses if each > step]:
+            del self._losses[later]
 
     def _set_aside(self, step: int) -> None:
         folder = self._folder / str(step)
@@ -167,6 +198,13 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def position_of(meta: dict[str, Any]) -> Position:
+    """That of what was saved beside the arrays."""
+    told = meta["position"]
+    passed = tuple((there, end) for there, end in told.get("passed", ()))
+    return Position(told["step"], told["tokens"], None if told["data"] is None else tuple(told["data"]), passed)
 
 
 def evaluated(run: Path) -> dict[int, float]:
@@ -273,9 +311,12 @@ def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)
     )
-    with reading(folder), closing(ocp.PyTreeCheckpointHandler()) as handler:
+    with reading(folder, found=meta["arrays"]), closing(ocp.PyTreeCheckpointHandler()) as handler:
         # Orbax's handler itself: the manager around it ends in a barrier, where a process that fails is waited for.
-        return handler.restore(folder / "state", args=arguments), meta
+        state = handler.restore(folder / "state", args=arguments)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+            raise KeyError("an array that is not in Orbax's own notes, and was left out")
+        return state, meta
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -291,6 +332,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.pop("digest", None) != digest(meta):
         raise Damaged("its meta is not what was saved")
     return meta
+
+
+def sizes(tree: Any) -> tuple[int, int]:
+    """Bytes of the arrays of a tree, or of what stands for them; and of those parts of which this process holds a copy,
+    which is what a save takes of its memory."""
+    leaves = jax.tree.leaves(tree)
+    held = 0
+    for leaf in leaves:
+        places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        parts = len({str(place) for place in places})
+        held += parts * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), held
 
 
 def digest(meta: dict[str, Any]) -> str:
@@ -325,17 +378,22 @@ def unchanged(tree: Any, saved: dict[str, list[Any]]) -> None:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Sorts what reading a checkpoint can meet: Damaged, a UserError for the file system, the rest as it is."""
+def reading(folder: Path, found: Iterable[str] = ()) -> Iterator[None]:
+    """Sorts what reading a checkpoint, or the arrays `found` in it, can meet: Damaged, a UserError for the file system,
+    the rest as it is."""
     try:
         yield
     except (Damaged, UserError):
         raise
-    except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of three kinds
+    except Exception as error:  # whatever Orbax, TensorStore or JSON raise, it is one of these kinds
         system = system_error(error)
         missing = system is not None and system.errno == errno.ENOENT
         if system is None or missing:
-            if not (missing or _undecodable(error)) or _out_of_memory(error):
+            if _out_of_memory(error):
+                raise
+            if not (missing or _undecodable(error)):
+                if found and (file := misdescribed(folder / "state", found)):
+                    raise Damaged(f"{file} is not what was saved") from error
                 raise
             system = unreadable(folder)
         if system is None:

@@ -1,5 +1,6 @@
 """A checksum of every array of a tree: the same on every layout, another if one bit, or two numbers' places, change."""
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,20 @@ def fingerprint(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     small = sum(leaf.size for _, leaf in leaves) <= SMALL and all(_on_cpu(leaf) for _, leaf in leaves)
     sums = _on_host if small else _on_devices
-    return {leaf_name(path): "".join(f"{int(x):08x}" for x in sums(leaf)) for path, leaf in leaves}
+    return {leaf_name(path): _digits(sums(leaf)) for path, leaf in leaves}
+
+
+def fingerprint_of_parts(parts: Iterable[tuple[Sequence[int], np.ndarray]]) -> str:
+    """The same digits of one array that comes in parts, each with the place of its first number in the whole."""
+    total = np.zeros(len(SEEDS), np.uint32)
+    with np.errstate(over="ignore"):
+        for begin, part in parts:
+            total += _sums(np, part, begin)
+    return _digits(total)
+
+
+def _digits(sums: np.ndarray) -> str:
+    return "".join(f"{int(x):08x}" for x in sums)
 
 
 def _on_cpu(leaf: Array) -> bool:
@@ -44,15 +58,19 @@ def _plain(leaf: Array) -> Array:
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-def _sums(xp: Any, leaf: Any) -> Any:
+def _sums(xp: Any, leaf: Any, begin: Sequence[int] = ()) -> Any:
     """uint32 [2]: the words of an array, each mixed with its place in the whole, summed modulo 2³²: a sum has no order,
-    so it does not matter which device holds which part. xp: numpy, or jax.numpy."""
+    so it does not matter which device holds which part. xp: numpy, or jax.numpy. A part of a whole has its `begin`."""
     words, sums = _words(xp, leaf), []
+    # Of complex numbers the first axis is their two halves, of numbers of 64 bits the last.
+    front = (0,) if xp.issubdtype(leaf.dtype, xp.complexfloating) else ()
+    first = [*front, *begin, *[0] * words.ndim][: words.ndim]
     for seed in SEEDS:
         mixed = xp.full((1,) * words.ndim, seed, xp.uint32)
         for axis, size in enumerate(words.shape):  # grows by an axis at a time, so that all but the last are cheap
             along = [-1 if i == axis else 1 for i in range(words.ndim)]
-            mixed = _mix(mixed ^ xp.arange(size, dtype=xp.uint32).reshape(along))
+            place = xp.arange(first[axis], first[axis] + size, dtype=xp.uint32)
+            mixed = _mix(mixed ^ place.reshape(along))
         sums.append(_mix(mixed ^ words).sum(dtype=xp.uint32))
     return xp.stack(sums)
 

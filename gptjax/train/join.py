@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from gptjax.errors import UserError
+from gptjax.train.parting import watch
 
 TIMEOUT = 300
 """Seconds that a process waits for the others."""
@@ -56,6 +57,7 @@ def join(environment: Mapping[str, str]) -> None:
         jax.distributed.initialize(**given, initialization_timeout=max(1, round(until - time.monotonic())))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed: {str(error).splitlines()[0].rstrip('.')}; {REMEDY}") from error
+    watch()
 
 
 def read(environment: Mapping[str, str]) -> Where | None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -24,10 +25,13 @@ from gptjax.model.accounting import adapter_params, num_params, scalar_params
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
-from gptjax.train.checkpoint import Checkpoints, Position
+from gptjax.terminal import size_words
+from gptjax.train import goodput
+from gptjax.train.checkpoint import Checkpoints, Position, sizes
 from gptjax.train.feed import Feed, Telling
-from gptjax.train.meter import Clock, Meter, require_finite
+from gptjax.train.meter import Clock, GoneBad, Meter, require_finite
 from gptjax.train.metrics import LOG, Reporter
+from gptjax.train.parting import parting
 from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
 from gptjax.train.processes import is_first, warn
@@ -108,34 +112,79 @@ def fit(
     facts: dict[str, Any],
     load: Callable[[Params], Params] | None = None,
     more: Sequence[Action] = (),
+    began: float | None = None,
 ) -> int:
     """Train to the end, or to a signal. Returns the signal's number, 0 at the end.
 
     `load` gives parameters, laid out as the shapes it gets say: all of them where there is no checkpoint to resume,
     else those that are frozen; without `load` they are random. `more` is what a stage does between steps beside saving,
-    evaluating and sampling.
-    Raises UserError for anything the user can mend, and where the run has gone bad.
+    evaluating and sampling. `began`, of `time.monotonic`, is when this start began, where that was before.
+    Raises UserError for anything the user can mend, and where the run has gone bad once more than it may go back.
     """
-    pulse = Pulse(os.environ)
-    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints:
+    pulse, began = Pulse(os.environ), began or time.monotonic()
+    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints, parting():
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
         kept, position = (checkpoints.restore(places.kept, warn) if resume else None) or (None, Position())
         if kept is not None:
-            state = TrainState(**kept, frozen=load(places.frozen) if load and places.frozen else {})
+            state = _whole_state(kept, places, load)
         elif load is None:
             state = init_state(config, stage, layout)
         else:
             state = start_state(config, stage, load(places.every_param), shardings)
-        log = run / LOG
-        since = position.step if resume else None
-        with closing(Reporter(log, config.train.total_tokens, config.train.tensorboard, is_first(), since)) as reporter:
-            _announce(config, stage, layout, reporter, position, facts)
-            pulse.begin(position.step)
-            return _loop(
-                config, stage, layout, shardings, state, position, checkpoints, reporter, run, stop, pulse, more
-            )
+        show = config.train.total_tokens, config.train.tensorboard, is_first()
+        rest = run, stop, pulse, more
+        with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
+            known = facts | {"saves": _saves(places.kept, run)}
+            _announce(config, stage, layout, reporter, position, known, goodput.of_start(reporter, began))
+            ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
+        while isinstance(ended, GoneBad):
+            del state
+            fell = time.perf_counter()
+            with pulse.doing("rollback"):
+                kept, position = _gone_back(config, checkpoints, places.kept, ended)
+                state = _whole_state(kept, places, load)
+            with closing(Reporter(run / LOG, *show, position.step)) as reporter:
+                _tell(reporter, position, ended, time.perf_counter() - fell)
+                ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
+        return ended
+
+
+def _whole_state(kept: dict[str, Any], places: Any, load: Callable[[Params], Params] | None) -> TrainState:
+    return TrainState(**kept, frozen=load(places.frozen) if load and places.frozen else {})
+
+
+def _gone_back(config: Config, checkpoints: Checkpoints, places: Any, bad: GoneBad) -> tuple[Any, Position]:
+    """What the last checkpoint before the bad steps holds, and the position there, but with the rows behind them.
+
+    Both follow from config and rows alone: a run that is killed before it has saved again comes here again. Raises
+    `bad` where the run went back as often as it may, or has no such checkpoint.
+    """
+    passed = bad.position.passed
+    if len(passed) >= config.train.rollbacks:
+        raise bad
+    checkpoints.wait()
+    found = checkpoints.restore(places, warn, bad.position.step - bad.streak)
+    if found is None:
+        raise bad
+    kept, there = found
+    checkpoints.forget(there.step)
+    return kept, replace(there, data=_whole(bad.position).data, passed=(*passed, (there.step, bad.position.step)))
+
+
+def _saves(places: Any, run: Path) -> str:
+    """What a checkpoint takes, in words."""
+    size, held = sizes(places)
+    free = shutil.disk_usage(run).free
+    return f"{size_words(size)} each, up to {size_words(held)} of host memory meanwhile; {size_words(free)} free there"
+
+
+def _tell(reporter: Reporter, position: Position, bad: GoneBad, took: float) -> None:
+    """That the run goes back, from where, and why."""
+    reason, end = str(bad).partition(";")[0], bad.position.step
+    reporter.record("rollback", position.step, end=end, reason=reason, cost=goodput.of_rollback(reporter, took))
+    reporter.say(f"{reason}: going back to step {position.step}, and passing over the rows from there")
 
 
 def _loop(
@@ -151,8 +200,10 @@ def _loop(
     stop: StopFlag,
     pulse: Pulse,
     more: Sequence[Action],
-) -> int:
-    """From `position` on: a step, then what it owes."""
+) -> int | GoneBad:
+    """From `position` on: a step, then what it owes. Returns the number of the signal that stopped it, 0 at the end,
+    or why it has to go back: as an exception it would keep the state in memory."""
+    pulse.begin(position.step)
     train = config.train
     batch_sharding = layout.sharding(MICRO_BATCHES)
     mine = rows_by_process(layout, config.micro_batch_size)[jax.process_index()]
@@ -173,7 +224,7 @@ def _loop(
 
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position, stage.flops_per_token)
-    trace = Trace(train.profile_steps, position.step, run / "profile")
+    trace = Trace(train.profile_steps, position.step, run, every(train.log_interval))
     todo = _todo(config, stage, meter, trace, save, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
@@ -184,37 +235,45 @@ def _loop(
             meter.flush()
             jax.block_until_ready(now.state)  # the queued steps are training time, not pause
             seconds = clock.seconds()
-            with clock.pause(), pulse.doing(action.name):
+            with clock.pause() as took, pulse.doing(action.name):
                 values = action.what(now)
             if values is not None:
-                reporter.done(action.name, now.position.step, now.position.tokens, seconds, values)
+                reporter.done(action.name, now.position.step, now.position.tokens, seconds, took(), values)
                 require_finite(action.name, now.position.step, values)
 
     now = Moment(position, state, position.tokens >= train.total_tokens)
     made = batches(config, stage, batch_sharding, mine, position, lambda: now.state.every_param)
     source = closing(made) if stage.on_policy else Prefetcher(lambda: next(made), PREFETCH)
-    with source as ahead, closing(trace):
-        step_fn: Any = None
-        if not now.ended:
-            with clock.pause():
-                step_fn = _compile(config, stage, shardings, layout, state, reporter)
-        do(owed(todo, now, reporter.earlier), now)
-        while not now.ended:
-            if stage.on_policy:  # it draws with the new weights: to wait for them is no waiting for data
-                jax.block_until_ready(now.state)
-            with meter.waiting():
-                batch = next(ahead)
-            lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
-            state, metrics = step_fn(now.state, batch.rows, lr, np.int32(batch.num_micro), np.int32(batch.start.step))
-            now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
-            meter.add(now.position, float(lr), {**metrics, **batch.figures})
-            pulse.step(now.position.step)
-            stopping = stop.agreed()
-            do(due(todo, now, stopping), now)
-            if stopping:
-                break
-        with pulse.doing("save"):
-            checkpoints.wait()
+    try:
+        with source as ahead, closing(trace):
+            step_fn: Any = None
+            if not now.ended:
+                with clock.pause() as took:
+                    step_fn = _compile(config, stage, shardings, layout, state)
+                reporter.say(f"step compiled in {took():.1f} s")
+                reporter.record("compile", position.step, took=took())
+            do(owed(todo, now, reporter.earlier), now)
+            while not now.ended:
+                if stage.on_policy:  # it draws with the new weights: to wait for them is no waiting for data
+                    jax.block_until_ready(now.state)
+                with meter.waiting():
+                    batch = next(ahead)
+                lr = np.float32(learning_rate(config.optimizer, batch.start.tokens))
+                state, metrics = step_fn(
+                    now.state, batch.rows, lr, np.int32(batch.num_micro), np.int32(batch.start.step)
+                )
+                now = Moment(batch.after, state, batch.after.tokens >= train.total_tokens)
+                meter.add(now.position, float(lr), {**metrics, **batch.figures})
+                pulse.step(now.position.step)
+                stopping = stop.agreed()
+                do(due(todo, now, stopping), now)
+                if stopping:
+                    break
+            with pulse.doing("save"), clock.pause() as took:
+                checkpoints.wait()
+            reporter.record("end", now.position.step, took=took())
+    except GoneBad as bad:
+        return bad.with_traceback(None)
     return stop.number
 
 
@@ -252,18 +311,14 @@ def _todo(
         todo.append(
             Action("sample", every(train.sample_interval), lambda now: {"text": stage.sample(now.state.params)})
         )
-    return [*todo, *more, trace.begin]
+    return [*todo, *more, trace.ask, trace.begin]
 
 
-def _compile(config: Config, stage: Stage, shardings: Any, layout: Layout, state: Any, reporter: Reporter) -> Any:
+def _compile(config: Config, stage: Stage, shardings: Any, layout: Layout, state: Any) -> Any:
     """The step, compiled ahead of its first run so that the time is known and not counted as training."""
-    started = time.perf_counter()
     rows = abstract_rows(config, stage.row, layout)
     step = make_step(config, stage, shardings, layout)
-    compiled = step.lower(state, rows, np.float32(0), np.int32(0), np.int32(0)).compile()
-    seconds = time.perf_counter() - started
-    reporter.say(f"step compiled in {seconds:.1f} s")
-    return compiled
+    return step.lower(state, rows, np.float32(0), np.int32(0), np.int32(0)).compile()
 
 
 def batches(
@@ -302,7 +357,7 @@ def _batches(
             data, end = tuple(feed.positions), tokens + size * config.updates * config.row_tokens
             if config.train.epochs:  # what fills up the last batch is no part of the epochs
                 end = min(end, config.train.total_tokens)
-            after = Position(step + 1, end, data)
+            after = Position(step + 1, end, data, position.passed)
             yield Batch(
                 placed, num_micro, Position(step, tokens), after, feed.figures if isinstance(feed, Telling) else {}
             )
@@ -366,7 +421,13 @@ def plain_facts(
 
 
 def _announce(
-    config: Config, stage: Stage, layout: Layout, reporter: Reporter, position: Position, facts: dict[str, Any]
+    config: Config,
+    stage: Stage,
+    layout: Layout,
+    reporter: Reporter,
+    position: Position,
+    facts: dict[str, Any],
+    cost: dict[str, float],
 ) -> None:
     """The plain facts before the first step."""
     devices = jax.devices()
@@ -378,6 +439,6 @@ def _announce(
         "command": shlex.join(["gptjax", *sys.argv[1:]]),
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
     }
-    reporter.record("start", position.step, **started, **lines, **facts)
+    reporter.record("start", position.step, **started, **lines, **facts, cost=cost)
     if position.step:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens")

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.train.checkpoint import Position
-from gptjax.train.metrics import Reporter
+from gptjax.train.metrics import SHOWN_WAIT, Reporter
 from gptjax.train.periodic import Moment
 from gptjax.train.schedule import total_steps
 from gptjax.train.step import Metrics
@@ -26,6 +27,14 @@ OWN = {"loss", "grad_norm", "skipped", "bad_streak"}  # of every step; what else
 Read = tuple[float, dict[str, float]]
 """What a step's metrics are, and the seconds of the clock when they were there."""
 BEHIND = 1  # steps between the one that is queued and the one whose metrics are read
+
+
+class GoneBad(UserError):
+    """A run that has to go back, or else to end: `position` is after the last of `streak` bad steps in a row."""
+
+    def __init__(self, text: str, position: Position, streak: int):
+        super().__init__(text)
+        self.position, self.streak = position, streak
 
 
 class Queued(NamedTuple):
@@ -47,12 +56,14 @@ class Clock:
         self._paused = 0.0
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        before = time.perf_counter()
+    def pause(self) -> Iterator[Callable[[], float]]:
+        """Gives how long it has been, once it is over."""
+        before, length = time.perf_counter(), 0.0
         try:
-            yield
+            yield lambda: length
         finally:
-            self._paused += time.perf_counter() - before
+            length = time.perf_counter() - before
+            self._paused += length
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start - self._paused
@@ -93,7 +104,7 @@ class Meter:
             self._waited += time.perf_counter() - before
 
     def add(self, position: Position, lr: float, metrics: Metrics) -> None:
-        """The metrics of the step that led to `position`. Raises UserError where an earlier one ends the run."""
+        """The metrics of the step that led to `position`. Raises GoneBad where an earlier one ends the run."""
         self._queue.append(Queued(position, lr, self._waited, metrics, self._reader.submit(self._fetch, metrics)))
         if len(self._queue) > BEHIND:
             self._read()
@@ -103,7 +114,7 @@ class Meter:
         self._due.add(now.position.step)
 
     def flush(self) -> None:
-        """Read all that is queued, as before a pause. Raises UserError as `add` does."""
+        """Read all that is queued, as before a pause. Raises GoneBad as `add` does."""
         while self._queue:
             self._read()
 
@@ -116,9 +127,13 @@ class Meter:
             self._due.discard(step.position.step)
             self._emit(step.position, step.lr, step.waited, seconds)
         if reason:
-            raise UserError(
-                f"{reason}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of this one "
-                f"if it has any: gptjax train CONFIG --init_from {self._run}"
+            count = len(step.position.passed)
+            tried = f", after going back {count} time(s) (train.rollbacks)" if count else ""
+            raise GoneBad(
+                f"{reason}{tried}; start a new run with a lower optimizer.learning_rate, from the last checkpoint of "
+                f"this one if it has any: gptjax train CONFIG --init_from {self._run}",
+                step.position,
+                int(values["bad_streak"]),
             )
 
     def _fetch(self, metrics: Metrics) -> Read:
@@ -131,7 +146,7 @@ class Meter:
         more = {name: fmean(m[name] for m in self._window) for name in self._window[-1] if name not in OWN}
         last, self._window = self._window[-1], []
         rate = (position.tokens - self._tokens) / (seconds - self._seconds)
-        data_wait = (waited - self._told) / (seconds - self._seconds)
+        data_wait, waiting = _longest((waited - self._told) / (seconds - self._seconds))
         self._tokens, self._seconds, self._told = position.tokens, seconds, waited
         self._reporter.train(
             position.step,
@@ -145,8 +160,18 @@ class Meter:
             data_wait=data_wait,
             mfu=self._flops * rate / self._peak if self._peak else None,
             skipped=int(last["skipped"]),
+            **({"waiting": waiting} if waiting else {}),
             **more,
         )
+
+
+def _longest(share: float) -> tuple[float, str]:
+    """The share of its time in which the process that waits most for data does so, and, of several, which it is: the
+    others wait for it in their sums, and do not know."""
+    if jax.process_count() == 1:
+        return share, ""
+    every = np.asarray(multihost_utils.process_allgather(np.float32(share)))
+    return float(every.max()), f"process {every.argmax()}" if every.max() >= SHOWN_WAIT else ""
 
 
 def gone_bad(config: Config, metrics: dict[str, float], step: int, total_steps: int) -> str | None:

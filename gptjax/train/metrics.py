@@ -16,7 +16,10 @@ from gptjax.terminal import show_anything
 LOG = "log.jsonl"
 Record = dict[str, Any]
 """kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
-over all starts."""
+over all starts; `took`, the seconds of what is no training; `cost`, seconds that went before a start or a rollback."""
+BEGINS = ("start", "rollback")
+"""Kinds of records that stay when a run goes back to before them."""
+SHOWN_WAIT = 0.01  # share of the time, from which it is told that data are waited for
 TOLD = ("score", "gold", "kl", "length")  # where a stage has them, beside its loss, which says little there
 
 
@@ -27,11 +30,13 @@ class Reporter:
         """A run that goes on at the step `resume_at` keeps its records up to there."""
         self.earlier: list[Record] = []
         """The records of the starts before this one."""
+        self.undone: list[Record] = []
+        """Those of steps that are to be done again."""
         self._active = active
         if not active:
             return
         if resume_at is not None:
-            self.earlier = _cut(log, resume_at)
+            self.earlier, self.undone = _cut(log, resume_at)
         self._log = log.open("a", buffering=1, encoding="utf-8")
         self._total = total_tokens
         show_anything()
@@ -67,16 +72,18 @@ class Reporter:
         told = "".join(f"  {name} {values[name]:.2f}" for name in TOLD if name in values)
         text = f"step {step}  loss {values['loss']:.4f}{told}  {values['tokens_per_s']:,.0f} tok/s"
         text += f"  mfu {values['mfu']:.1%}" if values.get("mfu") else ""
-        text += f"  waits for data {values['data_wait']:.0%}" if values.get("data_wait", 0) >= 0.01 else ""
+        if values.get("data_wait", 0) >= SHOWN_WAIT:
+            who = f"{values['waiting']} " if "waiting" in values else ""
+            text += f"  {who}waits for data {values['data_wait']:.0%}"
         text += f"  skipped {values['skipped']}" if values.get("skipped") else ""
         if self._progress is not None:
             self._progress.update(self._bar, description=text, completed=tokens)
         else:
-            self._console.print(f"{text}  lr {values['lr']:.2e}  {_duration(seconds_left)} left")
+            self._console.print(f"{text}  lr {values['lr']:.2e}  {duration(seconds_left)} left")
 
-    def done(self, kind: str, step: int, tokens: int, seconds: float, values: dict[str, Any]) -> None:
+    def done(self, kind: str, step: int, tokens: int, seconds: float, took: float, values: dict[str, Any]) -> None:
         """The record of a periodic action; its numbers on a line, its texts below."""
-        self.record(kind, step, tokens=tokens, seconds=seconds, **values)
+        self.record(kind, step, tokens=tokens, seconds=seconds, took=took, **values)
         if not values:
             return
         numbers = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, int | float)]
@@ -111,11 +118,11 @@ class _Events:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        if record["kind"] == "start":
+        if record["kind"] in BEGINS:
             return
         kind, step, when = record["kind"], record["step"], datetime.fromisoformat(record["time"]).timestamp()
         for name, value in record.items():
-            placed = name == "step" or (name in ("tokens", "seconds") and kind != "train")
+            placed = name in ("step", "took") or (name in ("tokens", "seconds") and kind != "train")
             if not placed and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(f"{kind}/{name}", value, step, walltime=when)
 
@@ -134,15 +141,19 @@ def read_log(log: Path) -> list[Record]:
     return records
 
 
-def _cut(log: Path, step: int) -> list[Record]:
-    """Drop the records after `step`, which a resumed run writes again, but for those of its starts; returns the
-    rest."""
-    kept = [r for r in read_log(log) if r["step"] <= step or r["kind"] == "start"] if log.exists() else []
+def _cut(log: Path, step: int) -> tuple[list[Record], list[Record]]:
+    """Drop the records after `step`, which a run that goes on there writes again, but for those of its starts; returns
+    the rest, and them."""
+    kept: list[Record] = []
+    undone: list[Record] = []
+    for record in read_log(log) if log.exists() else []:
+        (kept if record["step"] <= step or record["kind"] in BEGINS else undone).append(record)
     write_whole(log, "".join(json_text(r) + "\n" for r in kept).encode())
-    return kept
+    return kept, undone
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1h 02m"""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

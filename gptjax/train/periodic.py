@@ -1,5 +1,6 @@
 """What a run does between steps: a list of actions, each a function of the step, owed until done."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax.train.checkpoint import Position
+from gptjax.train.processes import is_first, warn
 
+REQUEST = "profile.request"
+"""A file in the run folder: trace so many of the next steps."""
+USUAL = 5  # where it is empty
 When = Callable[[int, bool], bool]
 """(steps done, whether the run ends there) -> due."""
 
@@ -64,23 +69,47 @@ def owed(actions: Sequence[Action], moment: Moment, log: Iterable[dict[str, Any]
 
 
 class Trace:
-    """The profiler's trace of the steps numbered first to last, into a folder.
+    """The profiler's trace of the steps numbered first to last, into a folder of the run; and of those that somebody
+    asks for by the file REQUEST in it, which holds how many, or nothing.
 
     A start within these steps traces the rest of them, and an end or a stop writes what there is: close it.
     """
 
-    def __init__(self, steps: tuple[int, ...], start: int, folder: Path):
-        """`steps` is empty or (first, last); the run is about to take step number `start`."""
-        self._folder, self._running = folder, False
-        first, last = (max(steps[0], start), steps[1]) if steps else (0, -1)
-        begins: When = lambda step, ended: step == first <= last and not ended  # noqa: E731
-        ends: When = lambda step, _: step == last + 1  # noqa: E731
+    def __init__(self, steps: tuple[int, ...], start: int, run: Path, looks: When):
+        """`steps` is empty or (first, last); the run is about to take step number `start`. `looks`: when the file is
+        looked for."""
+        self._folder, self._request, self._running = run / "profile", run / REQUEST, False
+        self._windows = [(max(steps[0], start), steps[1])] if steps else []
+        begins: When = lambda step, ended: not ended and any(a == step <= b for a, b in self._windows)  # noqa: E731
+        ends: When = lambda step, _: any(step == b + 1 for _, b in self._windows)  # noqa: E731
         self.begin = Action("profile", begins, self._begin)
         self.end = Action("profile", ends, self._end)
+        self.ask = Action("profile request", looks, self._ask, waits=False)
+
+    def _ask(self, now: Moment) -> None:
+        """The same on every process: the first one looks."""
+        count = np.int32(self._asked() if is_first() and not self._running else 0)
+        if jax.process_count() > 1:
+            count = multihost_utils.broadcast_one_to_all(count)
+        if count:
+            step = now.position.step
+            self._windows.append((step + 1, step + int(count)))
+
+    def _asked(self) -> int:
+        try:
+            text = self._request.read_text().strip()
+            self._request.unlink()
+        except OSError:
+            return 0
+        if text and not re.fullmatch("[1-9][0-9]{0,5}", text):
+            warn(f"{self._request}: {text[:20]}: must be a number of steps, or nothing for {USUAL}")
+            return 0
+        return int(text or USUAL)
 
     def _begin(self, _: Moment) -> None:
-        jax.profiler.start_trace(str(self._folder))
-        self._running = True
+        if not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
 
     def _end(self, _: Moment) -> None:
         self.close()

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+from gptjax.train import goodput
 from gptjax.train.metrics import LOG, Record, read_log
 from gptjax.train.run import CONFIG, META
 
 SHOWN_SAMPLES = 3
-PLACE = ("kind", "step", "time", "tokens", "seconds")  # what every record of a step has
+PLACE = ("kind", "step", "time", "tokens", "seconds", "took", "cost")  # what every record of a step has
+COST = "what went before"
 STARTED = ("time", "step", "command", "devices", "versions")  # what is shown of every start
 
 
@@ -108,6 +110,14 @@ def _meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing or cut short; copy it from where the run was made") from error
 
 
+def _rows(names: tuple[str, ...], records: list[Record]) -> str:
+    """A table of some values of records, and what went before them."""
+    shown = [r | {COST: goodput.cost_in_words(r)} for r in records]
+    lines = ["".join(f"<td>{html.escape(str(r.get(name, '')))}</td>" for name in names) for r in shown]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in (head, *lines)), "</table>"])
+
+
 def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
     """`pictures`: what is on each, by file name."""
     last, evals, samples = _of(records, "train")[-1], _of(records, "eval"), _of(records, "sample")[-SHOWN_SAMPLES:]
@@ -121,6 +131,7 @@ def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
         "mfu": f"{last['mfu']:.1%}" if last["mfu"] else "not known for this device",
         "skipped steps": f"{last['skipped']}",
         "training time": f"{last['seconds']:,.0f} s in {len(starts)} start{'s' if len(starts) > 1 else ''}",
+        "time, over all starts": goodput.in_words(records),
     }
     latest = starts[-1] if starts else {}
     rows |= {name: str(text) for name, text in latest.items() if name not in (*PLACE, *STARTED, "mfu")}
@@ -128,10 +139,9 @@ def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
     rows["commit"] = meta["commit"] + (" (modified)" if meta["modified"] else "")
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    begun = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(start.get(name, '')))}</td>" for name in STARTED) + "</tr>"
-        for start in starts
-    )
+    begun = _rows((*STARTED, COST), starts)
+    back = [r | {"from": r["end"], "to": r["step"]} for r in records if r["kind"] == "rollback"]
+    gone_back = _rows(("time", "from", "to", "reason", COST), back)
     texts = "\n".join(f"<h3>step {s['step']:,}</h3>\n<pre>{html.escape(s['text'])}</pre>" for s in samples)
     images = "\n".join(
         f'<img alt="{alt}" src="data:image/png;base64,{_base64(run / name)}">' for name, alt in pictures.items()
@@ -148,8 +158,8 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px }}
 {images}
 <table>{table}</table>
 <h2>Starts</h2>
-<table><tr>{"".join(f"<th>{name}</th>" for name in STARTED)}</tr>
-{begun}</table>
+{begun}
+{f"<h2>Rollbacks</h2>{gone_back}" if back else ""}
 {f"<h2>Samples</h2>{texts}" if samples else ""}
 <h2>Config</h2><pre>{html.escape((run / CONFIG).read_text(encoding="utf-8"))}</pre>
 </body></html>

@@ -183,7 +183,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def abandon(folder: Path) -> None:
     """Take away the folder of a new run that never made a step, so that the corrected command can have its name."""
     records = read_log(folder / LOG) if (folder / LOG).exists() else []
-    if not saved_steps(folder / CHECKPOINTS) and all(record.get("kind") == "start" for record in records):
+    if not saved_steps(folder / CHECKPOINTS) and all(record.get("kind") in ("start", "compile") for record in records):
         shutil.rmtree(folder, ignore_errors=True)
 
 
