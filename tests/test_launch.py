@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ TPU, SLURM = ROOT / "launch/tpu_pod.sh", ROOT / "launch/slurm.sh"
 BASH = shutil.which("bash") or "bash"
 WHERE = ["--name", "gpt3", "--zone", "us-east5-a"]
 JOB = ["--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00", "--run", "runs/a"]
-AFTER = " (what gptjax {} is to get goes after --)"
+AFTER = " (what gptjax run is to get goes after --)"
 CONFIG = str(ROOT / "configs/quickstart.py")
 AWKWARD = ["--train.sample_prompt", """it's "x" $HOME `id` & \\ * ;""", "--data.source", "", "--name", "~/a b"]
 RECORD = r"""#!/usr/bin/env bash
@@ -478,7 +479,7 @@ def test_watch_waits_for_room(cloud: Fakes, state: str, told: list[str], seconds
         (["watch", *WHERE, "--tries=0", "--", "x", "--run=a"], "--tries 0: must be a whole number from 1, such as 5"),
         (["run", *WHERE, "x.py"], "x.py: unexpected after run; what gptjax run is to get goes after --"),
         (["stop", *WHERE, "--", "x"], "x: only run, resume and watch take arguments after --"),
-        (["status", "--nam=x"], f"--nam: no such flag; see {TPU} --help{AFTER.format('run')}"),
+        (["status", "--nam=x"], f"--nam: no such flag; see {TPU} --help{AFTER}"),
         (["create", *WHERE], "--type: missing; name the slice, such as --type v5p-1024, or set TPU_TYPE"),
         (
             ["create", *WHERE, "--type=h100-8"],
@@ -510,6 +511,22 @@ def test_missing_tools_are_named(fakes: Fakes) -> None:
     assert fakes.bash(TPU, *WHERE, "status", "--dry-run", **empty).returncode == 0
 
 
+def test_shellcheck(fakes: Fakes) -> None:
+    """The scripts, what hosts are to run, and a batch script."""
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "of the extra test"
+    script = dry(fakes, SLURM, *JOB, "--", CONFIG).split("<<'GPTJAX'\n")[1].removesuffix("GPTJAX\n")
+    commands = [remote(fakes, *TPU_COMMANDS[verb]) for verb in ("install", "run", "stop")]
+    for text in (script, *commands):
+        words = [shellcheck, "--shell=bash", "--severity=warning", "-"]
+        checked = subprocess.run(words, input=text, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+    scripts = sorted((ROOT / "launch").glob("*.sh"))
+    assert {TPU, SLURM} <= {*scripts}
+    checked = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
 @pytest.mark.parametrize("script", [TPU, SLURM])
 def test_help(fakes: Fakes, script: Path) -> None:
     made = fakes.bash(script, "--help")
@@ -520,17 +537,23 @@ def test_help(fakes: Fakes, script: Path) -> None:
     assert made.stdout.startswith("Train on ") and "set -euo" not in made.stdout
 
 
-def test_slurm_prints_the_command_and_the_batch_script(fakes: Fakes) -> None:
-    assert dry(fakes, SLURM, *JOB, "--partition=gpu", "--sbatch=--mem=0", "--", CONFIG, "--train.seed", "1") == (
-        "sbatch --job-name=a --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --time=24:00:00 --partition=gpu "
-        "--signal=TERM@120 --requeue --open-mode=append --mem=0 <<'GPTJAX'\n"
+@pytest.mark.parametrize("gpus", [4, 0])
+def test_slurm_prints_the_command_and_the_batch_script(fakes: Fakes, gpus: int) -> None:
+    flags = [*JOB, f"--gpus-per-node={gpus}", "--partition=gpu", "--sbatch=--mem=0"]
+    devices = "export JAX_LOCAL_DEVICE_IDS=0,1,2,3 # left to itself, JAX takes one GPU a process here\n" if gpus else ""
+    assert dry(fakes, SLURM, *flags, "--", CONFIG, "--train.seed", "1") == (
+        f"sbatch --job-name=a --nodes=2 --ntasks-per-node=1 --time=24:00:00 {'--gpus-per-node=4 ' if gpus else ''}"
+        "--partition=gpu --signal=TERM@120 --requeue --open-mode=append --mem=0 <<'GPTJAX'\n"
         "#!/usr/bin/env bash\n"
         "set -euo pipefail\n"
-        "export JAX_LOCAL_DEVICE_IDS=0,1,2,3 # left to itself, JAX takes one GPU a process here\n"
-        "status=0\n"
-        f"srun --cpu-bind=none --wait=120 gptjax train --distributed {CONFIG} --run runs/a --resume auto "
+        "newest() { ls runs/a/checkpoints 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1 || true; }\n"
+        "before=$(newest)\n"
+        f"{devices}status=0\n"
+        f"srun --cpu-bind=none --wait=120 gptjax run --distributed {CONFIG} --run runs/a "
         "--train.seed 1 || status=$?\n"
-        'if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi # SIGTERM, and saved\n'
+        'if [ "$status" -eq 143 ] && [ "$(newest)" != "$before" ]; then # SIGTERM, and it got on\n'
+        '  scontrol requeue "$SLURM_JOB_ID"\n'
+        "fi\n"
         'exit "$status"\n'
         "GPTJAX\n"
     )
@@ -546,14 +569,19 @@ def test_slurm_submits_what_the_dry_run_prints(fakes: Fakes) -> None:
     assert (fakes.folder / "script").read_text() == script
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
-def test_slurm_job_starts_or_goes_on_and_requeues_when_stopped(fakes: Fakes, status: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("status", "saves", "requeued"), [(0, True, False), (1, True, False), (143, True, True), (143, False, False)]
+)
+def test_slurm_job_goes_on_and_requeues_where_it_got_on(fakes: Fakes, status: int, saves: bool, requeued: bool) -> None:
     run = fakes.folder / "runs/it's a"
     fakes.bash(SLURM, *JOB[:-1], str(run), "--", CONFIG, *AWKWARD)
-    fakes.add("srun", f"exit {status}")
+    steps = fakes.folder / "steps"
+    fakes.add("srun", f'echo >>"{steps}"; mkdir -p "{run}/checkpoints/$(wc -l <"{steps}")"; exit {status}')
+    if not saves:
+        fakes.add("srun", f'mkdir -p "{run}/checkpoints/9.damaged"; exit {status}')
     fakes.add("scontrol")
-    common = ["srun", "--cpu-bind=none", "--wait=120", "gptjax", "train", "--distributed"]
-    what = [CONFIG, "--run", str(run), "--resume", "auto"]
+    common = ["srun", "--cpu-bind=none", "--wait=120", "gptjax", "run", "--distributed"]
+    what = [CONFIG, "--run", str(run)]
     for _ in range(2):  # a requeued job types the same
         (fakes.folder / "calls").unlink()
         made = fakes.bash(fakes.folder / "script", SLURM_JOB_ID="7")
@@ -571,19 +599,19 @@ def without(flag: str) -> list[str]:
     [
         (without("--nodes"), "--nodes is missing: give a whole number from 1, such as --nodes 4"),
         ([*JOB, "--nodes=0"], "--nodes 0: give a whole number from 1, such as --nodes 4"),
-        ([*JOB, "--gpus-per-node=x"], "--gpus-per-node x: give a whole number from 1, such as --gpus-per-node 8"),
+        ([*JOB, "--gpus-per-node=x"], "--gpus-per-node x: give a whole number from 0, such as --gpus-per-node 8"),
         ([*JOB, "--time=soon"], "--time soon: give one such as 24:00:00"),
         (
             without("--run"),
             "--run: missing; name the run folder, such as --run runs/a, which a requeued job resumes",
         ),
         (JOB, "no config; name one after --, such as -- configs/gpt3_13b.py"),
-        ([*JOB, "x.py"], "x.py: unexpected; what gptjax train is to get goes after --"),
+        ([*JOB, "x.py"], "x.py: unexpected; what gptjax run is to get goes after --"),
         ([*JOB, "--", "x.py"], "config x.py: no such file; name one after --, such as -- configs/gpt3_13b.py"),
         ([*JOB, "--", CONFIG, "--run", "b"], "--run: give --run DIR before --, which resumes too"),
         (
             [*JOB, "--gpus", "4"],
-            f"--gpus: no such flag; see {SLURM} --help{AFTER.format('run')}",
+            f"--gpus: no such flag; see {SLURM} --help{AFTER}",
         ),
         ([*JOB, "--account"], f"--account: a value is missing; see {SLURM} --help"),
     ],
