@@ -141,7 +141,7 @@ start() { # $1: what a host does that trains already
 
 stop() { # and wait: a delete right after must not cut the last checkpoint short
   local command="{ $going && touch ~/gptjax.stopped && kill -TERM \"\$pid\"; } 2>/dev/null"
-  command+=' || { echo "not training"; exit 0; }; for i in $(seq 600)'
+  command+=' || { echo "not training"; exit 0; }; for _ in $(seq 600)'
   command+='; do kill -0 "$pid" 2>/dev/null || exit 0; sleep 1; done'
   on all all "$command; echo 'error: still saving after 600 s; see logs' >&2; exit 1"
 }

@@ -153,7 +153,7 @@ def test_the_other_tpu_commands(fakes: Fakes) -> None:
     assert dry(fakes, TPU, *WHERE, "stop").startswith(f"{ssh} --node=all --worker=all '--command=")
     assert remote(fakes, "stop") == (
         f'{{ {GOING} && touch ~/gptjax.stopped && kill -TERM "$pid"; }} 2>/dev/null '
-        '|| { echo "not training"; exit 0; }; for i in $(seq 600); do kill -0 "$pid" 2>/dev/null || exit 0; sleep 1; '
+        '|| { echo "not training"; exit 0; }; for _ in $(seq 600); do kill -0 "$pid" 2>/dev/null || exit 0; sleep 1; '
         "done; echo 'error: still saving after 600 s; see logs' >&2; exit 1"
     )
     assert (
