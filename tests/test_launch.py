@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TPU, SLURM = ROOT / "launch/tpu_pod.sh", ROOT / "launch/slurm.sh"
+TPU, SLURM, LOCAL = (ROOT / "launch" / name for name in ("tpu_pod.sh", "slurm.sh", "local.sh"))
 BASH = shutil.which("bash") or "bash"
 WHERE = ["--name", "gpt3", "--zone", "us-east5-a"]
 JOB = ["--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00", "--run", "runs/a"]
@@ -522,19 +523,20 @@ def test_shellcheck(fakes: Fakes) -> None:
         checked = subprocess.run(words, input=text, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
     scripts = sorted((ROOT / "launch").glob("*.sh"))
-    assert {TPU, SLURM} <= {*scripts}
+    assert {*scripts} == {TPU, SLURM, LOCAL}
+    scripts += (ROOT / "tests/slurm").glob("*.sh")
     checked = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("script", [TPU, SLURM])
+@pytest.mark.parametrize("script", [TPU, SLURM, LOCAL])
 def test_help(fakes: Fakes, script: Path) -> None:
     made = fakes.bash(script, "--help")
     assert made.returncode == 0
     flags = set(re.findall(r"(--[a-z-]+)\) ", script.read_text())) - {"--help"} | {"--dry-run"}
-    assert len(flags) > 6
+    assert len(flags) > 4
     assert {flag for flag in flags if flag not in made.stdout} == set()
-    assert made.stdout.startswith("Train on ") and "set -euo" not in made.stdout
+    assert made.stdout.startswith("Train ") and "set -euo" not in made.stdout
 
 
 @pytest.mark.parametrize("gpus", [4, 0])
@@ -620,3 +622,79 @@ def test_slurm_errors_are_one_line(fakes: Fakes, arguments: list[str], error: st
     made = fakes.bash(SLURM, *arguments)
     assert (made.returncode, made.stdout, made.stderr) == (1, "", f"error: {error}\n")
     assert fakes.calls() == []
+
+
+# Processes of one machine
+
+
+def test_local_prints_the_commands(fakes: Fakes) -> None:
+    where = "env JAX_COORDINATOR_ADDRESS=localhost:9000 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID="
+    train = "gptjax train --distributed x.py --run 'runs/it'\\''s' &"
+    flags = ["--processes", "2", "--port=9000"]
+    cpu = "JAX_PLATFORMS=cpu 'XLA_FLAGS=--xla_a=1 --xla_force_host_platform_device_count=4'"
+    fakes.environment["XLA_FLAGS"] = "--xla_a=1"
+    made = dry(fakes, LOCAL, *flags, "--devices=4", "--", "x.py", "--run", "runs/it's")
+    assert [shlex.split(line) for line in made.splitlines()] == [
+        shlex.split(f"{where}{i} {cpu} {train}") for i in range(2)
+    ]
+    made = dry(fakes, LOCAL, *flags, "--gpus", "2", "--", "x.py", "--run", "runs/it's")
+    assert [shlex.split(line) for line in made.splitlines()] == [
+        shlex.split(f"{where}{i} CUDA_VISIBLE_DEVICES={2 * i},{2 * i + 1} {train}") for i in range(2)
+    ]
+
+
+def local(fakes: Fakes, life: str) -> subprocess.Popen[str]:
+    """Three processes that live so, with their number in $JAX_PROCESS_ID."""
+    fakes.write(fakes.bin / "gptjax", "#!/usr/bin/env bash\necho up\n" + life + "\n")
+    (fakes.bin / "sleep").unlink(missing_ok=True)
+    words = [BASH, str(LOCAL), "--processes", "3", "--", "x.py"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=fakes.environment, cwd=fakes.folder, stdout=pipe, stderr=pipe, text=True)
+
+
+WAIT = "for i in {1..600}; do sleep 0.1; done"
+
+
+@pytest.mark.parametrize(
+    ("life", "status", "said"),
+    [
+        ("exit 0", 0, []),
+        ("sleep 0.$JAX_PROCESS_ID", 0, []),
+        (
+            f"trap 'echo saved; exit 143' TERM; [ $JAX_PROCESS_ID != 1 ] || exit 3; {WAIT}",
+            3,
+            ["[0] saved", "[2] saved"],
+        ),
+        (f"[ $JAX_PROCESS_ID != 2 ] || kill -9 $$; {WAIT}", 137, []),
+    ],
+)
+def test_local_processes_end_together(fakes: Fakes, life: str, status: int, said: list[str]) -> None:
+    with local(fakes, life) as processes:
+        out, errors = processes.communicate(timeout=60)
+    assert processes.returncode == status, errors
+    assert sorted(out.splitlines()) == sorted(["[0] up", "[1] up", "[2] up", *said])
+
+
+def test_local_passes_a_signal_on(fakes: Fakes) -> None:
+    with local(fakes, f"trap 'echo saved; exit 143' TERM; {WAIT}") as processes:
+        assert processes.stdout
+        up = [processes.stdout.readline() for _ in range(3)]
+        processes.send_signal(signal.SIGINT)
+        out, _ = processes.communicate(timeout=30)
+    assert sorted(up) == ["[0] up\n", "[1] up\n", "[2] up\n"]
+    assert (processes.returncode, sorted(out.splitlines())) == (143, ["[0] saved", "[1] saved", "[2] saved"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--", "x.py"], "--processes is missing: give a whole number from 1, such as --processes 4"),
+        (["--processes=2", "--gpus=0", "--", "x.py"], "--gpus 0: give a whole number from 1, such as --gpus 1"),
+        (["--processes=2"], "nothing to train; add -- configs/NAME.py, or -- --resume runs/NAME"),
+        (["x.py"], "x.py: unexpected; what gptjax train is to get goes after --"),
+        (["--slices=2"], f"--slices: no such flag; see {LOCAL} --help (what gptjax train is to get goes after --)"),
+    ],
+)
+def test_local_errors_are_one_line(fakes: Fakes, arguments: list[str], error: str) -> None:
+    made = fakes.bash(LOCAL, *arguments)
+    assert (made.returncode, made.stdout, made.stderr) == (1, "", f"error: {error}\n")
