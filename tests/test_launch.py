@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -698,3 +699,26 @@ def test_local_passes_a_signal_on(fakes: Fakes) -> None:
 def test_local_errors_are_one_line(fakes: Fakes, arguments: list[str], error: str) -> None:
     made = fakes.bash(LOCAL, *arguments)
     assert (made.returncode, made.stdout, made.stderr) == (1, "", f"error: {error}\n")
+
+
+# The container
+
+
+def test_the_container_installs_what_its_device_needs(fakes: Fakes) -> None:
+    """What it copies is there; its one step that can go wrong is run, with a pip that writes down what it is told."""
+    text = (ROOT / "launch/Dockerfile").read_text()
+    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY ")]
+    assert len(copied) == 3
+    assert all((ROOT / name).exists() for names in copied for name in names)
+    assert re.findall(r"^USER (\S+)", text, re.M) == ["1000"]
+    (step,) = re.findall(r"^RUN (case .*?)\nCOPY", text, re.M | re.S)
+    fakes.add("pip")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for device, wanted in {"cpu": ".", "cuda": ".[cuda]", "tpu": ".[tpu]"}.items():
+        shutil.rmtree(fakes.folder / "gptjax", ignore_errors=True)
+        assert fakes.bash("-c", step, DEVICE=device).returncode == 0
+        assert called(fakes, "pip")[-1][-4:] == ["-c", "constraints.txt", "-e", wanted]
+        assert device == "cpu" or device in extras
+    made = fakes.bash("-c", step, DEVICE="gpu")
+    assert (made.returncode, made.stderr) == (1, "DEVICE=gpu: must be cpu, cuda or tpu\n")
+    assert len(called(fakes, "pip")) == 3
