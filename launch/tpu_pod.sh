@@ -15,9 +15,9 @@
 #   launch/tpu_pod.sh watch --spot -- configs/gpt3_13b.py --run runs/a    # the same, until training is done
 #
 # Both look at what is there: slices that are gone are deleted and asked for again, installed and started. watch may
-# be ended and begun at any time, on any machine; the training does not notice. It gives up where a start brings no new
-# checkpoint so many times in a row. Also: status (state of the request), and --dry-run anywhere, which prints the
-# commands and runs none.
+# be ended and begun at any time, on any machine; the training does not notice. It installs the commit that it was begun
+# with, and gives up where a start brings no new checkpoint so many times in a row. Also: status (state of the request),
+# and --dry-run anywhere, which prints the commands and runs none.
 #
 #   --name NAME            the queued resource and its nodes              or TPU_NAME
 #   --zone ZONE            such as us-east5-a                             or TPU_ZONE
@@ -96,16 +96,26 @@ status() { resource describe '--format=value(state.state)'; }
 logs() { on "$node" "$worker" 'tail -n 100 -F ~/gptjax.log'; }
 delete() { resource delete --force "$@"; }
 
-install() { # a clone of one commit travels, so that hosts need no right to read where it came from
-  local root commit edits packed command
+pack() { # a clone of one commit travels: hosts need no right to read where it came from. Once: a watch stays with it
+  local root commit edits
+  [ -z "$packed" ] || return 0
   root=$(dirname "${BASH_SOURCE[0]}")/..
   commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || fail "install: $root is no git clone with a commit to install"
   root=$(git -C "$root" rev-parse --show-toplevel)
   edits=$(git -C "$root" status --porcelain)
   edits=${edits%%$'\n'*}
   [ -z "$edits" ] || fail "install: ships a commit, and ${edits:3} in $root is not as committed; commit it, or undo"
-  packed=${TMPDIR:-/tmp}/gptjax-$commit
   note "installs commit $commit"
+  packed=${TMPDIR:-/tmp}/gptjax-$commit
+  trap 'go rm -rf "$packed" "$packed.tgz"' EXIT
+  go rm -rf "$packed"
+  go git clone -q --bare --depth 1 "file://$root" "$packed"
+  go tar -C "$packed" -czf "$packed.tgz" .
+}
+
+install() {
+  local command
+  pack
   command='set -e; rm -rf ~/gptjax.git; mkdir ~/gptjax.git; tar -xzf ~/gptjax.tgz -C ~/gptjax.git'
   command+='; git init -q ~/gptjax; cd ~/gptjax; git fetch -q --depth 1 "file://$HOME/gptjax.git" HEAD'
   command+='; git checkout -q --detach FETCH_HEAD'
@@ -121,10 +131,7 @@ install() { # a clone of one commit travels, so that hosts need no right to read
   else
     note "no --bucket: each host keeps runs/ on its own disk, so only a slice of one host can checkpoint"
   fi
-  go rm -rf "$packed" && go git clone -q --bare --depth 1 "file://$root" "$packed" &&
-    go tar -C "$packed" -czf "$packed.tgz" . &&
-    queue scp "$packed.tgz" "$name:gptjax.tgz" "${where[@]}" --node=all --worker=all && on all all "$command" &&
-    go rm -rf "$packed" "$packed.tgz"
+  queue scp "$packed.tgz" "$name:gptjax.tgz" "${where[@]}" --node=all --worker=all && on all all "$command"
 }
 
 going='pid=$(cat ~/gptjax.pid 2>/dev/null) && grep -qas gptjax "/proc/$pid/cmdline"' # of a host: does it train?
@@ -168,6 +175,7 @@ watch() {
 keep() { # to the start of training, or its end ($1): at each look what is missing is brought, one thing at a time
   local found reason
   pause=60 failures=0 furthest=-2
+  pack
   if [ "$dry_run" ]; then rehearse "${@:2}"; return; fi
   while true; do
     found=$(state)
@@ -230,7 +238,7 @@ count() {
 
 name=${TPU_NAME-} zone=${TPU_ZONE-} project=${TPU_PROJECT-} type=${TPU_TYPE-} version=${TPU_RUNTIME_VERSION-}
 slices=${TPU_SLICES-1} wait=${TPU_WAIT-120} bucket=${TPU_BUCKET-} spot=${TPU_SPOT-} more=() folder=''
-node=0 worker=0 tries=5 tidy='' verb='' dry_run=''
+node=0 worker=0 tries=5 tidy='' packed='' verb='' dry_run=''
 verbs='create install run logs status stop resume watch delete'
 
 for arg; do # --dry-run counts wherever it stands, also after --

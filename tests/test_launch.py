@@ -197,10 +197,13 @@ def test_what_a_watch_would_do_is_rehearsed(fakes: Fakes, verb: str) -> None:
     )
     ssh, end = [*QUEUED.split(), "ssh", "gpt3"], f"{QUEUED} delete gpt3 --zone=us-east5-a --force --quiet"
     lines = made.stdout.splitlines()
+    packs = parts["install"][:3]
+    assert lines[:3] == packs and lines.pop() == parts["install"].pop()  # and removed at the end
+    lines = lines[3:]
     assert lines[:3] == [parts["status"][0], end, parts["create"][0]]
     look = shlex.split(lines[3])
     assert look[: len(ssh)] == ssh and r"ls 'runs/it'\''s a/checkpoints' 2>/dev/null" in look[-1]
-    assert lines[4:-2] == parts["install"]
+    assert lines[4:-2] == parts["install"][3:]
     assert shlex.split(lines[-2])[-1] == f"--command={start}"
     assert lines[-1] == end
     assert [line for line in made.stderr.splitlines() if line.startswith("#")] == [
@@ -423,6 +426,22 @@ def test_watch_brings_a_run_to_its_end(
     made = cloud.bash(cloud.tpu, *WATCH, *more, *WHAT)
     assert (made.returncode, made.stderr.splitlines()[-1]) == (status, last), made.stderr
     assert done(cloud) == told
+
+
+def test_watch_stays_with_its_commit(cloud: Fakes, tmp_path: Path) -> None:
+    """Although the clone goes on while it watches: its edits would end an install, a new commit change the run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(cloud.tpu.parents[1], copy)
+    first = head(copy)
+    life = (
+        f'save $n; [ $n = 1 ] || exit 0; echo "# more" >>"{copy}/configs/x.py"; echo SUSPENDED >"$FAKE/state"; exit 143'
+    )
+    cloud.write(cloud.folder / "trainer", LIFE + life + "\n")
+    cloud.add("sleep", MINUTE)
+    made = cloud.bash(copy / "launch/tpu_pod.sh", *WATCH, *WHAT)
+    assert (made.returncode, done(cloud)) == (0, [*NEW, "delete", *NEW]), made.stderr
+    assert head(cloud.home / "gptjax") == first
+    assert not [*cloud.folder.glob("gptjax-*")]
 
 
 def test_resume_brings_back_what_is_gone_and_ends_when_it_trains(cloud: Fakes) -> None:
