@@ -174,7 +174,7 @@ watch() {
 
 keep() { # to the start of training, or its end ($1): at each look what is missing is brought, one thing at a time
   local found reason
-  pause=60 failures=0 furthest=-2
+  pause=60 failures=0 furthest=-2 seen=''
   pack
   if [ "$dry_run" ]; then rehearse "${@:2}"; return; fi
   while true; do
@@ -212,20 +212,20 @@ hosts() { # true where there is nothing left to do
   said=$(look) || { note "$name: a host does not answer"; return 1; }
   words=$(sed -n 's/^gptjax: \(.*\) .*/\1/p' <<<"$said" | sort -u | tr '\n' ' ')
   note "$name: $words"
-  case $1:$words in
-    *:) return 1 ;;
-    end:*failed*) fail "--name $name: a host gave up; see logs, mend it, and resume. The chips cost until delete" ;;
-    end:*stopped*) note "$name: was stopped; resume starts it again"; return ;;
-    *:'done ')
+  [ "$words" ] || return 1
+  case $words in *training*) seen=1 ;; esac
+  case $seen:$words in # how an earlier start ended is no news
+    1:*done*) # on one host, so all steps are made
       if [ "$tidy" ]; then delete --quiet; fi
       return ;;
-    start:'training ' | start:'done training ') return ;;
-    end:'training ' | end:'done training ') return 1 ;;
+    1:*failed*) fail "--name $name: a host gave up; see logs, and mend it. The chips cost until delete" ;;
+    1:*stopped*) note "$name: was stopped"; return ;;
+    1:'training ') if [ "$1" = start ]; then return; else return 1; fi ;;
   esac
   if ! install; then count "$name: cannot be installed"; return 1; fi
   step=$(look | sed -n 's/^gptjax: .* //p' | sort -n | tail -n 1) # now that install has brought the bucket
   if [ "${step:--1}" -gt "$furthest" ]; then furthest=${step:--1} failures=0; else count "$name: is no further"; fi
-  start 'exit 0' "${@:2}" || count "$name: cannot be started"
+  if start 'exit 0' "${@:2}"; then seen=1; else count "$name: cannot be started"; fi
   return 1
 }
 

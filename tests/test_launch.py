@@ -401,12 +401,12 @@ NEW = ["create", *BEGIN]
         ),
         # told to end by a host that started again: not the user's stop
         ("save $n; if [ $n -lt 3 ]; then exit 143; fi", [], 0, "gpt3: done ", ["create", *BEGIN * 3]),
-        ("save $n; touch ~/gptjax.stopped; exit 143", [], 0, "gpt3: was stopped; resume starts it again", NEW),
+        ("save $n; touch ~/gptjax.stopped; exit 143", [], 0, "gpt3: was stopped", NEW),
         (
             "save 5; exit 1",
             [],
             1,
-            "error: --name gpt3: a host gave up; see logs, mend it, and resume. The chips cost until delete",
+            "error: --name gpt3: a host gave up; see logs, and mend it. The chips cost until delete",
             NEW,
         ),
         (
@@ -454,8 +454,20 @@ def test_resume_brings_back_what_is_gone_and_ends_when_it_trains(cloud: Fakes) -
         assert (made.returncode, made.stderr.splitlines()[-1]) == (0, "gpt3: training "), made.stderr
         assert done(cloud) == ["delete", *NEW]
     assert cloud.bash(cloud.tpu, "stop", *WHERE).returncode == 0
-    assert cloud.bash(cloud.tpu, *WATCH, *WHAT).stderr.splitlines()[-1] == "gpt3: was stopped; resume starts it again"
-    assert done(cloud) == ["delete", *NEW, "stop"]
+    assert cloud.bash(*resume).stderr.splitlines()[-1] == "gpt3: training "
+    assert cloud.bash(cloud.tpu, "stop", *WHERE).returncode == 0
+    assert done(cloud) == ["delete", *NEW, "stop", *BEGIN, "stop"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_how_an_earlier_start_ended_is_no_news(cloud: Fakes, status: int) -> None:
+    """The same slice trains on with other words, or after what was wrong is mended."""
+    cloud.write(cloud.folder / "trainer", LIFE + f"[ $n != 1 ] || exit {status}\n")
+    cloud.add("sleep", MINUTE)
+    assert cloud.bash(cloud.tpu, *WATCH, *WHAT).returncode == status
+    again = cloud.bash(cloud.tpu, *WATCH, *WHAT, "--train.total_tokens", "2e9")
+    assert again.returncode == 0, again.stderr
+    assert done(cloud) == [*NEW, *BEGIN]
 
 
 @pytest.mark.parametrize(
