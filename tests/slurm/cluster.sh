@@ -74,6 +74,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=5
 ReturnToService=2
 KillWait=5
 MpiDefault=none
