@@ -46,6 +46,12 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
         (["--model.window", "65"], "model.window = 65: must lie in 1..model.seq_len = 64; nearest 64"),
         (["--train.micro_batch_size", "7"], "train.micro_batch_size = 7: does not divide train.batch_size = 256"),
         (["--data.lanes", "3"], "data.lanes = 3: does not divide the micro-batch of 256 sequences; nearest"),
+        (["--run", "gs://bucket/a"], "run = gs://bucket/a: an address, and no path; mount the bucket, as launch/"),
+        (
+            ["--data.cache_dir", "s3://bucket"],
+            "data.cache_dir = s3://bucket: an address, and no path; mount the bucket",
+        ),
+        (["--init_from", "gs:/bucket/a"], "init_from = gs:/bucket/a: an address, and no path; mount the bucket"),
         (["--train.batch_size", "0"], "train.batch_size = 0: must be positive; nearest 1"),
         (["--train.ramp_start", "7", "--train.micro_batch_size", "4"], "train.ramp_start = 7"),
         (["--data.seed", "-1"], "data.seed = -1"),

@@ -1,5 +1,7 @@
 """Two real processes, joined over the loopback: what one of them has wrong is everyone's error, and is named."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from devices import environment
+from devices import FAST, environment
 
 from gptjax.config import Config, to_json
 from gptjax.config.load import load_config
@@ -18,6 +20,7 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.stages.pretrain import Pretrain
 from gptjax.train.checkpoint import FOLDER, Position, position_of, read_meta
 from gptjax.train.metrics import read_log
+from gptjax.train.run import HISTORY
 
 
 def free_port() -> int:
@@ -180,3 +183,19 @@ def test_both_go_back_and_when_one_falls_both_end_soon(file: str, tmp_path: Path
             feed.batch(2, None)
         want = Position(4, 4 * 16 * 16, tuple(feed.positions), ((2, 5),))
     assert position_of(read_meta((run / FOLDER / "4").absolute())) == want
+
+
+def test_processes_that_one_command_starts(file: str, tmp_path: Path) -> None:
+    """launch/local.sh: they meet, train together and end."""
+    script = Path(__file__).parents[1] / "launch/local.sh"
+    run = tmp_path / "run"
+    words = [script, "--processes", "2", "--devices", "2", "--", file, "--run", str(run), "--layout.data", "4"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        words, env=os.environ | {"PATH": path, "XLA_FLAGS": FAST}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line[:3] for line in done.stdout.splitlines()} == {"[0]", "[1]"}
+    (start,) = map(json.loads, (run / HISTORY).read_text().splitlines())
+    assert start["devices"]["count"] == 4
+    assert (run / FOLDER / "4").is_dir()

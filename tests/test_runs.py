@@ -477,3 +477,16 @@ def numbers(spans: str) -> list[int]:
     """[0, 1, 2, 5] of 0-2, 5"""
     ends = [(part.split("-")[0], part.split("-")[-1]) for part in spans.split(", ")]
     return [number for first, last in ends for number in range(int(first), int(last) + 1)]
+
+
+def test_where_there_is_no_git_the_environment_names_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container."""
+    monkeypatch.delenv("GPTJAX_COMMIT", raising=False)
+    here = folders.provenance()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    there = folders.provenance()
+    assert (there["commit"], there["modified"], there["code"]) == ("unknown", False, here["code"])
+    monkeypatch.setenv("GPTJAX_COMMIT", "abc")
+    assert folders.provenance()["commit"] == "abc"

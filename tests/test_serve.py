@@ -431,10 +431,10 @@ class Slow:
         engine = running.served.model.engine
         step = engine.step
 
-        def slow() -> None:
+        def slow(*args: Any) -> None:
             self.gate.acquire(timeout=30)
             self.steps += 1
-            step()
+            step(*args)
 
         monkeypatch.setattr(engine, "step", slow)
 
@@ -553,8 +553,8 @@ def test_an_engine_that_fails_goes_on(server: Running, monkeypatch: pytest.Monke
     engine = server.served.model.engine
     decode, left = engine._decode, [1]
 
-    def broken() -> None:
-        decode()
+    def broken(*args: Any) -> None:
+        decode(*args)
         if left[0] == 0:
             raise RuntimeError("the device has gone")
         left[0] -= 1

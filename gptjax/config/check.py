@@ -24,6 +24,7 @@ def nearest_divisor(total: int, wanted: int) -> int:
 def validate(config: Config) -> Config:
     """Return the config, or raise UserError that names field, value and the nearest right one."""
     _unused(config)
+    _paths(config)
     _model(config)
     _batch(config)
     _vocabulary(config)
@@ -50,6 +51,21 @@ def _unused(config: Config) -> None:
         value = getattr(getattr(config, section), name) if leaf.name in config.unused else leaf.default
         if value != leaf.default:
             raise UserError(f"{leaf.name} = {value}: stage {config.stage} has no use for it; leave it out")
+
+
+def _paths(config: Config) -> None:
+    """What is written and renamed, locked and appended to lies in a file system: as a path, an address would be a
+    folder of that name."""
+    for name, value in (
+        ("run", config.run),
+        ("data.cache_dir", config.data.cache_dir),
+        ("init_from", config.init_from),
+    ):
+        if re.match("[a-z0-9]{2,}:/", value):
+            raise UserError(
+                f"{name} = {value}: an address, and no path; mount the bucket, as launch/tpu_pod.sh --bucket and "
+                "launch/gke.py do, and name a path in it"
+            )
 
 
 def _model(config: Config) -> None:

@@ -7,6 +7,7 @@ learned from, by digests.
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from gptjax.train.processes import is_first
 
 CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
 HISTORY, DATA = "history.jsonl", "data.json"
+COMMIT = "GPTJAX_COMMIT"
+"""Environment variable that names the commit where no clone does."""
 PINS = {"init_from": "base.json", "reward": "reward.json"}
 """Fields that name weights which no checkpoint of the run holds, and the files that hold their digests."""
 NEW_DATA = "give the old one, or --new-data to go on with this one"
@@ -287,18 +290,24 @@ def _commit(start: dict[str, Any]) -> str:
 
 def provenance() -> dict[str, Any]:
     """Who starts a run: code, command, versions, devices."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip() or "unknown",
-        "modified": bool(dirty.stdout.strip()),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT) or "unknown",
+        "modified": bool(_git("status", "--porcelain")),
         "code": code_digest(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "versions": versions(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
     }
+
+
+def _git(*words: str) -> str:
+    """What git says of this package's clone; empty where there is neither, as in a container."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def versions() -> dict[str, str]:
