@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PAUSE = 0.003  # seconds without another request after which those that are there begin
 GATHERING = 0.03  # seconds that they wait for each other at most
+PACE = 0.03  # seconds between two pieces of a reply: more of them no eye follows, and each costs a write and a read
 RETURNING = 0.25  # of a step's rows that must be free to be waited for: fewer are not worth the time
 Result = TypeVar("Result")
 
@@ -95,7 +96,13 @@ class _Given:
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.going = stream, list(range(len(stream.replies)))
+        self.at = 0.0
+        """When it got the last of it."""
         self.tokens, self.text = [0] * len(stream.replies), [0] * len(stream.replies)
+
+    def due(self, now: float) -> bool:
+        """Whether it gets what there is, or waits for what the next step adds."""
+        return now >= self.at + PACE or any(self.stream.replies[i].reason for i in self.going)
 
     def pieces(self) -> tuple[list[Piece], int, int]:
         """(what is new, its tokens, replies that are over)"""
@@ -258,13 +265,16 @@ class Worker:
             self._given.clear()
 
     def _hand_out(self) -> None:
-        made = []
+        made, now = [], time.monotonic()
         for stream, given in list(self._given.items()):
+            if not given.due(now):
+                continue
             pieces, tokens, ended = given.pieces()
             self.completion_tokens += tokens
             if not given.going:
                 del self._given[stream]
             if tokens or ended:
+                given.at = now
                 made.append((stream, pieces, tokens, ended))
         if made:
             self._tell(_take_all, made)
