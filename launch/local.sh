@@ -65,11 +65,12 @@ if [ "$dry_run" ]; then
 fi
 command -v gptjax >/dev/null || fail "gptjax: not found; activate the environment it is installed in"
 
-pipes=$(mktemp -d) pids=() readers=() status=0
+pipes=$(mktemp -d) pids=() readers=() status=0 stopping=''
 trap 'rm -rf "$pipes"' EXIT
 tell() { kill "$1" ${pids[@]+"${pids[@]}"} 2>/dev/null || true; }
-trap 'tell -TERM' INT TERM HUP # a second SIGINT would end gptjax without a save
+trap 'stopping=1; tell -TERM' INT TERM HUP # a second SIGINT would end gptjax without a save
 for ((i = 0; i < processes; i++)); do
+  [ -z "$stopping" ] || break
   mkfifo "$pipes/$i"
   while IFS= read -r line; do printf '[%s] %s\n' "$i" "$line"; done <"$pipes/$i" &
   readers+=($!)
@@ -77,6 +78,7 @@ for ((i = 0; i < processes; i++)); do
   env "${settings[@]}" gptjax train --distributed "$@" >"$pipes/$i" 2>&1 &
   pids+=($!)
 done
+[ -z "$stopping" ] || tell -TERM # it came when the last of them ran and was not in the list yet
 
 patience=40 # half seconds that the others have still to live once one has fallen
 while [ ${#pids[@]} -gt 0 ]; do

@@ -30,7 +30,7 @@ from gptjax.planner.traffic import HIDDEN_RESIDUAL, SLICES_EXPOSED, WEIGHTS_EXPO
 MODEL = ModelConfig(8, 16, 2048, seq_len=2048, vocab_size=32768)
 CONFIG = Config("timed", MODEL, train=TrainConfig(batch_size=512))
 HELD = [run for run in RUNS if run.half == "held out"]
-MISSED = {run.title for run in HELD if abs(ERRORS[run.title]) > 20}
+MISSED = {run.title for run in HELD if abs(ERRORS[run.title]) >= 20}  # of 20.3% a 20 is recorded
 
 
 # Products

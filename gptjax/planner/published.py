@@ -37,7 +37,9 @@ worst of the held-out rows; fuji 70B, Llama on v6e and 405B on tpu7x fewer.
 How the held-out half was used: it was priced after the first fit (median error 9%, worst 38%: 8 bit on v6e, of which
 no fitted row tells). Then the law behind `traffic.WEIGHTS_EXPOSED` was added, for which the fitted half asks by itself,
 and all constants were fitted again to that half alone; the held-out half came to a median of 7% and a worst of 36%.
-No constant was changed after that.
+No constant was changed after that. Then the compilers showed two gathers of the residual in each layer that keeps the
+results of its products, which the traffic had not counted: the errors recorded here are with them, of the held-out half
+a worst of 34%.
 """
 
 from dataclasses import dataclass, replace
@@ -266,24 +268,24 @@ ERRORS: dict[str, int] = {
     "64B, 8 x v5e-256, 16 bit (a)": 0,
     "64B, 16 x v5e-256, 16 bit (a)": 1,
     "64B, 32 x v5e-256, 16 bit (a)": 5,
-    "128B, v5e-256, 16 bit (a)": 29,
-    "128B, 2 x v5e-256, 16 bit (a)": 23,
-    "128B, 4 x v5e-256, 16 bit (a)": 22,
-    "128B, 8 x v5e-256, 16 bit (a)": 24,
-    "128B, 16 x v5e-256, 16 bit (a)": 26,
-    "128B, 32 x v5e-256, 16 bit (a)": 36,
+    "128B, v5e-256, 16 bit (a)": 27,
+    "128B, 2 x v5e-256, 16 bit (a)": 22,
+    "128B, 4 x v5e-256, 16 bit (a)": 20,
+    "128B, 8 x v5e-256, 16 bit (a)": 22,
+    "128B, 16 x v5e-256, 16 bit (a)": 25,
+    "128B, 32 x v5e-256, 16 bit (a)": 34,
     "fuji 7B, 4 x v5e-256, 16 bit (f)": 44,
     "fuji 70B, 4 x v5e-256, 16 bit (f)": 6,
     "32B, v5p-128, 16 bit (a)": -4,
     "32B, 2 x v5p-128, 16 bit (a)": -5,
     "64B, v5p-128, 16 bit (a)": -4,
-    "64B, 2 x v5p-128, 16 bit (a)": -5,
-    "128B, v5p-256, 16 bit (a)": -2,
+    "64B, 2 x v5p-128, 16 bit (a)": -6,
+    "128B, v5p-256, 16 bit (a)": -3,
     "128B, 2 x v5p-256, 16 bit (a)": -7,
     "128B, v5p-512, 16 bit (a)": -3,
-    "128B, 2 x v5p-512, 16 bit (a)": 7,
-    "256B, v5p-1024, 16 bit (a)": 4,
-    "256B, 2 x v5p-1024, 16 bit (a)": 7,
+    "128B, 2 x v5p-512, 16 bit (a)": 6,
+    "256B, v5p-1024, 16 bit (a)": 3,
+    "256B, 2 x v5p-1024, 16 bit (a)": 6,
     "512B, v5p-1024, 16 bit (a)": -11,
     "512B, 2 x v5p-1024, 16 bit (a)": -10,
     "1024B, v5p-2048, 16 bit (a)": 3,
@@ -292,11 +294,11 @@ ERRORS: dict[str, int] = {
     "1024B, 2 x v5p-4096, 16 bit (a)": -8,
     "GPT-3 175B, v5p-1024, 8 bit (b)": -8,
     "GPT-3 175B, v5p-1024, 8 bit (c)": -6,
-    "GPT-3 175B, v5p-2048, 8 bit (c)": 1,
-    "GPT-3 175B, v5p-3072, 8 bit (c)": 2,
-    "GPT-3 175B, v5p-4096, 8 bit (d)": 2,
-    "GPT-3 175B, v5p-12288, 8 bit (c)": 0,
-    "GPT-3 175B, v5p-12288, 8 bit (d)": 0,
+    "GPT-3 175B, v5p-2048, 8 bit (c)": -1,
+    "GPT-3 175B, v5p-3072, 8 bit (c)": 1,
+    "GPT-3 175B, v5p-4096, 8 bit (d)": 1,
+    "GPT-3 175B, v5p-12288, 8 bit (c)": -3,
+    "GPT-3 175B, v5p-12288, 8 bit (d)": -2,
     "22B, v4-128, 16 bit (a)": 0,
     "22B, 2 x v4-128, 16 bit (a)": 1,
     "22B, 4 x v4-128, 16 bit (a)": 1,
