@@ -198,6 +198,7 @@ def test_random_conversations_are_as_those_of_a_text(tuned: SFTConfig) -> None:
     assert SFT(apart, "cpu").random_rows(0, (1, 8)).segments.max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_work_of_fine_tuning_is_fed_its_own_text(rank: int, tuned: SFTConfig) -> None:
     """A step on random conversations and on those of the text, by one compiled program; alone, it ends nowhere."""

@@ -274,6 +274,7 @@ def test_the_run_is_sampled_evaluated_and_gone_on_from(
     assert before["chosen_logprob"] == pytest.approx(best["chosen_logprob"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: PreferenceConfig, tuned: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

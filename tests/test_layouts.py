@@ -161,6 +161,7 @@ def test_deep_layout_equals_single_device(name: str, deep: Config, deep_single: 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, deep_single[1])
 
 
+@pytest.mark.slow
 def test_muon_on_a_layout_equals_single_device(steady: Config) -> None:
     """And learns: matrices are orthogonalised whole, wherever their parts are."""
     one_kind = replace(steady.model, attention_pattern=("dense",), num_layers=2)
@@ -257,6 +258,7 @@ def test_planned_moments_are_the_states(kind: str, tiny: Config) -> None:
     assert 0 <= held - planned < 40  # counters and coefficients
 
 
+@pytest.mark.slow
 def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
     """What goes with each chunk through the stages: its document numbers and the keys of its tokens' dropout; and
     with each unit its number."""

@@ -160,6 +160,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_both_go_back_and_when_one_falls_both_end_soon(file: str, tmp_path: Path) -> None:
     """To the same checkpoint, and on with the rows that come then; at the end each has status 1 and the reason."""
     run, port, pipe = tmp_path / "run", free_port(), subprocess.PIPE
@@ -185,6 +186,7 @@ def test_both_go_back_and_when_one_falls_both_end_soon(file: str, tmp_path: Path
     assert position_of(read_meta((run / FOLDER / "4").absolute())) == want
 
 
+@pytest.mark.slow
 def test_processes_that_one_command_starts(file: str, tmp_path: Path) -> None:
     """launch/local.sh: they meet, train together and end."""
     script = Path(__file__).parents[1] / "launch/local.sh"

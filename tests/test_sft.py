@@ -473,6 +473,7 @@ def test_another_base_is_refused(base: Path, adapted: Path, small: SFTConfig, tm
 # The best checkpoint
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_is_what_others_take(small: SFTConfig, tmp_path: Path) -> None:
     """A learning rate that ruins what it has learned: the last is not the best."""
     config = replace(
@@ -612,6 +613,7 @@ def test_the_help_of_a_stage_has_its_fields_alone(
     assert {"model.num_layers", "train.epochs", "optimizer.learning_rate", "layout.fsdp"} <= ours & theirs
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew_in_the_place_of_a_run_and_of_nothing_else(
     small: SFTConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_process_runs_only_the_lanes_it_touches():
     assert run([(0, 2, 4, 6), (1, 3, 5, 7)], 8, 4) == [[0, 1, 2, 3]] * 2
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     data=st.data(),
