@@ -144,8 +144,7 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     if layout.sequence_sharding:
         # No policy but none keeps what a matrix read, whole along the length. Of an adapter's gradient, once more what
         # its matrix needs of the residual's.
-        again = 0 if model.remat == "none" else 2
-        gathers = 2 + trained * (2 + again) + len({"projection", "mlp_down"} & adapted)
+        gathers = 2 + trained * (2 if model.remat == "none" else 4) + len({"projection", "mlp_down"} & adapted)
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
         add("reduce-scatter", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
     else:

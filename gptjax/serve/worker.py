@@ -81,14 +81,17 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         """Everything that came since the last time, as long as something comes. Raises Refused where it was ended."""
-        while self.left or self._pieces:
-            await self._came.wait()
-            self._came.clear()
-            if self.error:
-                raise self.error
-            pieces, self._pieces = self._pieces, []
-            if pieces:
+        while True:
+            if pieces := self._pieces:
+                self._pieces = []
                 yield pieces
+            elif self.error:
+                raise self.error
+            elif not self.left:
+                return
+            else:
+                await self._came.wait()
+                self._came.clear()
 
 
 class _Given:
@@ -100,9 +103,14 @@ class _Given:
         """When it got the last of it."""
         self.tokens, self.text = [0] * len(stream.replies), [0] * len(stream.replies)
 
+    @property
+    def ended(self) -> bool:
+        """Whether a reply is over of which it does not know that yet."""
+        return any(self.stream.replies[i].reason for i in self.going)
+
     def due(self, now: float) -> bool:
         """Whether it gets what there is, or waits for what the next step adds."""
-        return now >= self.at + PACE or any(self.stream.replies[i].reason for i in self.going)
+        return now >= self.at + PACE or self.ended
 
     def pieces(self) -> tuple[list[Piece], int, int]:
         """(what is new, its tokens, replies that are over)"""
@@ -250,7 +258,7 @@ class Worker:
         self.engine.step(self._hand_out)
         self._ended = time.monotonic()
         self._seconds = self._ended - began
-        if any(reply.reason for given in self._given.values() for reply in given.stream.replies):
+        if any(given.ended for given in self._given.values()):
             self._hand_out()
 
     def _guarded(self, work: Callable[[], None]) -> None:
