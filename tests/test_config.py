@@ -189,6 +189,7 @@ def test_a_number_is_taken_within_its_bounds_and_else_refused_in_one_line(leaf: 
         (["sample", "x", "y"], "y: gptjax sample takes no such word"),
         (["train"], "gptjax train: name a config"),
         (["train", "c.py", "--run", "--dry-run"], "--run: a value is missing, before --dry-run"),
+        (["train", "c.py", "--data.source", "--run", "runs/a"], "--data.source: a value is missing, before --run"),
         (["train", "c.py", "-v"], "-v: gptjax train has no such argument"),
         (["train", "c.py", "--slices", "2"], "--topology and --slices"),
         (["plan", "c.py"], "--topology: a value is missing"),

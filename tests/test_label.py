@@ -8,6 +8,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -357,7 +359,7 @@ def test_a_model_that_has_not_learned_conversations(monkeypatch: pytest.MonkeyPa
 def _start(folder: Path, prompts: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], str]:
     words = ["label", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "r.jsonl"), "--port", "0"]
     words += ["--replies", "2", "--tokens", "8", "--labeller", "ann", "--cache-dir", str(tmp_path / "cache")]
-    process = subprocess.Popen([sys.executable, "-m", "gptjax", *words], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "gptjax", *words], stdout=-1, stderr=-1, text=True)
     assert process.stdout
     line = process.stdout.readline()
     assert line.startswith("rank replies at http://127.0.0.1:"), line
@@ -375,6 +377,14 @@ def test_the_verb_goes_on_and_ends(tuned: SFTConfig, tmp_path: Path) -> None:
     prompts.write_text('{"prompt": "Hi"}\n{"prompt": "Yo"}\n{"prompt": "Oh"}\n{"prompt": "Ah"}\n')
     with session(out, ["Hi"]) as of:
         rank(of, 1, 2, 3, 4)
+    process, url = _start(tmp_path / "run", prompts, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(httpx.get, f"{url}/next", timeout=120)
+        time.sleep(0.5)
+        assert not waits.done(), "a first draw compiles; this one was done before it could be interrupted"
+        process.send_signal(signal.SIGTERM)
+        assert waits.result().status_code == 503
+        assert process.communicate(timeout=120)[1] == ""
     process, url = _start(tmp_path / "run", prompts, tmp_path)
     try:
         first = httpx.get(f"{url}/next", timeout=120).json()

@@ -52,6 +52,8 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
     places: list[str] = []
     fields: list[str] = []
     left = list(words)
+    leaves = [leaf for stage in STAGES.values() for leaf in walk(stage)] if takes_fields else []
+    known = [*flags, *(f"--{leaf.name}" for leaf in leaves), *HELP]
     while left:
         word = left.pop(0)
         flag, equals, text = word.partition("=")
@@ -62,16 +64,14 @@ def read(verb: str, cls: Any, words: list[str]) -> Verb:
             if hint is bool and not equals:
                 values[flags[flag]] = True
                 continue
-            given = text if equals else _value(flag, left, [*flags, *HELP])
+            given = text if equals else _value(flag, left, known)
             if any(isinstance(mark, Repeated) for mark in infos(cls)[flags[flag]].metadata):
                 values[flags[flag]] = (*values.get(flags[flag], ()), given)
             else:
                 values[flags[flag]] = parse(hint, given, flag)
         elif takes_fields and _is_field(flag):
-            fields += [word] if equals else [flag, _value(flag, left, [*flags, *HELP])]
+            fields += [word] if equals else [flag, _value(flag, left, known)]
         else:
-            leaves = [leaf for stage in STAGES.values() for leaf in walk(stage)] if takes_fields else []
-            known = [*flags, *(f"--{leaf.name}" for leaf in leaves)]
             raise UserError(f"{flag}: gptjax {verb} has no such argument{_near(flag, known)}; see its --help")
     values |= _by_place(verb, cls, places)
     if takes_fields:
@@ -93,7 +93,7 @@ def _is_field(flag: str) -> bool:
 
 
 def _value(flag: str, left: list[str], flags: list[str]) -> str:
-    """The word behind a flag. Another flag of the verb there is a value that was forgotten."""
+    """The word behind a flag. Another flag of the verb, or a field, there is a value that was forgotten."""
     if not left or left[0].partition("=")[0] in flags:
         behind = f", before {left[0]} (a text of that form: {flag}={left[0]})" if left else ""
         raise UserError(f"{flag}: a value is missing{behind}")

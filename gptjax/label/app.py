@@ -1,6 +1,7 @@
 """The labelling page and its three answers: ranks, a skip, and one step back."""
 
 import asyncio
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -27,7 +28,8 @@ class AnswerBody(Strict):
 
 
 def create_app(session: Session, host: str) -> FastAPI:
-    """A session as an app, which answers this machine's own pages alone."""
+    """A session as an app, which answers this machine's own pages alone. Who waits for replies is sent away as soon as
+    `app.state.ending` is set."""
 
     async def local(request: Request) -> None:
         if found := foreign(Headers(scope=request.scope), host):
@@ -38,6 +40,15 @@ def create_app(session: Session, host: str) -> FastAPI:
         page("label/label.html"),
     )
     about, one_at_a_time = headers(text), asyncio.Lock()
+    app.state.ending = asyncio.Event()
+
+    async def shown() -> Shown | None:
+        """What is to be ranked, None where all is done."""
+        while (future := session.ask()) is not None:
+            if (found := session.show(await _unless(app.state.ending, future))) is not None:
+                return found
+        return None
+
     errors.install(app)
 
     @app.get("/")
@@ -49,34 +60,36 @@ def create_app(session: Session, host: str) -> FastAPI:
     async def following() -> Response:
         """The prompt that is to be ranked and its replies, when they are drawn."""
         async with one_at_a_time:
-            return JSON(_told(session, await _shown(session)))
+            return JSON(_told(session, await shown()))
 
     @app.post("/answer")
     async def answer(body: AnswerBody) -> Response:
         """Keep an answer; it is on the disk when this returns. The next prompt comes back."""
         async with one_at_a_time:
-            shown = await _shown(session)
-            if shown is None or shown.number != body.prompt:
+            asked = await shown()
+            if asked is None or asked.number != body.prompt:
                 raise Refused(409, "another prompt is being asked for; reload the page")
-            _do(lambda: session.answer(shown, body.ranks))
-            return JSON(_told(session, await _shown(session)))
+            _do(lambda: session.answer(asked, body.ranks))
+            return JSON(_told(session, await shown()))
 
     @app.post("/undo")
     async def undo() -> Response:
         """Ask for the last answer once more."""
         async with one_at_a_time:
             _do(session.undo)
-            return JSON(_told(session, await _shown(session)))
+            return JSON(_told(session, await shown()))
 
     return app
 
 
-async def _shown(session: Session) -> Shown | None:
-    """None where all is done."""
-    while (future := session.ask()) is not None:
-        if (shown := session.show(await asyncio.wrap_future(future))) is not None:
-            return shown
-    return None
+async def _unless(ending: asyncio.Event, future: Future[list[str]]) -> list[str]:
+    """What is drawn. Raises Refused where the server ends before it is."""
+    drawn, ended = asyncio.wrap_future(future), asyncio.create_task(ending.wait())
+    await asyncio.wait((drawn, ended), return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
+    if not drawn.done():
+        raise Refused(503, "the server is ending; start it again to go on")
+    return drawn.result()
 
 
 def _do(work: Any) -> None:

@@ -23,6 +23,10 @@ class Server(uvicorn.Server):
         host, port = self.listener.getsockname()[:2]
         print(f"rank replies at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.ending.set()  # type: ignore[union-attr]  # an app of `create_app`
+        await super().shutdown(sockets)
+
 
 def serve(session: Session, host: str, port: int) -> None:
     """Answer until Ctrl-C or SIGTERM, and say what has come of it. Raises UserError for an address that cannot be
