@@ -16,14 +16,17 @@ import pytest
 from gptjax import cli
 from gptjax.bench import layouts, trial
 from gptjax.bench.compare import changes
+from gptjax.bench.constants import constants
 from gptjax.bench.layouts import Options, Setting, attached, calibrate, planned, select, settings
 from gptjax.bench.layouts_report import summary
 from gptjax.bench.measure import figures
 from gptjax.config import Config, LayoutConfig, LoRAConfig, SFTConfig, to_json
+from gptjax.config.load import load_config
 from gptjax.errors import UserError
 from gptjax.model.accounting import train_flops_per_token
-from gptjax.planner.chips import topology
-from gptjax.planner.cost import Estimate, Place
+from gptjax.planner.chips import topology, wiring, with_constants
+from gptjax.planner.cost import Estimate, Place, estimate
+from gptjax.planner.place import place
 from gptjax.planner.search import name as plan_name
 from gptjax.planner.search import search
 
@@ -271,6 +274,37 @@ def test_rows_table_and_plot(file: str, stand_in: dict, tmp_path: Path, capsys: 
     assert last.startswith(f"{out / 'layouts.json'}, {out / 'layouts.png'}; median error of 2 predictions 417%")
     assert last.endswith("predicted best fsdp8, dp8 alike, measured best tp8 (2.00x as fast as the slowest of these)")
     assert (out / "layouts.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHIPS = [("NVIDIA H100 80GB HBM3", "gpu", "h100", 8), ("TPU v5", "tpu", "v5p", 64), ("TPU v6 lite", "tpu", "v6e", 1)]
+
+
+@pytest.mark.parametrize(("kind", "platform", "family", "count"), CHIPS)
+def test_constants_of_a_chip_are_what_a_plan_needs_to_be_right(
+    kind: str, platform: str, family: str, count: int, tiny: Config, tmp_path: Path
+) -> None:
+    """A plan of such a slice or node with this file predicts the step that was measured, and another network."""
+    config = replace(load_config("configs/gpt3_1_3b.py", []), layout=LayoutConfig(fsdp=count))
+    config = replace(config, train=replace(config.train, micro_batch_size=128, batch_size=512))
+    limits = {"flops": 5e14, "bytes": 2e12} | ({"gather": 4e11} if count > 1 else {})
+    facts = FACTS | {"device": kind, "platform": platform, "count": count, "local_count": count, "limits": limits}
+    facts["memory_bytes"] = 7e10
+    here = topology(f"{family}-{count}x1" if platform == "gpu" else {"v5p": "v5p-128", "v6e": "v6e-1"}[family])
+    usual = estimate(place(config, here)).update_seconds
+    file = tmp_path / "chip.json"
+    file.write_text(json.dumps(constants(config, 1.5 * usual, facts)))
+    told = with_constants(here, file, 0)
+    assert estimate(place(config, told)).update_seconds == pytest.approx(1.5 * usual, rel=1e-4)
+    assert (told.chip.hbm, told.chip.hbm_rate) == (7e10, 2e12)
+    rate = wiring(told, {"all": count})["all"][0]
+    assert rate == (pytest.approx(4e11) if count > 1 else here.chip.link)
+    assert constants(config, 1e-9, facts)[family]["matmul"] == 1  # it cannot be faster than the peak
+
+
+def test_no_constants_of_what_no_plan_knows(tiny: Config) -> None:
+    assert constants(tiny, 1.0, FACTS) == {}
+    several = FACTS | {"device": "NVIDIA H200", "platform": "gpu", "count": 16}  # 8 of them here: two nodes
+    assert constants(tiny, 1.0, several) == {}
 
 
 def test_the_best_is_judged_by_tokens() -> None:

@@ -16,6 +16,7 @@ import jax
 
 from gptjax.bench import trial
 from gptjax.bench.compare import changes, open_result, require_same
+from gptjax.bench.constants import constants
 from gptjax.bench.layouts_report import change_lines, plot, progress, summary, table
 from gptjax.bench.measure import figures, save
 from gptjax.config import Config, LayoutConfig, validate
@@ -51,8 +52,8 @@ class Options:
 
 
 def run(config: Config, options: Options, out: Path, compare: Path | None) -> tuple[str, bool]:
-    """Measure, write OUT/layouts.json and OUT/layouts.png; (the table as text, whether any setting is worse than in
-    an earlier result to `compare` with).
+    """Measure, write OUT/layouts.json and OUT/layouts.png, and OUT/chip.json where plans know the chip; (the table as
+    text, whether any setting is worse than in an earlier result to `compare` with).
 
     Raises UserError for names that there are not, and for an earlier result of something else.
     """
@@ -75,8 +76,12 @@ def run(config: Config, options: Options, out: Path, compare: Path | None) -> tu
         return "", False
     found = [] if earlier is None else changes(earlier.result, result)
     plot(result, out / "layouts.png")
+    written = [out / "layouts.json", out / "layouts.png"]
+    if known := _constants(result, chosen, facts):
+        save(known, out / "chip.json")
+        written.append(out / "chip.json")
     parts = [table(result), *([change_lines(earlier, result, found)] if earlier else [])]
-    text = "\n\n".join([*parts, f"{out / 'layouts.json'}, {out / 'layouts.png'}; {summary(result)}"])
+    text = "\n\n".join([*parts, f"{', '.join(map(str, written))}; {summary(result)}"])
     return text, any(change.worse for change in found)
 
 
@@ -89,6 +94,16 @@ def _result(
     result["calibration"] = calibrate(rows, facts, topology)
     result["rows"] = sorted(rows, key=lambda row: (-row.get("tokens_per_s", 0), row["status"], row["name"]))
     return result
+
+
+def _constants(result: dict[str, Any], chosen: list[Setting], facts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of the devices, by the setting that fixes the predictions; none where no setting ran."""
+    name = result["calibration"]["reference"]
+    if name is None:
+        return {}
+    (config,) = (setting.config for setting in chosen if setting.name == name)
+    (seconds,) = (row["median_s"] for row in result["rows"] if row["name"] == name)
+    return constants(config, seconds, facts)
 
 
 def settings(config: Config, facts: dict[str, Any]) -> Iterator[Setting]:

@@ -19,7 +19,7 @@ class Command:
     config: Annotated[str, Positional("CONFIG")]
     """A file of configs/."""
     out: Path = Path("bench")
-    """Folder for the results."""
+    """Folder for the results; chip.json among them is for `gptjax plan --chip-file`."""
     layouts: Annotated[str, Field(min_length=1)] = "all"
     """Settings with commas, such as fsdp8,tp (a name without numbers means all of that kind), or all."""
     steps: Positive = 10

@@ -36,7 +36,8 @@ class Command:
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Dollars for an hour of a chip: what the training costs is said beside its days."""
     chip_file: Path | None = None
-    """Constants of chips in place of the built-in ones: JSON such as {"v5p": {"matmul": 0.72, "price": 4}}."""
+    """Constants of chips in place of the built-in ones: JSON such as {"v5p": {"matmul": 0.72, "price": 4}}, or the
+    chip.json that `gptjax bench layouts` writes."""
     compile: Positive = 6
     """Layouts to compile."""
     analytic: bool = False

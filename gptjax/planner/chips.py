@@ -123,6 +123,23 @@ PLANES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Shapes of whole slices, in chips; from 64 chips on in three dimensions any of whole cubes of 4 x 4 x 4."""
 LONGEST = 28  # chips along one side: a pod of v5p is 16 x 20 x 28
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+}
+"""Families by what JAX calls a device of them."""
 COMPILER_NAMES = {"v4": "v4", "v5e": "v5e", "v5p": "v5", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 
@@ -234,6 +251,11 @@ def _shapes(family: str) -> list[tuple[int, ...]]:
         return [*PLANES]
     sides = range(4, LONGEST + 1, 4)
     return [*SMALL_CUBES, *itertools.combinations_with_replacement(sides, 3)]
+
+
+def family_of(kind: str) -> str | None:
+    """The family of an attached device, None for one of which there is none here."""
+    return KINDS.get(kind)
 
 
 CONSTANTS = ("flops", "hbm", "hbm_rate", "link", "slow", "matmul", "price", "float8", "matmul8", "tile")
