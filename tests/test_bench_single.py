@@ -25,7 +25,7 @@ from gptjax.bench.work import Work
 from gptjax.config import Config, LoRAConfig, ModelConfig, SFTConfig
 from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
-from gptjax.hardware import compiler_options
+from gptjax.hardware import COMPILER_OPTIONS, compiler_options
 from gptjax.model.accounting import train_flops_per_token
 from gptjax.planner.chips import topology
 from gptjax.planner.compile import devices_of
@@ -115,7 +115,7 @@ def test_work_that_outlasts_its_call_is_counted(tmp_path: Path) -> None:
         return x
 
     x, weights = jnp.ones((512, 768)), [jnp.full((768, 768), 1e-3)] * 30
-    options = compiler_options("cpu")
+    options = compiler_options(jax.devices()[0])
     step = jax.jit(products, compiler_options=options).lower(x, weights).compile()
     step(x, weights).block_until_ready()
     shares = []
@@ -330,18 +330,28 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, file: st
 
 def test_options_of_the_step() -> None:
     """Determinism is the compiler's to promise on a GPU alone, and asked for in the config."""
-    assert "xla_gpu_deterministic_ops" not in compiler_options("gpu")
-    assert compiler_options("gpu", True) == compiler_options("gpu") | {"xla_gpu_deterministic_ops": "True"}
-    assert compiler_options("cpu", True) == compiler_options("cpu")
+    pytest.importorskip("jax_cuda13_plugin", reason="the extra `cuda-aot` is not installed")
+    cpu, gpu = jax.devices()[0], devices_of(topology("h100-1x1"))[0]
+    assert "xla_gpu_deterministic_ops" not in compiler_options(gpu)
+    assert compiler_options(gpu, True) == compiler_options(gpu) | {"xla_gpu_deterministic_ops": "True"}
+    assert compiler_options(cpu, True) == compiler_options(cpu)
+
+
+def test_options_are_those_of_the_chip_and_its_compiler_takes_them() -> None:
+    """All of v5p's, on the CPU on which a plan is made; a stand-in: no TPU is here."""
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    assert compiler_options(devices_of(topology("v5p-8"))[0]) == COMPILER_OPTIONS["TPU v5"]
+    assert compiler_options(jax.devices()[0]).keys() == COMPILER_OPTIONS["cpu"].keys()
 
 
 def test_the_cuda_compiler_takes_every_option() -> None:
     """The step's own and those that --options tries, on a program of one product for an H100 that is not there."""
     pytest.importorskip("jax_cuda13_plugin", reason="the extra `cuda-aot` is not installed")
-    device = SingleDeviceSharding(devices_of(topology("h100-1x1"))[0])
+    (gpu,) = devices_of(topology("h100-1x1"))
+    device = SingleDeviceSharding(gpu)
     product = jax.jit(lambda x: x @ x, in_shardings=device, out_shardings=device)
     lowered = product.lower(jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
-    for name, value in (OPTIONS["gpu"] | compiler_options("gpu", True)).items():
+    for name, value in (OPTIONS["gpu"] | compiler_options(gpu, True)).items():
         lowered.compile(compiler_options={name: value})
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         lowered.compile(compiler_options={"xla_gpu_no_such_option": "True"})

@@ -85,7 +85,8 @@ def test_every_process_of_a_pod_gets_its_rows(name: str, pod: str, slices: int, 
 
 def test_a_host_is_a_block_of_the_torus() -> None:
     """The case that the range of rows which a process was once asked to hold does not cover."""
-    shares = rows_by_process(layout_on(load_config(str(ROOT / "configs/gpt3_175b.py"), []), "v5p-1024", 1), 256)
+    config = named(load_config(str(ROOT / "configs/gpt3_175b.py"), []), "fsdp64_tp8_seq/full/256")
+    shares = rows_by_process(layout_on(config, "v5p-1024", 1), 256)
     assert shares[0] == (0, 1, 2, 3, 32, 33, 34, 35)
     assert Counter(shares.values())[shares[0]] == 4
 

@@ -67,9 +67,9 @@ class Work:
         return jax.tree.map(put, rows)
 
     def compile(self, state: TrainState, more: dict[str, str]) -> Any:
-        """With more compiler options than the platform's own. Not from the persistent cache: the time to compile is a
+        """With more compiler options than the devices' own. Not from the persistent cache: the time to compile is a
         figure."""
-        options = compiler_options(jax.default_backend(), self.config.train.deterministic) | more
+        options = compiler_options(self.layout.mesh.devices.flat[0], self.config.train.deterministic) | more
         step = make_step(self.config, self.stage, self.shardings, self.layout, options)
         return step.lower(state, self.random_rows, *self._scalars(0)).compile()
 

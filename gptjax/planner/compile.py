@@ -206,7 +206,7 @@ def _child(cache: Path, job: dict[str, Any]) -> str:
     """Compile one job into the cache, unless the program is there; returns JSON that names it."""
     topology, config = chips.topology(job["topology"], job["num_slices"]), from_json(job["config"])
     lowered, mesh = lower(config, topology)
-    options = compiler_options(topology.chip.platform, config.train.deterministic)
+    options = compiler_options(devices_of(topology)[0], config.train.deterministic)
     name = _digest(lowered.as_text(), topology.name, str(topology.num_slices), versions(), str(options))
     program = cache / name
     if not program.with_suffix(".json").exists():

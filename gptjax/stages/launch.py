@@ -293,7 +293,7 @@ def facts(stage: AnyStage) -> dict[str, Any]:
     config, platform, tokenizer = stage.config, stage.platform, stage.tokenizer
     assert stage.layout and tokenizer and stage.corpus
     rest = left_out(config.data)
-    options = compiler_options(platform, config.train.deterministic)
+    options = compiler_options(stage.layout.mesh.devices.flat[0], config.train.deterministic)
     return _pipeline(config, stage.layout) | {
         "attention": ": ".join(stage.network.attention),
         "compiler": " ".join(f"{k}={v}" for k, v in options.items()) or "default options",

@@ -267,13 +267,13 @@ def make_step(
 
     Only the first num_micro of the M micro-batches count: the batch ramp changes a number, not a shape. With several
     `updates` a step the rows are those of one after another, [updates * M, b, ...], and figures means over them.
-    `options` are the compiler's, in place of those of the platform.
+    `options` are the compiler's, in place of those of the devices.
     """
     import optax
 
-    platform = layout.mesh.devices.flat[0].platform
-    options = compiler_options(platform, config.train.deterministic) if options is None else options
-    dtype = compute_dtype(config.model, platform)
+    device = layout.mesh.devices.flat[0]
+    options = compiler_options(device, config.train.deterministic) if options is None else options
+    dtype = compute_dtype(config.model, device.platform)
     apart = copies_apart(config, layout.mesh.shape, dtype.itemsize)
     mean_gradient = partial(_mean_gradient, stage, Copies(layout, shardings.params) if apart else None)
     optimizer = make_optimizer(config.optimizer, stage.rates)
