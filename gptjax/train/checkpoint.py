@@ -136,10 +136,14 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, abstract: Any, warn: Callable[[str], None], most: float = math.inf
+        self,
+        abstract: Any,
+        warn: Callable[[str], None],
+        most: float = math.inf,
+        newer: Callable[[int], tuple[Any, Position] | None] = lambda _: None,
     ) -> tuple[Any, Position] | None:
         """The newest intact checkpoint, of step `most` at most, laid out as the shardings of `abstract` say; None
-        before the first save.
+        before the first save. `newer` gives one from elsewhere that is newer than a step, if there is one.
 
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
@@ -147,11 +151,15 @@ class Checkpoints:
         every = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
         saved = [step for step in every if step <= most]
         for step in saved:
+            if found := newer(step):
+                return found
             try:
                 return self._restore(step, abstract)
             except Damaged as error:
                 warn(f"checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
                 self._set_aside(step)
+        if found := newer(0):
+            return found
         if saved or (not every and list(self._folder.glob("*.damaged*"))):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
         return None
