@@ -1,6 +1,5 @@
 """Checkpoints on each host's own disk: which step is taken, what damage and a full disk do, a run that is killed."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ import numpy as np
 import pytest
 from devices import environment
 from jax.sharding import NamedSharding, PartitionSpec
-from test_processes import both, file, free_port, place
+from test_processes import alone, both, file, free_port, place
 
 from gptjax.config import Config, validate
 from gptjax.errors import UserError
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, read_meta
+from gptjax.train.copies import twins
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.local import ARRAYS, META, Local, newest, why_not
 
@@ -33,22 +33,42 @@ A, B, NO = ("a", ""), ("b", ""), ("", "has a damaged one")
 
 
 @pytest.mark.parametrize(
-    ("held", "step"),
+    ("held", "alone", "in_pairs"),
     [
-        ([{}], None),
-        ([{10: A, 20: A}], 20),
-        ([{10: A, 20: A}, {10: A, 20: A}], 20),
-        ([{10: A, 20: A}, {10: A}], 10),
-        ([{10: A, 20: A}, {20: A, 30: A}, {20: A}], 20),
-        ([{10: A}, {20: A}], None),
-        ([{10: A, 20: A}, {}], None),
-        ([{10: A, 20: NO}, {10: A, 20: A}], 10),
-        ([{10: NO}, {10: NO}], None),
-        ([{10: A, 20: A}, {10: A, 20: B}], 10),  # of two starts that went different ways
+        ([{}, {}], None, None),
+        ([{10: A, 20: A}, {10: A, 20: A}], 20, 20),
+        ([{10: A, 20: A}, {10: A}], 10, 20),
+        ([{10: A}, {20: A}], None, 20),
+        ([{10: A, 20: A}, {}], None, 20),
+        ([{10: A, 20: NO}, {10: A, 20: A}], 10, 20),
+        ([{10: NO}, {10: NO}], None, None),
+        ([{10: A, 20: A}, {10: A, 20: B}], 10, 10),  # of two starts that went different ways
+        ([{20: A}, {10: A, 20: A}, {}, {10: A, 20: A}], None, 20),
+        ([{20: A}, {10: A, 30: A}, {10: A}, {10: A, 20: A, 30: A}], None, 20),
     ],
 )
-def test_the_newest_step_that_all_hold(held: list[dict[int, tuple[str, str]]], step: int | None) -> None:
-    assert newest(held) == newest(held[::-1]) == step
+def test_the_newest_step_that_all_hold(
+    held: list[dict[int, tuple[str, str]]], alone: int | None, in_pairs: int | None
+) -> None:
+    """Where each has parts of its own, and where the first half of them has the same as the second."""
+    half = len(held) // 2
+    assert newest(held, [(i,) for i in range(len(held))]) == alone
+    assert newest(held, [(i, i + half) for i in range(half)]) == in_pairs
+
+
+@pytest.mark.parametrize(
+    ("held", "groups"),
+    [
+        ({0: "ab", 1: "ab"}, ((0, 1),)),
+        ({0: "ab", 1: "cd", 2: "ab", 3: "cd"}, ((0, 2), (1, 3))),
+        ({0: "aabb", 1: "aabb"}, ((0, 1),)),
+        ({0: "ab", 1: "cd"}, None),
+        ({0: "ab", 1: "bc"}, None),
+        ({0: "ab", 1: "ab", 2: "cd"}, None),
+    ],
+)
+def test_processes_that_hold_the_same(held: dict[int, str], groups: object) -> None:
+    assert twins(held) == groups
 
 
 def test_who_does_not_hold_a_step() -> None:
@@ -249,36 +269,81 @@ def killed_at_eight(words: list[str], disk: Path) -> None:
     assert whole(), ends
 
 
-def ended(run: Path) -> tuple[Any, Any]:
-    """Position and fingerprints of the last checkpoint."""
-    meta = read_meta((run / FOLDER / "12").absolute())
-    return meta["position"], meta["arrays"]
+@dataclass(frozen=True)
+class Killed:
+    """A run of two processes that was killed between saves, and one like it that was left alone and had no disks."""
+
+    run: Path
+    disk: Path
+    plain: Path
+    aside: Path
+
+    @classmethod
+    def made(cls, file: str, folder: Path, *layout: str) -> "Killed":
+        made = cls(*(folder / name for name in ("run", "disk", "plain", "aside")))
+        words = ["--train.total_tokens", str(12 * 16 * 16), "--train.save_interval", "5", *layout]
+        left_alone = [file, "--run", str(made.plain), *words]
+        assert [status for status, _, _ in both(left_alone, left_alone)] == [0, 0]
+        words += ["--train.local_dir", str(made.disk), "--train.local_interval", "2"]
+        killed_at_eight([file, "--run", str(made.run), *words], made.disk)
+        assert sorted(path.name for path in made.own.iterdir()) == ["6", "8"]
+        assert made.at(5).is_dir() and not made.at(8).exists()
+        for path in (made.run, made.disk):
+            shutil.copytree(path, made.aside / path.name)
+        return made
+
+    @property
+    def own(self) -> Path:
+        """The folder of this run on the disk."""
+        return next(self.disk.iterdir())
+
+    def at(self, step: int) -> Path:
+        return (self.run / FOLDER / str(step)).absolute()
+
+    def goes_on(self, *lost: str, hides: str = "") -> tuple[str, str]:
+        """(output, errors) of the first process, after both went on to the end, to the same bits. What is `lost` on the
+        disk is gone, and what the second process is not to see of the run `hides`."""
+        for path in (self.run, self.disk):
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(self.aside / path.name, path)
+        for part in lost:
+            shutil.rmtree(self.own / part)
+        words = ["--resume", str(self.run)]
+        done = both(words, words, before=([], alone(self.run / hides) if hides else []))
+        assert [status for status, _, _ in done] == [0, 0], done
+        mine, others = (read_meta((run / FOLDER / "12").absolute()) for run in (self.run, self.plain))
+        assert mine["position"] == others["position"] and mine["arrays"] == others["arrays"]
+        assert not [*self.disk.iterdir()]  # the end is safe
+        return done[0][1:]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_between_saves_goes_on_from_its_hosts_disks(
-    file: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """To the same bits as one that was left alone and had no such disk; and from what all of them still have."""
-    run, disk, plain, aside = (tmp_path / name for name in ("run", "disk", "plain", "aside"))
-    words = ["--train.total_tokens", str(12 * 16 * 16), "--train.save_interval", "5", "--layout.data", "2"]
-    left_alone = [file, "--run", str(plain), *words]
-    assert [status for status, _, _ in both(left_alone, left_alone)] == [0, 0]
-    words += ["--train.local_dir", str(disk), "--train.local_interval", "2"]
-    killed_at_eight([file, "--run", str(run), *words], disk)
-    own = next(disk.iterdir())
-    assert sorted(path.name for path in own.iterdir()) == ["6", "8"] and (run / FOLDER / "5").is_dir()
-    shutil.copytree(tmp_path, aside, symlinks=True)
-    lost = {8: [], 6: [own / "8/1"], 5: [own / "8/1", own / "6/1"]}
-    for step, parts in lost.items() if request.config.getoption("--whole") else [(8, [])]:
-        for folder in (run, disk):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(aside / folder.name, folder)
-        for part in parts:
-            shutil.rmtree(part)
-        again = both(*[["--resume", str(run)]] * 2)
-        assert [status for status, _, _ in again] == [0, 0], again[1][2]
-        assert f"resumed at step {step}, " in again[0][1] and ("going on from step" in again[0][1]) == (step != 5)
-        assert ("8 is not used: process 1 has none" in again[0][2]) == (step != 8)
-        assert ended(run) == ended(plain)
-        assert not own.exists()  # the end is safe
+def test_a_run_that_was_killed_goes_on_from_one_copy(file: str, tmp_path: Path) -> None:
+    """From that on a disk, where the other host has lost its own; and from that in the run folder, whose arrays one
+    process alone opens: the other sees an empty folder in their place."""
+    killed = Killed.made(file, tmp_path, "--layout.replica", "2")
+    said, warned = killed.goes_on("8/1", "6/1")
+    assert "resumed at step 8, " in said and "going on from step 8 here" in said
+    assert "8: process 1 has none; who has the same parts sends them" in warned
+    assert "checkpoints by 1 of 2 processes" in said
+    hidden = f"{FOLDER}/5/state"
+    said, warned = killed.goes_on("8/1", "8/0", "6/1", "6/0", hides=hidden)
+    assert "resumed at step 5, " in said and "going on from" not in said and "damaged" not in warned
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", ["fsdp", "data"])
+def test_a_run_that_was_killed_goes_on_from_what_is_left(layout: str, file: str, tmp_path: Path) -> None:
+    """Where each process has parts of its own, and where both hold all."""
+    killed = Killed.made(file, tmp_path, "--layout.fsdp", "1", f"--layout.{layout}", "4")
+    said, warned = killed.goes_on()
+    assert "resumed at step 8, " in said and "going on from step 8 here" in said and "8: " not in warned
+    said, warned = killed.goes_on("8/1")
+    if layout == "fsdp":
+        assert "resumed at step 6, " in said and "8 is not used: process 1 has none" in warned
+    else:
+        assert "resumed at step 8, " in said and "8: process 1 has none; who has the same parts sends them" in warned
+    hidden = f"{FOLDER}/5/state" if layout == "data" else ""
+    said, warned = killed.goes_on("8/1", "8/0", "6/1", "6/0", hides=hidden)
+    assert "resumed at step 5, " in said and "damaged" not in warned
+    assert ("checkpoints by 1 of 2 processes" in said) == (layout == "data")

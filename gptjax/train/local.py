@@ -2,7 +2,8 @@
 nothing once a host is lost.
 
 Each process writes the parts of the state that its devices hold, into FOLDER/RUN/STEP/PROCESS. A run goes on from the
-newest step that all of them hold, where it is newer than what the run folder has.
+newest step that all of them hold, where it is newer than what the run folder has; of processes that hold the same parts
+one is enough.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from gptjax.files import sync_folder, write_whole
 from gptjax.sharding.rules import leaf_name
 from gptjax.terminal import size_words
 from gptjax.train.checkpoint import Damaged, Position, agreed, digest, position_of, shapes, sizes, unchanged
+from gptjax.train.copies import Parts, copies, whole
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.processes import every, together
 
@@ -33,6 +35,9 @@ HALF = ".half"
 """Ends the name of one that is not whole."""
 Place = tuple[tuple[int, int], ...]
 """Begin and end of a part along each dimension of its array."""
+SHARED = ("arrays", "position")
+"""What all processes note alike."""
+NONE = "", "has none"
 Held = Mapping[int, tuple[str, str]]
 """Of one process: step -> (the mark of what was saved, the same on all; empty where it is of no use here, and why)."""
 
@@ -113,8 +118,8 @@ class Local:
         return True
 
     def _write(self, step: int, meta: dict[str, Any], parts: list[tuple[str, Place, np.ndarray]]) -> None:
-        whole = self._at(step)
-        half = whole.with_name(whole.name + HALF)
+        to = self._at(step)
+        half = to.with_name(to.name + HALF)
         try:
             half.mkdir(parents=True)
             meta["parts"], size = [], 0
@@ -128,11 +133,11 @@ class Local:
             meta["size"] = size
             meta["digest"] = digest(meta)
             write_whole(half / META, json.dumps(meta).encode())
-            half.rename(whole)
-            sync_folder(whole.parent)
+            half.rename(to)
+            sync_folder(to.parent)
         except OSError as error:
             shutil.rmtree(half, ignore_errors=True)
-            said = f"local checkpoint {whole}: cannot be written ({error.strerror}); training goes on without it"
+            said = f"local checkpoint {to}: cannot be written ({error.strerror}); training goes on without it"
             print(f"warning: {said}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
@@ -148,20 +153,33 @@ class Local:
         if self._folder is None:
             return None
         mine = {step: self._held(step, abstract) for step in self._steps() if step > after and step not in self._bad}
-        held = [
-            {int(step): tuple(about) for step, about in json.loads(told).items()} for told in every(json.dumps(mine))
-        ]
-        step = newest(held)
+        every_ones = map(json.loads, every(json.dumps(mine)))
+        held = [{int(step): (mark, why) for step, (mark, why) in one.items()} for one in every_ones]
+        several = copies(abstract)
+        groups = several.groups if several else tuple((process,) for process in range(len(held)))
+        step = newest(held, groups)
         above = max((each for steps in held for each in steps if each > (step or 0)), default=0)
         if above:
             warn(f"local checkpoint {self._folder / str(above)} is not used: {why_not(held, above)}")
         if step is None:
             return None
+        here = self._folder / str(step)
+        have = [bool(steps.get(step, NONE)[0]) for steps in held]
         try:
-            state, meta = agreed(lambda: self._read(step, abstract))
+            if all(have):
+                parts, meta = agreed(lambda: self._read(step, abstract))
+                state = whole(abstract, parts)
+            else:
+                assert several
+                warn(f"local checkpoint {here}: {why_not(held, step)}; who has the same parts sends them")
+                reads = jax.process_index() in (next(each for each in group if have[each]) for group in groups)
+                read, told = agreed(lambda: self._read(step, abstract) if reads else (None, {}))
+                notes = json.dumps({name: told[name] for name in SHARED}) if told else ""
+                meta = json.loads(next(filter(None, every(notes))))
+                state = several.spread(abstract, read)
             agreed(lambda: unchanged(state, meta["arrays"]))
         except Damaged as error:
-            warn(f"local checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
+            warn(f"local checkpoint {here} is damaged ({error}); using the one before it")
             self._bad.add(step)
             return self.restore(abstract, warn, after)
         self._used = step
@@ -178,7 +196,7 @@ class Local:
         wanted = {(name, place) for name, leaf in _leaves(abstract) for place in _devices(leaf).values()}
         if {name: about[:2] for name, about in meta["arrays"].items()} != shapes(abstract) or wanted - there.keys():
             return "", "has other parts of the arrays, as of another layout"
-        return digest({name: meta[name] for name in ("arrays", "position")}), ""
+        return digest({name: meta[name] for name in SHARED}), ""
 
     def _meta(self, step: int) -> dict[str, Any]:
         try:
@@ -192,26 +210,20 @@ class Local:
             raise Damaged(f"{ARRAYS} has {size:,} bytes, {meta['size']:,} were saved")
         return meta
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The arrays, one after another, and what was saved beside them. Raises Damaged."""
+    def _read(self, step: int, abstract: Any) -> tuple[Parts, dict[str, Any]]:
+        """The parts of the arrays, and what was saved beside them. Raises Damaged."""
         meta = self._meta(step)
         there = _table(meta)
+        parts: Parts = []
         try:
             with (self._at(step) / ARRAYS).open("rb") as file:
-
-                def one(path: Any, leaf: Any) -> jax.Array:
-                    parts: dict[Place, np.ndarray] = {}
-                    arrays = []
-                    for device, place in _devices(leaf).items():
-                        if place not in parts:
-                            file.seek(there[leaf_name(path), place])
-                            parts[place] = _part(file, place, leaf.dtype)
-                        arrays.append(jax.device_put(parts[place], device, may_alias=False))
-                    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
-
-                return jax.tree_util.tree_map_with_path(one, abstract), meta
+                for name, leaf in _leaves(abstract):
+                    on = _devices(leaf)
+                    read = {place: _part(file, there[name, place], place, leaf.dtype) for place in {*on.values()}}
+                    parts.append([jax.device_put(read[place], device, may_alias=False) for device, place in on.items()])
         except OSError as error:
             raise Damaged(str(error)) from error
+        return parts, meta
 
     def forget(self, step: int) -> None:
         """Remove this process's parts of the steps after one, from which the run goes on."""
@@ -232,17 +244,22 @@ class Local:
                 self._folder.rmdir()
 
 
-def newest(held: Sequence[Held]) -> int | None:
-    """The newest step of which all processes hold the same, each its part; None where there is none."""
-    common = set.intersection(*(set(steps) for steps in held))
-    whole = [step for step in common if held[0][step][0] and len({steps[step][0] for steps in held}) == 1]
-    return max(whole, default=None)
+def newest(held: Sequence[Held], groups: Sequence[Sequence[int]]) -> int | None:
+    """The newest step that has the same mark wherever it is held, and is held by one at least of each group of
+    processes, whose parts are the same; None where there is none."""
+
+    def marks(step: int, group: Iterable[int]) -> set[str]:
+        return {held[process].get(step, NONE)[0] for process in group} - {""}
+
+    steps = {step for one in held for step in one}
+    alike = [step for step in steps if len(marks(step, range(len(held)))) == 1]
+    return max((step for step in alike if all(marks(step, group) for group in groups)), default=None)
 
 
 def why_not(held: Sequence[Held], step: int) -> str:
     """Why a step that some hold cannot be used."""
     for process, steps in enumerate(held):
-        mark, why = steps.get(step, ("", "has none"))
+        mark, why = steps.get(step, NONE)
         if not mark:
             return f"process {process} {why}"
     return "what the processes have there is not of one state"
@@ -281,8 +298,9 @@ def _table(meta: dict[str, Any]) -> dict[tuple[str, Place], int]:
     return {(name, tuple((a, b) for a, b in place)): offset for name, place, offset in meta["parts"]}
 
 
-def _part(file: Any, place: Place, dtype: Any) -> np.ndarray:
+def _part(file: Any, offset: int, place: Place, dtype: Any) -> np.ndarray:
     part = np.empty([b - a for a, b in place], dtype)
+    file.seek(offset)
     if file.readinto(part.reshape(-1).view(np.uint8).data) != part.nbytes:
         raise Damaged(f"{ARRAYS} is cut short")
     return part

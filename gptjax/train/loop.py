@@ -29,6 +29,7 @@ from gptjax.sharding.rules import Layout
 from gptjax.terminal import size_words
 from gptjax.train import goodput
 from gptjax.train.checkpoint import Checkpoints, Position, sizes
+from gptjax.train.copies import in_words
 from gptjax.train.feed import Feed, Telling
 from gptjax.train.local import Local
 from gptjax.train.meter import Clock, GoneBad, Meter, require_finite
@@ -147,6 +148,7 @@ def fit(
         rest = run, stop, pulse, more, local
         with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
             known = facts | {"saves": _saves(places.kept, run)} | local.facts(places.kept, config.train.local_interval)
+            known |= {"reads": told} if (told := in_words(places.kept)) else {}
             _announce(config, stage, layout, reporter, position, known, goodput.of_start(reporter, began))
             ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         while isinstance(ended, GoneBad):
