@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,40 +269,33 @@ def killed_at_eight(words: list[str], disk: Path) -> None:
     assert whole(), ends
 
 
-@dataclass(frozen=True)
+MORE = ["--train.total_tokens", str(12 * 16 * 16), "--train.save_interval", "5"]
+Ended = tuple[Any, Any]
+
+
+def ended(run: Path) -> Ended:
+    """Position and fingerprints of the last checkpoint."""
+    meta = read_meta((run / FOLDER / "12").absolute())
+    return meta["position"], meta["arrays"]
+
+
 class Killed:
-    """A run of two processes that was killed between saves, and one like it that was left alone and had no disks."""
+    """A run of two processes that was killed between saves."""
 
-    run: Path
-    disk: Path
-    plain: Path
-    aside: Path
+    def __init__(self, file: str, folder: Path, *layout: str):
+        self.run, self.disk, self.aside = (folder / name for name in ("run", "disk", "aside"))
+        words = [file, "--run", str(self.run), *MORE, *layout]
+        words += ["--train.local_dir", str(self.disk), "--train.local_interval", "2"]
+        killed_at_eight(words, self.disk)
+        (self.own,) = self.disk.iterdir()
+        assert sorted(path.name for path in self.own.iterdir()) == ["6", "8"]
+        assert {path.name for path in (self.run / FOLDER).iterdir()} == {"5"}
+        for path in (self.run, self.disk):
+            shutil.copytree(path, self.aside / path.name)
 
-    @classmethod
-    def made(cls, file: str, folder: Path, *layout: str) -> "Killed":
-        made = cls(*(folder / name for name in ("run", "disk", "plain", "aside")))
-        words = ["--train.total_tokens", str(12 * 16 * 16), "--train.save_interval", "5", *layout]
-        left_alone = [file, "--run", str(made.plain), *words]
-        assert [status for status, _, _ in both(left_alone, left_alone)] == [0, 0]
-        words += ["--train.local_dir", str(made.disk), "--train.local_interval", "2"]
-        killed_at_eight([file, "--run", str(made.run), *words], made.disk)
-        assert sorted(path.name for path in made.own.iterdir()) == ["6", "8"]
-        assert made.at(5).is_dir() and not made.at(8).exists()
-        for path in (made.run, made.disk):
-            shutil.copytree(path, made.aside / path.name)
-        return made
-
-    @property
-    def own(self) -> Path:
-        """The folder of this run on the disk."""
-        return next(self.disk.iterdir())
-
-    def at(self, step: int) -> Path:
-        return (self.run / FOLDER / str(step)).absolute()
-
-    def goes_on(self, *lost: str, hides: str = "") -> tuple[str, str]:
-        """(output, errors) of the first process, after both went on to the end, to the same bits. What is `lost` on the
-        disk is gone, and what the second process is not to see of the run `hides`."""
+    def goes_on(self, *lost: str, hides: str = "") -> tuple[str, str, Ended]:
+        """(output, errors) of the first process, after both went on to the end, and what is there then. What is `lost`
+        on the disk is gone, and what the second process is not to see of the run `hides`."""
         for path in (self.run, self.disk):
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(self.aside / path.name, path)
@@ -311,39 +304,47 @@ class Killed:
         words = ["--resume", str(self.run)]
         done = both(words, words, before=([], alone(self.run / hides) if hides else []))
         assert [status for status, _, _ in done] == [0, 0], done
-        mine, others = (read_meta((run / FOLDER / "12").absolute()) for run in (self.run, self.plain))
-        assert mine["position"] == others["position"] and mine["arrays"] == others["arrays"]
-        assert not [*self.disk.iterdir()]  # the end is safe
-        return done[0][1:]
+        assert not self.own.exists()  # the end is safe
+        return *done[0][1:], ended(self.run)
+
+
+EVERY_PART = ("8/1", "8/0", "6/1", "6/0")
+HIDDEN = f"{FOLDER}/5/state"
 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_from_one_copy(file: str, tmp_path: Path) -> None:
     """From that on a disk, where the other host has lost its own; and from that in the run folder, whose arrays one
-    process alone opens: the other sees an empty folder in their place."""
-    killed = Killed.made(file, tmp_path, "--layout.replica", "2")
-    said, warned = killed.goes_on("8/1", "6/1")
+    process alone opens: the other sees an empty folder in their place. To the same bits."""
+    killed = Killed(file, tmp_path, "--layout.replica", "2")
+    said, warned, one = killed.goes_on("8/1", "6/1")
     assert "resumed at step 8, " in said and "going on from step 8 here" in said
     assert "8: process 1 has none; who has the same parts sends them" in warned
     assert "checkpoints by 1 of 2 processes" in said
-    hidden = f"{FOLDER}/5/state"
-    said, warned = killed.goes_on("8/1", "8/0", "6/1", "6/0", hides=hidden)
+    said, warned, other = killed.goes_on(*EVERY_PART, hides=HIDDEN)
     assert "resumed at step 5, " in said and "going on from" not in said and "damaged" not in warned
+    assert one == other
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("layout", ["fsdp", "data"])
 def test_a_run_that_was_killed_goes_on_from_what_is_left(layout: str, file: str, tmp_path: Path) -> None:
-    """Where each process has parts of its own, and where both hold all."""
-    killed = Killed.made(file, tmp_path, "--layout.fsdp", "1", f"--layout.{layout}", "4")
-    said, warned = killed.goes_on()
+    """Where each process has parts of its own, and where both hold all: to the bits of a run that was left alone and
+    had no such disks."""
+    degrees, plain = ["--layout.fsdp", "1", f"--layout.{layout}", "4"], tmp_path / "plain"
+    left_alone = [file, "--run", str(plain), *MORE, *degrees]
+    assert [status for status, _, _ in both(left_alone, left_alone)] == [0, 0]
+    killed = Killed(file, tmp_path, *degrees)
+    said, warned, end = killed.goes_on()
     assert "resumed at step 8, " in said and "going on from step 8 here" in said and "8: " not in warned
-    said, warned = killed.goes_on("8/1")
+    assert end == ended(plain)
+    said, warned, end = killed.goes_on("8/1")
     if layout == "fsdp":
         assert "resumed at step 6, " in said and "8 is not used: process 1 has none" in warned
     else:
         assert "resumed at step 8, " in said and "8: process 1 has none; who has the same parts sends them" in warned
-    hidden = f"{FOLDER}/5/state" if layout == "data" else ""
-    said, warned = killed.goes_on("8/1", "8/0", "6/1", "6/0", hides=hidden)
+    assert end == ended(plain)
+    said, warned, end = killed.goes_on(*EVERY_PART, hides=HIDDEN if layout == "data" else "")
     assert "resumed at step 5, " in said and "damaged" not in warned
     assert ("checkpoints by 1 of 2 processes" in said) == (layout == "data")
+    assert end == ended(plain)
