@@ -18,9 +18,11 @@ import pytest
 from devices import environment
 from jax.sharding import NamedSharding, PartitionSpec
 from test_processes import alone, both, file, free_port, place
+from toy import NAN_GRADIENT, NAN_LOSS, Toy, fit, records, toy_config
 
 from gptjax.config import Config, validate
 from gptjax.errors import UserError
+from gptjax.train import loop
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, read_meta
 from gptjax.train.copies import twins
 from gptjax.train.fingerprint import fingerprint
@@ -227,6 +229,38 @@ def test_it_comes_between_damage_and_the_one_before(disk: Path, tmp_path: Path, 
     local.forget(10)
     assert found() == 15
     checkpoints.close()
+
+
+@pytest.mark.parametrize(("call", "step"), [(5, 4), (9, 8), (12, 7), (15, 10)])
+def test_a_crash_among_bad_steps_that_are_gone_back_over_changes_nothing(
+    call: int, step: int, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 8 to 10 are bad, and the run goes back to 6, past what the disk has: every step that the run folder has not.
+    `call` of the schedule is where it ends, `step` that of the disk from which it goes on."""
+    bad = {8: NAN_LOSS, 9: NAN_GRADIENT, 10: NAN_LOSS}
+    config = toy_config(tiny, 20, save_interval=3, keep_last=9)
+    config = replace(config, optimizer=replace(config.optimizer, max_bad_steps=3))
+    assert fit(config, Toy(bad), tmp_path / "plain") == 0
+    local = replace(config, train=replace(config.train, local_dir=str(tmp_path / "disk"), local_interval=1))
+    run, plain, calls = tmp_path / "run", loop.learning_rate, [0]
+    run.mkdir()
+    (run / "meta.json").write_text("{}")
+
+    def rate(*args: Any) -> float:
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("gone")
+        return plain(*args)
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    with pytest.raises(RuntimeError, match="gone"):
+        fit(local, Toy(bad), run)
+    assert fit(local, Toy(bad), run, resume=True) == 0
+    assert records(run, "start")[1]["step"] == step
+    assert records(run, "start")[1]["local"].startswith(f"going on from step {step} here; every 1 steps")
+    mine, others = (read_meta((each / FOLDER / "20").absolute()) for each in (run, tmp_path / "plain"))
+    assert mine["position"] == others["position"] and mine["arrays"] == others["arrays"]
+    assert mine["position"]["passed"] == [[6, 10]]
 
 
 # Two processes, whose ninth step never comes.

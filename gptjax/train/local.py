@@ -55,18 +55,15 @@ class Local:
         self._thread: threading.Thread | None = None
         self._used = 0
         self._bad: set[int] = set()
-        together(self._make_ready)
+        if made := self._folder:
+            together(lambda: self._make_ready(made))
 
-    def _make_ready(self) -> None:
-        if self._folder is None:
-            return
+    def _make_ready(self, folder: Path) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"train.local_dir: {self._folder}: cannot be made ({error.strerror}); name another"
-            ) from None
-        for half in self._folder.glob(f"*/{self._own}{HALF}"):
+            raise UserError(f"train.local_dir: {folder}: cannot be made ({error.strerror}); name another") from None
+        for half in folder.glob(f"*/{self._own}{HALF}"):
             shutil.rmtree(half, ignore_errors=True)  # what stays is met, and told of, by the save of its step
 
     def _at(self, step: int) -> Path:
@@ -75,7 +72,10 @@ class Local:
 
     def _steps(self) -> list[int]:
         """Those of which this process has its part, whole."""
-        found = self._folder.glob(f"*/{self._own}") if self._folder else ()
+        try:
+            found = [*self._folder.glob(f"*/{self._own}")] if self._folder else []
+        except OSError:  # of a disk that is gone, which the next save will tell of
+            return []
         return [int(path.parent.name) for path in found if path.parent.name.isdigit()]
 
     def facts(self, abstract: Any, interval: int) -> dict[str, str]:
@@ -110,9 +110,9 @@ class Local:
         parts = [*_parts(state)]
         for _, _, part in parts:
             part.copy_to_host_async()
-        copies = [(name, place, _copied(part)) for name, place, part in parts]
+        copied = [(name, place, _copied(part)) for name, place, part in parts]
         self._thread = threading.Thread(
-            target=self._write, args=(position.step, meta, copies), name="local checkpoint", daemon=True
+            target=self._write, args=(position.step, meta, copied), name="local checkpoint", daemon=True
         )
         self._thread.start()
         return True
