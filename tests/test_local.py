@@ -235,7 +235,7 @@ def test_it_comes_between_damage_and_the_one_before(disk: Path, tmp_path: Path, 
 def test_a_crash_among_bad_steps_that_are_gone_back_over_changes_nothing(
     call: int, step: int, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 8 to 10 are bad, and the run goes back to 6, past what the disk has: every step that the run folder has not.
+    """Steps 8 to 10 are bad, and the run goes back to 6, past what the disk has: each step that the run folder lacks.
     `call` of the schedule is where it ends, `step` that of the disk from which it goes on."""
     bad = {8: NAN_LOSS, 9: NAN_GRADIENT, 10: NAN_LOSS}
     config = toy_config(tiny, 20, save_interval=3, keep_last=9)
