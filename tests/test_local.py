@@ -294,7 +294,7 @@ def killed_at_eight(words: list[str], disk: Path) -> None:
         subprocess.Popen(start, env=environment(2, **place(index, port)), stdout=pipe, stderr=pipe, text=True)
         for index in range(2)
     ]
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not whole() and time.monotonic() < deadline and started[0].poll() is None:
         time.sleep(0.05)
     for process in started:
