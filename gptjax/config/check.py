@@ -25,6 +25,7 @@ def validate(config: Config) -> Config:
     """Return the config, or raise UserError that names field, value and the nearest right one."""
     _unused(config)
     _paths(config)
+    _local(config)
     _model(config)
     _batch(config)
     _vocabulary(config)
@@ -60,12 +61,26 @@ def _paths(config: Config) -> None:
         ("run", config.run),
         ("data.cache_dir", config.data.cache_dir),
         ("init_from", config.init_from),
+        ("train.local_dir", config.train.local_dir),
     ):
         if re.match("[a-z0-9]{2,}:/", value):
             raise UserError(
                 f"{name} = {value}: an address, and no path; mount the bucket, as launch/tpu_pod.sh --bucket and "
                 "launch/gke.py do, and name a path in it"
             )
+
+
+def _local(config: Config) -> None:
+    train = config.train
+    if train.local_dir and not train.local_interval:
+        raise UserError(
+            f"train.local_dir = {train.local_dir}: give train.local_interval, too, the steps between saves there"
+        )
+    if train.local_interval and not train.local_dir:
+        raise UserError(
+            f"train.local_interval = {train.local_interval}: there is no train.local_dir; name a folder on each host's "
+            "own disk"
+        )
 
 
 def _model(config: Config) -> None:

@@ -279,6 +279,11 @@ class TrainConfig:
     run."""
     keep_every: Annotated[Count, FREE] = 0
     """Checkpoints at multiples of this many steps are kept for good; 0 is off."""
+    local_dir: Annotated[str, FREE] = ""
+    """A folder on each host's own disk for checkpoints beside those of the run folder, from which a run goes on where
+    all hosts still have theirs; empty is none."""
+    local_interval: Annotated[Count, FREE] = 0
+    """Steps between saves there."""
     rollbacks: Annotated[Count, FREE] = 2
     """Times that optimizer.max_bad_steps bad steps in a row take a run back to its last checkpoint before them, to pass
     over the rows that led there; the next time they end it. 0 is off."""

@@ -136,6 +136,8 @@ class Rehearsal:
         folder = self.resumed.folder
         saved = saved_steps(folder / FOLDER)
         yield f"{folder}, from " + (f"step {saved[0]:,}" if saved else "its start: no checkpoint yet")
+        if self.config.train.local_dir:
+            yield f"or from a newer one that its hosts hold in {self.config.train.local_dir}"
         yield from map(str, folders.going_on(self.resumed.saved, self.config, folder)[1])
         yield from filter(None, [folders.changed_code(folder, folders.provenance())])
 

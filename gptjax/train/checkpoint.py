@@ -26,6 +26,7 @@ from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
 from gptjax.terminal import size_words
+from gptjax.train.copies import one_copy, parts_of
 from gptjax.train.described import misdescribed
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.metrics import LOG, read_log
@@ -136,10 +137,14 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, abstract: Any, warn: Callable[[str], None], most: float = math.inf
+        self,
+        abstract: Any,
+        warn: Callable[[str], None],
+        most: float = math.inf,
+        newer: Callable[[int], tuple[Any, Position] | None] = lambda _: None,
     ) -> tuple[Any, Position] | None:
         """The newest intact checkpoint, of step `most` at most, laid out as the shardings of `abstract` say; None
-        before the first save.
+        before the first save. `newer` gives one from elsewhere that is newer than a step, if there is one.
 
         A damaged one is named through `warn`, set aside as STEP.damaged, and the one before it is used: all processes
         agree on it first. Raises UserError when damage left none, and where the arrays are not those of `abstract`.
@@ -147,11 +152,15 @@ class Checkpoints:
         every = json.loads(first(lambda: json.dumps(saved_steps(self._folder))))
         saved = [step for step in every if step <= most]
         for step in saved:
+            if found := newer(step):
+                return found
             try:
                 return self._restore(step, abstract)
             except Damaged as error:
                 warn(f"checkpoint {self._folder / str(step)} is damaged ({error}); using the one before it")
                 self._set_aside(step)
+        if found := newer(0):
+            return found
         if saved or (not every and list(self._folder.glob("*.damaged*"))):
             raise UserError(f"{self._folder}: every checkpoint is damaged; start a new run")
         return None
@@ -294,13 +303,23 @@ def _made_ready(folder: Path) -> None:
 
 def intact(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
     """`read`, and every array is what was saved: all processes say so, or each raises."""
-    state, meta = agreed(lambda: read(folder, abstract, part, but))
+    if one := one_copy(abstract):  # it is read, and sent to where the others belong
+        several, there = one
+        state, meta = agreed(lambda: read(folder, there, part, but, reads=several.is_first))
+        parts = parts_of(state) if several.is_first else None
+        del state  # each array goes once it is sent
+        state = several.spread(abstract, parts)
+    else:
+        state, meta = agreed(lambda: read(folder, abstract, part, but))
     agreed(lambda: unchanged(state, meta["arrays"]))  # each sees its own copy of what is replicated
     return state, meta
 
 
-def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+def read(
+    folder: Path, abstract: Any, part: str = "", but: Sequence[str] = (), reads: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """The arrays of a checkpoint whose names begin with `part`, but with none of those, and what was saved beside them.
+    Who gets the arrays elsewhere `reads` none.
 
     Raises Damaged, and UserError for the file system, another version, and arrays that are not those of `abstract`.
     """
@@ -308,6 +327,8 @@ def read(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -
     found = meta["arrays"].items()
     saved = {name: about for name, about in found if name.startswith(part) and not name.startswith(tuple(but))}
     same_arrays(folder, shapes(abstract), saved)
+    if not reads:
+        return None, meta
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=bool(part)
     )

@@ -19,7 +19,7 @@ PARTS = {
 """Each part and what it is called: `evaluate` is all else that is done between steps; `start` is all before
 the first compilation, and going back; `down` is between the last word of a start and the next; `lost` is what was done
 after the checkpoint from which the run went on."""
-PART_OF = {"compile": "compile", "save": "save", "end": "save"}
+PART_OF = {"compile": "compile", "save": "save", "local save": "save", "end": "save"}
 """Of what a kind of record took; of the others it is `evaluate`."""
 
 

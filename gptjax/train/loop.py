@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +29,17 @@ from gptjax.sharding.rules import Layout
 from gptjax.terminal import size_words
 from gptjax.train import goodput
 from gptjax.train.checkpoint import Checkpoints, Position, sizes
+from gptjax.train.copies import in_words
 from gptjax.train.feed import Feed, Telling
+from gptjax.train.local import Local
 from gptjax.train.meter import Clock, GoneBad, Meter, require_finite
 from gptjax.train.metrics import LOG, Reporter
 from gptjax.train.parting import parting
 from gptjax.train.parts import Params
 from gptjax.train.periodic import Action, Moment, Trace, due, every, owed
-from gptjax.train.processes import is_first, warn
+from gptjax.train.processes import first, is_first, warn
 from gptjax.train.pulse import Pulse
+from gptjax.train.run import run_id
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
 from gptjax.train.step import (
@@ -122,11 +126,18 @@ def fit(
     Raises UserError for anything the user can mend, and where the run has gone bad once more than it may go back.
     """
     pulse, began = Pulse(os.environ), began or time.monotonic()
-    with signals() as stop, closing(Checkpoints(run, config)) as checkpoints, parting():
+    with (
+        signals() as stop,
+        closing(Checkpoints(run, config)) as checkpoints,
+        closing(_local(config, run)) as local,
+        parting(),
+    ):
         abstract = abstract_state(config, stage)
         shardings = layout.shardings(abstract)
         places = placed(abstract, shardings)
-        kept, position = (checkpoints.restore(places.kept, warn) if resume else None) or (None, Position())
+        newer = partial(local.restore, places.kept, warn)
+        kept, position = (checkpoints.restore(places.kept, warn, newer=newer) if resume else None) or (None, Position())
+        local.forget(position.step)
         if kept is not None:
             state = _whole_state(kept, places, load)
         elif load is None:
@@ -134,9 +145,10 @@ def fit(
         else:
             state = start_state(config, stage, load(places.every_param), shardings)
         show = config.train.total_tokens, config.train.tensorboard, is_first()
-        rest = run, stop, pulse, more
+        rest = run, stop, pulse, more, local
         with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
-            known = facts | {"saves": _saves(places.kept, run)}
+            known = facts | {"saves": _saves(places.kept, run)} | local.facts(places.kept, config.train.local_interval)
+            known |= {"reads": told} if (told := in_words(places.kept)) else {}
             _announce(config, stage, layout, reporter, position, known, goodput.of_start(reporter, began))
             ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         while isinstance(ended, GoneBad):
@@ -144,11 +156,17 @@ def fit(
             fell = time.perf_counter()
             with pulse.doing("rollback"):
                 kept, position = _gone_back(config, checkpoints, places.kept, ended)
+                local.forget(position.step)
                 state = _whole_state(kept, places, load)
             with closing(Reporter(run / LOG, *show, position.step)) as reporter:
                 _tell(reporter, position, ended, time.perf_counter() - fell)
                 ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         return ended
+
+
+def _local(config: Config, run: Path) -> Local:
+    folder = config.train.local_dir
+    return Local(folder, first(lambda: run_id(run)) if folder else "")
 
 
 def _whole_state(kept: dict[str, Any], places: Any, load: Callable[[Params], Params] | None) -> TrainState:
@@ -200,6 +218,7 @@ def _loop(
     stop: StopFlag,
     pulse: Pulse,
     more: Sequence[Action],
+    local: Local,
 ) -> int | GoneBad:
     """From `position` on: a step, then what it owes. Returns the number of the signal that stopped it, 0 at the end,
     or why it has to go back: as an exception it would keep the state in memory."""
@@ -215,6 +234,9 @@ def _loop(
     def save(now: Moment) -> dict[str, Any] | None:
         return {} if checkpoints.save(now.state.kept, _whole(now.position)) else None
 
+    def save_local(now: Moment) -> dict[str, Any] | None:
+        return {} if local.save(now.state.kept, _whole(now.position)) else None
+
     def evaluate(now: Moment) -> dict[str, Any]:
         figures = stage.evaluate(now.state.every_param, place_rows, mine)
         checkpoints.note(now.position.step, figures["loss"])
@@ -225,7 +247,7 @@ def _loop(
     clock = Clock(reporter.seconds)
     meter = Meter(config, run, reporter, clock, position, stage.flops_per_token)
     trace = Trace(train.profile_steps, position.step, run, every(train.log_interval))
-    todo = _todo(config, stage, meter, trace, save, evaluate, more)
+    todo = _todo(config, stage, meter, trace, save, save_local, evaluate, more)
 
     def do(actions: list[Action], now: Moment) -> None:
         for action in actions:
@@ -271,6 +293,8 @@ def _loop(
                     break
             with pulse.doing("save"), clock.pause() as took:
                 checkpoints.wait()
+                if now.ended:
+                    local.forget(0)  # what it held is safe
             reporter.record("end", now.position.step, took=took())
     except GoneBad as bad:
         return bad.with_traceback(None)
@@ -283,6 +307,7 @@ def _todo(
     meter: Meter,
     trace: Trace,
     save: Callable[[Moment], dict[str, Any] | None],
+    save_local: Callable[[Moment], dict[str, Any] | None],
     evaluate: Callable[[Moment], dict[str, Any]],
     more: Sequence[Action],
 ) -> list[Action]:
@@ -298,15 +323,19 @@ def _todo(
         """With every evaluation, too, where the best is kept."""
         return saves(step, ended) or bool(train.keep_best and train.eval_batches and evaluates(step, ended))
 
+    def is_saved_locally(step: int, ended: bool) -> bool:
+        return bool(train.local_interval) and every(train.local_interval)(step, ended) and not is_saved(step, ended)
+
     def ends_window(step: int, ended: bool) -> bool:
         """With every save, too, so that after a resume each step is in one record."""
-        return logs(step, ended) or is_saved(step, ended)
+        return logs(step, ended) or is_saved(step, ended) or is_saved_locally(step, ended)
 
     begin = [Action("train", ends_window, meter.end_window, at_stop=True, waits=False), trace.end]
     saving = [Action("save", is_saved, save, at_stop=True)]
     evaluating = [Action("eval", evaluates, evaluate)] if train.eval_batches else []
     # The best is known before the others go; else what was computed is safe before anything that can fail.
     todo = [*begin, *(evaluating + saving if train.keep_best else saving + evaluating)]
+    todo.append(Action("local save", is_saved_locally, save_local))
     if train.sample_interval:
         todo.append(
             Action("sample", every(train.sample_interval), lambda now: {"text": stage.sample(now.state.params)})

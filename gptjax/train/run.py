@@ -69,7 +69,8 @@ def located(config: Config) -> Config:
     if isinstance(config, PolicyConfig):
         config = replace(config, ptx=replace(config.ptx, source=found(config.ptx.source)))
     data = replace(config.data, source=found(config.data.source))
-    return replace(config, data=data, init_from=whole(config.init_from))
+    train = replace(config.train, local_dir=whole(config.train.local_dir))
+    return replace(config, data=data, train=train, init_from=whole(config.init_from))
 
 
 def pinned(config: Config) -> Config:
@@ -176,6 +177,12 @@ def mark(folder: Path) -> str:
     """What tells a run folder as it is now from every other; empty where there is none."""
     path = folder / CONFIG
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def run_id(folder: Path) -> str:
+    """A name that no other run has, nor another one that is started in this folder later, nor a copy of the folder."""
+    digest = hashlib.sha256(f"{folder.absolute()}\0".encode() + (folder / META).read_bytes())
+    return f"{folder.name}-{digest.hexdigest()[:12]}"
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
