@@ -1,0 +1,126 @@
+"""One run by one process, by two, four and eight: who holds which devices changes what travels between processes, and
+nothing of what is learned. Real processes, with as many virtual devices together each time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import as_file
+from joined import start, together
+
+from gptjax.config import Config
+from gptjax.train.checkpoint import FOLDER, Position, position_of, read_meta
+from gptjax.train.metrics import read_log
+
+STEPS = 50
+DEVICES = 8
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "data 8": (2, {"data": 8, "fsdp": 1}),
+    "fsdp 8": (2, {"fsdp": 8}),
+    "tensor 8": (2, {"fsdp": 1, "tensor": 8}),
+    "replica 4 x fsdp 2": (2, {"replica": 4, "fsdp": 2}),
+    "pipeline 4 x data 2": (8, {"pipeline": 4, "data": 2, "fsdp": 1}),
+    "context 4 x data 2": (2, {"context": 4, "data": 2, "fsdp": 1}),
+    "pipeline 2 x context 2 x tensor 2": (4, {"pipeline": 2, "context": 2, "tensor": 2, "fsdp": 1}),
+}
+"""Layers and degrees on 8 devices. With tensor, pipeline and context several processes hold the same rows."""
+TITLE = "50 steps by several processes: largest difference of a loss from that of one process, and of one device"
+
+
+@pytest.fixture(scope="module")
+def steady(tiny: Config) -> Config:
+    """A window that 4 x 2 chunks of the sequence can hold; an epsilon that keeps Adam from blowing the rounding of a
+    vanishing gradient up to a whole step."""
+    model = replace(tiny.model, num_layers=2, window=3, dtype="float32")
+    train = replace(tiny.train, total_tokens=10**9, total_steps=STEPS, log_interval=1, save_interval=0)
+    optimizer = replace(tiny.optimizer, eps=1e-5)
+    return replace(tiny, model=model, optimizer=optimizer, train=train)
+
+
+@pytest.fixture(scope="module")
+def steady_file(steady: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return as_file(steady, tmp_path_factory.mktemp("config"))
+
+
+def losses(run: Path, kind: str = "train") -> np.ndarray:
+    return np.array([record["loss"] for record in read_log(run / "log.jsonl") if record["kind"] == kind])
+
+
+def schedule(run: Path) -> list[tuple[Any, ...]]:
+    """Of each step: its number, tokens and learning rate."""
+    return [(r["step"], r["tokens"], r["lr"]) for r in read_log(run / "log.jsonl") if r["kind"] == "train"]
+
+
+def ended(run: Path, step: int = STEPS) -> tuple[Position, Any]:
+    """Where the run stands, and its parameters as Orbax reads them."""
+    folder = (run / FOLDER / str(step)).absolute()
+    with ocp.StandardCheckpointer() as reader:
+        return position_of(read_meta(folder)), jax.tree.map(np.asarray, reader.restore(folder / "state"))["params"]
+
+
+def train(words: list[str], processes: int, devices: int) -> None:
+    """By so many processes, with so many devices together."""
+    if processes > 1:
+        done = together(*[words] * processes, devices=devices // processes)
+    else:
+        alone = start(words, devices, [])
+        output, errors = alone.communicate()
+        done = [(alone.returncode, output, errors)]
+    for status, output, errors in done:
+        assert status == 0, output + errors
+        assert "warning" not in errors
+
+
+@pytest.fixture(scope="module")
+def single(steady_file: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run of so many layers on one device."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(layers: int) -> Path:
+        path = folder / str(layers)
+        if not path.exists():
+            train([steady_file, "--run", str(path), "--model.num_layers", str(layers)], 1, 1)
+            assert losses(path)[-1] < losses(path)[0] - 0.5
+        return path
+
+    return run
+
+
+def words_of(layers: int, degrees: dict[str, int]) -> list[str]:
+    fields = {"model.num_layers": layers} | {f"layout.{axis}": degree for axis, degree in degrees.items()}
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def far(a: Path, b: Path) -> float:
+    """The largest difference of two runs' losses, the evaluation's at the end among them; all else is the same."""
+    assert schedule(a) == schedule(b)
+    assert len(schedule(a)) == STEPS
+    (one, params), (two, others) = ended(a), ended(b)
+    assert one == two
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), params, others)
+    return max(float(abs(losses(a, kind) - losses(b, kind)).max()) for kind in ("train", "eval"))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_processes_equal_one(
+    name: str,
+    steady_file: str,
+    single: Callable[[int], Path],
+    tmp_path: Path,
+    table_row: Callable[[str, str], None],
+) -> None:
+    layers, degrees = LAYOUTS[name]
+    runs = {processes: tmp_path / str(processes) for processes in (1, 2, 4, 8)}
+    for processes, run in runs.items():
+        train([steady_file, "--run", str(run), *words_of(layers, degrees)], processes, DEVICES)
+    from_one = {processes: far(run, runs[1]) for processes, run in runs.items() if processes > 1}
+    from_device = max(far(run, single(layers)) for run in runs.values())
+    shown = "  ".join(f"{processes} x {DEVICES // processes}: {most:.1e}" for processes, most in from_one.items())
+    table_row(TITLE, f"{name:34} {shown}  one device: {from_device:.1e}")
+    assert max(*from_one.values(), from_device) < 1e-5
