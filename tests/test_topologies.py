@@ -1,7 +1,12 @@
 """One run by one process, by two, four and eight: who holds which devices changes what travels between processes, and
 nothing of what is learned. Real processes, with as many virtual devices together each time."""
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import as_file
+from devices import FAST
 from joined import start, together
 
 from gptjax.config import Config
@@ -56,11 +62,18 @@ def schedule(run: Path) -> list[tuple[Any, ...]]:
     return [(r["step"], r["tokens"], r["lr"]) for r in read_log(run / "log.jsonl") if r["kind"] == "train"]
 
 
-def ended(run: Path, step: int = STEPS) -> tuple[Position, Any]:
-    """Where the run stands, and its parameters as Orbax reads them."""
-    folder = (run / FOLDER / str(step)).absolute()
-    with ocp.StandardCheckpointer() as reader:
-        return position_of(read_meta(folder)), jax.tree.map(np.asarray, reader.restore(folder / "state"))["params"]
+def ended(run: Path) -> tuple[Position, Any]:
+    """Where the run stands, and its parameters as Orbax reads them, on no devices."""
+    folder = (run / FOLDER / str(STEPS)).absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder / "state").item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        arrays = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=plain))
+    return position_of(read_meta(folder)), arrays["params"]
+
+
+def newest(run: Path) -> int:
+    return max(int(path.name) for path in (run / FOLDER).iterdir() if path.name.isdigit())
 
 
 def train(words: list[str], processes: int, devices: int) -> None:
@@ -124,3 +137,61 @@ def test_processes_equal_one(
     shown = "  ".join(f"{processes} x {DEVICES // processes}: {most:.1e}" for processes, most in from_one.items())
     table_row(TITLE, f"{name:34} {shown}  one device: {from_device:.1e}")
     assert max(*from_one.values(), from_device) < 1e-5
+
+
+@contextmanager
+def local(words: list[str], processes: int) -> Iterator["subprocess.Popen[str]"]:
+    """launch/local.sh with a device a process; in a session of its own, which ends here at the latest."""
+    script = Path(__file__).parents[1] / "launch/local.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [script, "--processes", str(processes), "--", *words]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=os.environ | {"PATH": path, "XLA_FLAGS": FAST}, **pipes) as started:
+        try:
+            yield started
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)
+
+
+def until(words: list[str], processes: int, step: int, number: int) -> tuple[int, str]:
+    """(status, output) of a start that gets a signal once it has told of a step: SIGTERM comes to local.sh, SIGKILL to
+    all at once."""
+    printed = ""
+    with local(words, processes) as started:
+        for line in started.stdout or ():
+            printed += line
+            if line.startswith(f"[0] step {step} "):
+                if number == signal.SIGKILL:
+                    os.killpg(started.pid, number)
+                else:
+                    started.send_signal(number)
+                break
+        printed += started.communicate(timeout=900)[0]
+        return started.returncode, printed
+
+
+@pytest.mark.whole
+def test_a_run_goes_on_with_two_processes_and_then_eight(
+    steady_file: str, single: Callable[[int], Path], tmp_path: Path, table_row: Callable[[str, str], None]
+) -> None:
+    """Begun by four and stopped, gone on with by two and killed, all by the same words; and ended by eight, who are
+    told of the run alone. The layout follows the devices."""
+    run = tmp_path / "run"
+    line = [steady_file, "--run", str(run), "--resume", "auto", "--train.save_interval", "10"]
+    status, printed = until(line, 4, 12, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM and "4 x cpu, layout fsdp 4, 4 processes" in printed, printed
+    first = newest(run)
+    assert 12 <= first < 27
+    status, printed = until(line, 2, 31, signal.SIGKILL)
+    assert status == -signal.SIGKILL and f"resumed at step {first}" in printed, printed
+    assert "layout fsdp 2, 2 processes" in printed
+    second = newest(run)
+    assert second in (20, 30) and second > first
+    with local(["--resume", str(run)], 8) as started:
+        printed, _ = started.communicate(timeout=900)
+    assert started.returncode == 0 and f"resumed at step {second}" in printed, printed
+    assert "layout fsdp 8, 8 processes" in printed
+    most = far(run, single(2))
+    table_row(TITLE, f"fsdp: 4 processes to {first}, 2 to {second}, 8 to {STEPS}{' ' * 12}one device: {most:.1e}")
+    assert most < 1e-5
