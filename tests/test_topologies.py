@@ -19,6 +19,7 @@ from conftest import as_file
 from devices import FAST
 from joined import start, together
 
+from gptjax import cli
 from gptjax.config import Config
 from gptjax.train.checkpoint import FOLDER, Position, position_of, read_meta
 from gptjax.train.metrics import read_log
@@ -35,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pipeline 2 x context 2 x tensor 2": (4, {"pipeline": 2, "context": 2, "tensor": 2, "fsdp": 1}),
 }
 """Layers and degrees on 8 devices. With tensor, pipeline and context several processes hold the same rows."""
-TITLE = "50 steps by several processes: largest difference of a loss from that of one process, and of one device"
+TITLE = "50 steps by several processes: largest difference of a loss from the run by one, and on one device"
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +91,15 @@ def train(words: list[str], processes: int, devices: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def single(steady_file: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run of so many layers on one device."""
+def alone(steady_file: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of so many layers by one process, on one device or on a layout of eight; each is made once."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def run(layers: int) -> Path:
-        path = folder / str(layers)
+    def run(layers: int, degrees: dict[str, int] | None = None) -> Path:
+        words = words_of(layers, degrees or {})
+        path = folder / "".join(words).replace("--", "_")
         if not path.exists():
-            train([steady_file, "--run", str(path), "--model.num_layers", str(layers)], 1, 1)
+            train([steady_file, "--run", str(path), *words], 1, DEVICES if degrees else 1)
             assert losses(path)[-1] < losses(path)[0] - 0.5
         return path
 
@@ -120,23 +122,31 @@ def far(a: Path, b: Path) -> float:
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("processes", [2, 4, 8])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_processes_equal_one(
     name: str,
+    processes: int,
     steady_file: str,
-    single: Callable[[int], Path],
+    alone: Callable[..., Path],
     tmp_path: Path,
     table_row: Callable[[str, str], None],
 ) -> None:
     layers, degrees = LAYOUTS[name]
-    runs = {processes: tmp_path / str(processes) for processes in (1, 2, 4, 8)}
-    for processes, run in runs.items():
-        train([steady_file, "--run", str(run), *words_of(layers, degrees)], processes, DEVICES)
-    from_one = {processes: far(run, runs[1]) for processes, run in runs.items() if processes > 1}
-    from_device = max(far(run, single(layers)) for run in runs.values())
-    shown = "  ".join(f"{processes} x {DEVICES // processes}: {most:.1e}" for processes, most in from_one.items())
-    table_row(TITLE, f"{name:34} {shown}  one device: {from_device:.1e}")
-    assert max(*from_one.values(), from_device) < 1e-5
+    train([steady_file, "--run", str(tmp_path / "run"), *words_of(layers, degrees)], processes, DEVICES)
+    one, device = far(tmp_path / "run", alone(layers, degrees)), far(tmp_path / "run", alone(layers))
+    table_row(TITLE, f"{name:34} {processes} x {DEVICES // processes}  one process {one:.1e}  one device {device:.1e}")
+    assert max(one, device) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_rows(steady_file: str, tmp_path: Path) -> None:
+    """Each with half of every sequence: the few steps of many devices of this process."""
+    line = [steady_file, "--train.total_steps", "6", "--train.eval_batches", "0", "--run"]
+    train([*line, str(tmp_path / "two"), *words_of(2, {"context": 2, "fsdp": 1})], 2, 2)
+    assert cli.run(["train", *line, str(tmp_path / "one")]) == 0
+    assert schedule(tmp_path / "two") == schedule(tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
 @contextmanager
@@ -173,7 +183,7 @@ def until(words: list[str], processes: int, step: int, number: int) -> tuple[int
 
 @pytest.mark.whole
 def test_a_run_goes_on_with_two_processes_and_then_eight(
-    steady_file: str, single: Callable[[int], Path], tmp_path: Path, table_row: Callable[[str, str], None]
+    steady_file: str, alone: Callable[..., Path], tmp_path: Path, table_row: Callable[[str, str], None]
 ) -> None:
     """Begun by four and stopped, gone on with by two and killed, all by the same words; and ended by eight, who are
     told of the run alone. The layout follows the devices."""
@@ -192,6 +202,6 @@ def test_a_run_goes_on_with_two_processes_and_then_eight(
         printed, _ = started.communicate(timeout=900)
     assert started.returncode == 0 and f"resumed at step {second}" in printed, printed
     assert "layout fsdp 8, 8 processes" in printed
-    most = far(run, single(2))
-    table_row(TITLE, f"fsdp: 4 processes to {first}, 2 to {second}, 8 to {STEPS}{' ' * 12}one device: {most:.1e}")
+    most = far(run, alone(2))
+    table_row(TITLE, f"fsdp: 4 processes to {first}, 2 to {second}, 8 to {STEPS}  one device {most:.1e}")
     assert most < 1e-5
