@@ -82,9 +82,9 @@ def train(words: list[str], processes: int, devices: int) -> None:
     if processes > 1:
         done = together(*[words] * processes, devices=devices // processes)
     else:
-        alone = start(words, devices, [])
-        output, errors = alone.communicate()
-        done = [(alone.returncode, output, errors)]
+        one = start(words, devices, [])
+        output, errors = one.communicate()
+        done = [(one.returncode, output, errors)]
     for status, output, errors in done:
         assert status == 0, output + errors
         assert "warning" not in errors
