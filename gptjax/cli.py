@@ -35,6 +35,7 @@ VERBS = (
     "bench generate",
     "bench layouts",
     "bench ppo",
+    "bench save",
     "bench serve",
     "bench single",
 )

@@ -22,6 +22,8 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,9 +177,9 @@ def as_file(config: Config, folder: Path) -> str:
 
 
 @pytest.fixture
-def table_row(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Prints a line in the summary at the end, also from a worker process."""
-    return lambda line: record_property("table_row", line)
+def table_row(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Prints a line under a title in the summary at the end, also from a worker process."""
+    return lambda title, line: record_property("table_row", [title, line])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -210,8 +212,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
-    rows = [line for report in reports for name, line in report.user_properties if name == "table_row"]
-    if rows:
-        terminalreporter.section("attention against float64, over T and W: largest error of out, dq, dk, dv")
-        for line in sorted(rows):
+    rows = sorted(row for report in reports for name, row in report.user_properties if name == "table_row")
+    for title, lines in groupby(rows, key=itemgetter(0)):
+        terminalreporter.section(title)
+        for _, line in lines:
             terminalreporter.line(line)

@@ -45,6 +45,7 @@ LENGTHS = (1, 2, 63, 64, 65, 255, 256, 257, 1000, 2048)
 WINDOWS = (None, 1, 2, 64, 256, 4096)  # 4096: at least T everywhere
 SOME = ((1, 1), (65, 64), (257, None), (257, 64), (1000, 256), (2048, 2))
 HEAD_DIMS = (64, 80, 96, 128)
+TITLE = "attention against float64, over T and W: largest error of out, dq, dk, dv"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 ATTEND: dict[str, Attend] = {
     "reference": reference,
@@ -90,7 +91,7 @@ def run(attend: Attend, mask: Mask, scale: float, inputs: tuple[Array, ...]) -> 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("backend", ATTEND)
 def test_backend_equals_float64(
-    backend: str, head_dim: int, dtype: str, table_row: Callable[[str], None], request: pytest.FixtureRequest
+    backend: str, head_dim: int, dtype: str, table_row: Callable[[str, str], None], request: pytest.FixtureRequest
 ) -> None:
     """Prints one row of the table for dense and one for banded masks."""
     every = request.config.getoption("--whole") or (head_dim, dtype) == (64, "float32")
@@ -106,7 +107,7 @@ def test_backend_equals_float64(
         worst["dense" if window is None else "banded"].append(errors[same])
     for kind, rows in worst.items():
         shown = " ".join(f"{error:9.1e}" for error in np.max(rows, axis=0))
-        table_row(f"{backend:10} {kind:7} {head_dim:>4} {dtype:9} {len(rows):>3} cells {shown}")
+        table_row(TITLE, f"{backend:10} {kind:7} {head_dim:>4} {dtype:9} {len(rows):>3} cells {shown}")
 
 
 def measure(backend: str, mask: Mask, length: int, head_dim: int, dtype: str) -> list[float]:

@@ -116,6 +116,20 @@ def test_data_has_both_sides_and_the_building(
 
 
 @pytest.mark.slow
+def test_save_has_both_sides_and_the_memory(file: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every turn saves, and no checkpoint stays."""
+    words = ["--layout", "dp", "--interval", "2", "--rounds", "2", "--out", str(tmp_path / "out")]
+    assert cli.run(["bench", "save", file, *words]) == 0
+    result = json.loads((tmp_path / "out" / "save.json").read_text())
+    assert len(result["plain_s"]) == len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert 0 < row["blocked_s"] < row["seconds"] and row["waited_s"] >= 0
+    assert result["local_bytes"] == result["state_bytes"] > 0
+    assert "a save every 2 steps costs" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["save.json"]
+
+
+@pytest.mark.slow
 def test_serve_has_both_sides_and_what_a_storm_left(
     small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

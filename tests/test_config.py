@@ -297,3 +297,32 @@ def test_layout_that_does_not_fit(layout: c.LayoutConfig, devices: int, message:
     with pytest.raises(UserError) as error:
         check(config, degrees(layout, devices))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "lanes", "ways", "message"),
+    [
+        (
+            {"batch_size": 16, "micro_batch_size": 8},
+            2,
+            16,
+            "train.micro_batch_size = 8: .* = 16 of .*; nearest 16",
+        ),
+        ({"batch_size": 48, "micro_batch_size": 16}, 4, 6, "train.micro_batch_size = 16: .* nearest 12"),
+        ({"batch_size": 16, "micro_batch_size": 8}, 2, 12, "train.batch_size = 16: .* nearest 12, or a product of 8,"),
+        (
+            {"batch_size": 16, "micro_batch_size": 8, "ramp_start": 8, "ramp_multiple": 8},
+            2,
+            16,
+            "train.batch_size = 16: .* or a product of 8,",
+        ),
+    ],
+)
+def test_rows_that_other_devices_cannot_share(train: dict, lanes: int, ways: int, message: str) -> None:
+    """What is told to be nearest is what the rest of the config allows."""
+    config = c.validate(replace(BASE, data=replace(BASE.data, lanes=lanes), train=c.TrainConfig(**train)))
+    with pytest.raises(UserError, match=message) as error:
+        check(config, (1, 1, 1, ways, 1, 1))
+    if "micro_batch_size" in message:
+        near = int(str(error.value).rpartition(" ")[2])
+        c.validate(replace(config, train=c.TrainConfig(**train | {"micro_batch_size": near})))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -91,18 +93,23 @@ def test_a_host_is_a_block_of_the_torus() -> None:
     assert Counter(shares.values())[shares[0]] == 4
 
 
+class Device(NamedTuple):
+    number: int
+    process_index: int
+
+
+def of_places(places: dict[Device, tuple[slice]]) -> Layout:
+    sharding = SimpleNamespace(devices_indices_map=lambda shape: places)
+    return SimpleNamespace(sharding=lambda axes: sharding)  # type: ignore[return-value]
+
+
 def test_rows_that_hosts_share_in_part_are_refused() -> None:
     """Groups of 3 devices that share rows, on hosts of 4; and hosts that hold rows of their own, but not as many."""
-
-    class Device(NamedTuple):
-        number: int
-        process_index: int
 
     def fake(*parts: tuple[int, int, int]) -> Layout:
         """Of devices with their process, and the first and the last of their rows."""
         places = {Device(i, process): (slice(first, last + 1),) for i, (process, first, last) in enumerate(parts)}
-        sharding = SimpleNamespace(devices_indices_map=lambda shape: places)
-        return SimpleNamespace(sharding=lambda axes: sharding)  # type: ignore[return-value]
+        return of_places(places)
 
     groups = fake(*((device // 4, device // 3 * 2, device // 3 * 2 + 1) for device in range(12)))
     with pytest.raises(UserError, match=r"rows of a micro-batch of 8 only in part \(process 0 0-3; process 1 2-5; "):
@@ -110,6 +117,37 @@ def test_rows_that_hosts_share_in_part_are_refused() -> None:
     with pytest.raises(UserError, match=r"\(process 0 0, 2-3; process 1 1\); let the devices of a pipeline stage"):
         rows_by_process(fake((0, 0, 0), (1, 1, 1), (0, 2, 3)), 4)
     assert rows_by_process(fake((1, 0, 0), (0, 1, 1), (1, 2, 2), (0, 3, 3)), 4) == {0: (1, 3), 1: (0, 2)}
+
+
+PARTS = ("context", "tensor")
+REFUSED = {
+    2: [f"{rows} 3 x {part} 2" for rows in ("data", "fsdp", "replica") for part in PARTS] + ["replica 3 x pipeline 2"],
+    3: [f"{rows} 2 x {part} 3" for rows in ("data", "fsdp", "replica") for part in PARTS]
+    + ["pipeline 2 x data 3", "pipeline 2 x fsdp 3", "replica 2 x pipeline 3"],
+    6: [],
+}
+"""Number of processes -> the layouts of 6 devices whose rows these would share in part."""
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "refused"),
+    [*((8, processes, []) for processes in (2, 4, 8)), *((6, *item) for item in REFUSED.items())],
+)
+def test_which_layouts_hosts_cannot_have(devices: int, processes: int, refused: list[str]) -> None:
+    """Of all that there are, by name; none where devices and processes are powers of two."""
+    size, found = devices // processes, []
+    for degrees in product(*[[d for d in range(1, devices + 1) if devices % d == 0]] * len(MESH_AXES)):
+        if prod(degrees) != devices:
+            continue
+        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(degrees), MESH_AXES, axis_types=AUTO)
+        real = Layout(mesh, rule_table(LayoutConfig())).sharding(("batch",)).devices_indices_map((24,))
+        places = {Device(device.id, device.id // size): part for device, part in real.items()}
+        try:
+            rows_by_process(of_places(places), 24)
+        except UserError:
+            named = zip(MESH_AXES, degrees, strict=True)
+            found.append(" x ".join(f"{axis} {degree}" for axis, degree in named if degree > 1))
+    assert sorted(found) == sorted(refused)
 
 
 def test_one_process_holds_all() -> None:

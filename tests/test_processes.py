@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from devices import FAST, environment
+from joined import free_port, place, together
 
 from gptjax.config import Config, to_json
 from gptjax.config.load import load_config
@@ -21,30 +22,6 @@ from gptjax.stages.pretrain import Pretrain
 from gptjax.train.checkpoint import FOLDER, Position, position_of, read_meta
 from gptjax.train.metrics import read_log
 from gptjax.train.run import HISTORY
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def place(index: int, port: int) -> dict[str, str]:
-    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-
-
-def start(words: list[str], index: int, port: int, before: list[str]) -> "subprocess.Popen[str]":
-    command = [*before, sys.executable, "-m", "gptjax", "train", *words, "--distributed"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(2, **place(index, port)), stdout=pipe, stderr=pipe, text=True)
-
-
-def both(*words: list[str], before: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str, str]]:
-    """(status, output, errors) of two processes with words of their own, each perhaps started by another command."""
-    port = free_port()
-    processes = [start(own, index, port, before[index]) for index, own in enumerate(words)]
-    done = [process.communicate(timeout=400) for process in processes]
-    return [(p.returncode, out, errors) for p, (out, errors) in zip(processes, done, strict=True)]
 
 
 def alone(folder: Path) -> list[str]:
@@ -69,7 +46,7 @@ def file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_process_that_differs_is_named(file: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = [file, "--run", str(run), "--resume", "auto"]
-    done = both(line, [*line, "--optimizer.b2", "0.9"])
+    done = together(line, [*line, "--optimizer.b2", "0.9"])
     host = socket.gethostname()
     for status, _, errors in done:
         assert status != 0
@@ -84,7 +61,7 @@ def test_a_cache_that_the_hosts_do_not_share_is_refused_with_the_way_out(file: s
     cache.mkdir()
     apart = alone(cache)
     line = [file, "--run", str(tmp_path / "run"), "--data.cache_dir", str(cache)]
-    done = both(line, line, before=([], apart))
+    done = together(line, line, before=[[], apart])
     for status, _, errors in done:
         assert status != 0
         assert "is not there on" in errors and "let hosts share data.cache_dir" in errors
@@ -100,7 +77,7 @@ def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: P
     in which a process was started. Both set the checkpoint aside, once, and neither waits for the other."""
     run = tmp_path / "run"
     line = [file, "--run", str(run), "--resume", "auto", "--train.save_interval", "2"]
-    first = both(line, line)
+    first = together(line, line)
     assert [status for status, _, _ in first] == [0, 0], first[1][2]
     steps = sorted(int(path.name) for path in (run / FOLDER).iterdir())
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
@@ -109,7 +86,7 @@ def test_damage_that_one_process_finds_is_damage_for_both(file: str, tmp_path: P
     part = run / FOLDER / str(steps[-1]) / "state" / "ocdbt.process_1"
     part.rename(here / "part")
     part.symlink_to("/proc/self/cwd/part")
-    again = both(line, line, before=(["env", "-C", str(here)], ["env", "-C", str(elsewhere)]))
+    again = together(line, line, before=[["env", "-C", str(here)], ["env", "-C", str(elsewhere)]])
     assert [status for status, _, _ in again] == [0, 0], again[1][2]
     assert again[0][2].count("is damaged") == 1 and f"resumed at step {steps[-2]}" in again[0][1]
     assert sorted(path.name for path in (run / FOLDER).iterdir()) == sorted([f"{steps[-1]}.damaged", *map(str, steps)])
@@ -121,7 +98,7 @@ def test_a_run_folder_that_the_hosts_do_not_share_is_refused(file: str, tmp_path
     (tmp_path / "runs").mkdir()
     apart = alone(tmp_path / "runs")
     line = [file, "--run", str(tmp_path / "runs" / "run")]
-    done = both(line, line, before=([], apart))
+    done = together(line, line, before=[[], apart])
     for status, _, errors in done:
         assert status != 0
         assert (

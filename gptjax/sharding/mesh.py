@@ -1,6 +1,7 @@
 """The device mesh: six named axes, slowest network first."""
 
 from collections.abc import Sequence
+from math import gcd
 
 import jax
 from jax.experimental import mesh_utils
@@ -42,14 +43,9 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
 def check(config: Config, sizes: tuple[int, ...]) -> None:
     """Does the config divide over a mesh of these sizes? Raises UserError, before anything is compiled."""
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    model, micro = config.model, config.micro_batch_size
+    model = config.model
     batch_ways = mesh["replica"] * mesh["data"] * mesh["fsdp"]
-    if micro % batch_ways:
-        near = max(1, round(micro / batch_ways)) * batch_ways
-        name = "train.micro_batch_size" if config.train.micro_batch_size else "train.batch_size"
-        raise UserError(
-            f"{name} = {micro}: not divisible by replica x data x fsdp = {batch_ways} of the mesh; nearest {near}"
-        )
+    _check_rows(config, batch_ways)
     if model.num_heads % mesh["tensor"]:
         near = nearest_divisor(model.num_heads, mesh["tensor"])
         raise UserError(
@@ -62,7 +58,7 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         )
     if mesh["context"] > 1:
         _check_context(config, mesh["context"])
-    _check_pipeline(config, mesh["pipeline"], micro // batch_ways)
+    _check_pipeline(config, mesh["pipeline"], config.micro_batch_size // batch_ways)
     parts = mesh["context"] * mesh["tensor"]
     if config.layout.sequence_sharding and model.seq_len % parts:
         near = nearest_divisor(model.seq_len, parts) // mesh["context"]
@@ -70,6 +66,28 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
             f"layout.sequence_sharding: layout.context x layout.tensor = {parts} does not divide model.seq_len = "
             f"{model.seq_len}; nearest layout.tensor {max(1, near)}"
         )
+
+
+def _check_rows(config: Config, ways: int) -> None:
+    """Every device gets as many rows of a micro-batch. What is said to be nearest is allowed by batch, ramp and lanes,
+    which a run that goes on with other devices keeps."""
+    train, micro = config.train, config.micro_batch_size
+    if micro % ways == 0:
+        return
+    whole = train.ramp_multiple or gcd(train.batch_size, train.ramp_start)
+    possible = [m for m in range(ways, whole + 1, ways) if whole % m == 0 and m % config.data.lanes == 0]
+    if possible:
+        near = min(possible, key=lambda m: abs(m - micro))
+        raise UserError(
+            f"train.micro_batch_size = {micro}: not divisible by replica x data x fsdp = {ways} of the mesh; "
+            f"nearest {near}"
+        )
+    near, product = max(1, round(train.batch_size / ways)) * ways, max(d for d in range(1, ways) if whole % d == 0)
+    raise UserError(
+        f"train.batch_size = {train.batch_size}: its micro-batches are not divisible by replica x data x fsdp = {ways} "
+        f"of the mesh; nearest {near}, or a product of {product}, with the other devices in layout.tensor, context or "
+        "pipeline, or left out"
+    )
 
 
 def _check_context(config: Config, ways: int) -> None:
