@@ -1,0 +1,431 @@
+"""Faults by a seed over one run of several processes, each under `gptjax run`: what falls must get up again by itself.
+
+    python tests/chaos.py CONFIG FOLDER --seed 1 --faults 36
+
+FOLDER is best a small file system, which is filled for a while. Prints a line for each fault, and ends with status 1
+where the run did not come through, or lost more than what came after its last whole checkpoint.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from devices import environment
+
+from gptjax.train.checkpoint import FOLDER, saved_steps
+from gptjax.train.metrics import LOG, Record, read_log
+
+STEPS, EVERY = 480, 6  # and steps between two checkpoints
+TOKENS = 12 * 16  # of a step
+FIELDS = {
+    "model.embed_dim": 48,
+    "model.num_heads": 12,
+    "train.micro_batch_size": 12,
+    "train.batch_size": 12,
+    "train.ramp_start": 0,
+    "train.ramp_tokens": 0,
+    "train.total_tokens": STEPS * TOKENS,
+    "optimizer.decay_tokens": STEPS * TOKENS,
+    "train.save_interval": EVERY,
+    "train.keep_last": 3,
+    "train.log_interval": 1,
+    "train.eval_interval": 60,
+}
+LIMITS = {"backoff": 1, "grace": 60}
+"""How the run is watched, in seconds."""
+JOINED = "--distributed"
+GONE = 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL
+"""Statuses of a watch that a scheduler starts again."""
+PATIENCE = 300.0  # seconds until a fault counts as one that the run did not survive
+SMALL = 256 << 20  # bytes of a disk that may be filled
+
+
+class Lost(Exception):
+    """The run did not come through."""
+
+
+class World:
+    """One run of several processes, and all that can happen to it."""
+
+    def __init__(self, config: str, folder: Path, processes: int, seed: int) -> None:
+        self.folder, self.run, self.random = folder, folder / "run", random.Random(seed)
+        self.logs = folder.parent / "logs"  # not on the disk that is filled
+        fields = [
+            word
+            for field, value in (FIELDS | {"layout.fsdp": processes}).items()
+            for word in (f"--{field}", str(value))
+        ]
+        self.fields = [config, "--run", str(self.run), *fields]
+        self.limits = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
+        self.port, self.everybody = free_port(), range(processes)
+        self.hosts: list[subprocess.Popen[bytes]] = []
+        for index in self.everybody:
+            self.orders(index).mkdir(parents=True)
+            self.hosts.append(self.begin(index, JOINED))
+
+    def orders(self, index: int) -> Path:
+        return self.logs / f"orders-{index}"
+
+    def begin(self, index: int, *words: str, devices: int = 1) -> "subprocess.Popen[bytes]":
+        """One process of the run under a watch of its own, as its scheduler starts it."""
+        where = {
+            "CHAOS_ORDERS": str(self.orders(index)),
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{self.port}",
+            "JAX_NUM_PROCESSES": str(len(self.everybody)),
+            "JAX_PROCESS_ID": str(index),
+        }
+        program = str(Path(__file__).with_name("chaotic.py").absolute())
+        command = [sys.executable, program, "run", *self.fields, *self.limits, *words]
+        with self.said(index).open("ab") as log:
+            return subprocess.Popen(command, env=environment(devices, **where), stdout=log, stderr=log)
+
+    def said(self, index: int) -> Path:
+        """All that a process and its watch have said."""
+        return self.logs / f"host-{index}.log"
+
+    def tend(self) -> bool:
+        """What a scheduler does: start again what was taken away. Returns whether all are done."""
+        for index, host in enumerate(self.hosts):
+            if host.poll() in GONE:
+                self.hosts[index] = self.begin(index, JOINED)
+            elif host.poll():
+                raise Lost(f"process {index} was given up:\n{self.said(index).read_text()[-3000:]}")
+        return all(host.poll() == 0 for host in self.hosts)
+
+    def wait_for(self, there: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+        end = time.monotonic() + seconds
+        while not there():
+            if self.tend() and not there():
+                raise Lost(f"the run ended before {what}")
+            if time.monotonic() > end:
+                raise Lost(f"after {seconds:g} s: {what}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        for host in self.hosts:
+            host.kill()  # its trainer ends with it
+            host.wait()
+
+    # What is seen of it
+
+    def saved(self) -> list[int]:
+        """The whole checkpoints, the newest first."""
+        return saved_steps(self.run / FOLDER)
+
+    def newest(self) -> Path:
+        return self.run / FOLDER / str(self.saved()[0])
+
+    def records(self, kind: str) -> list[Record]:
+        log = self.run / LOG
+        return [record for record in read_log(log) if record["kind"] == kind] if log.is_file() else []
+
+    def trainer(self, index: int) -> int:
+        """Its number, once it is there."""
+        found: list[int] = []
+
+        def look() -> bool:
+            pid = self.hosts[index].pid
+            with suppress(OSError):
+                found[:] = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            return bool(found)
+
+        self.wait_for(look, f"process {index} has no trainer")
+        return found[0]
+
+    # What can be done to it
+
+    def any(self) -> int:
+        return self.random.choice(self.everybody)
+
+    def kill(self, *indices: int, number: int = signal.SIGKILL) -> None:
+        for pid in [self.trainer(index) for index in indices]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def order(self, index: int, name: str, text: str = "") -> None:
+        (self.orders(index) / name).write_text(text)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+# Faults: each says in words what it did; the run must then be going on from its last whole checkpoint. `back` counts
+# whole checkpoints that are damaged.
+
+
+Fault = Callable[[World], str]
+
+
+def one_killed(world: World) -> str:
+    index = world.any()
+    world.kill(index)
+    return f"SIGKILL of trainer {index}"
+
+
+def all_killed(world: World) -> str:
+    world.kill(*world.everybody)
+    return "SIGKILL of all trainers"
+
+
+def watch_killed(world: World) -> str:
+    index = world.any()
+    world.hosts[index].kill()
+    return f"SIGKILL of the watch of {index}, which takes the trainer along"
+
+
+def preempted(world: World) -> str:
+    index = world.any()
+    world.hosts[index].terminate()
+    return f"SIGTERM to the watch of {index}: all save and end"
+
+
+def frozen(world: World) -> str:
+    index = world.any()
+    world.kill(index, number=signal.SIGSTOP)
+    return f"SIGSTOP of trainer {index}"
+
+
+def stuck(world: World) -> str:
+    index = world.any()
+    world.order(index, "stuck")
+    return f"trainer {index} sleeps in a step"
+
+
+def mistaken(world: World) -> str:
+    index = world.any()
+    world.order(index, "mistake")
+    return f"an exception in trainer {index}, once"
+
+
+def disk_full(world: World) -> str:
+    before = [world.said(index).stat().st_size for index in world.everybody]
+
+    def noticed() -> bool:
+        return any(b"No space left" in world.said(i).read_bytes()[before[i] :] for i in world.everybody)
+
+    filler = world.folder / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    try:
+        world.wait_for(noticed, "nobody has noticed that the disk is full", 60)
+        time.sleep(world.random.uniform(0, 6))
+    finally:
+        filler.unlink()
+    return "the disk is full until somebody has said so"
+
+
+def truncated(world: World) -> str:
+    world.kill(*world.everybody)
+    newest = world.newest()
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    return f"all killed; {file.relative_to(world.run / FOLDER)} is cut in half"
+
+
+def deleted(world: World) -> str:
+    world.kill(*world.everybody)
+    newest = world.newest()
+    shutil.rmtree(newest)
+    return f"all killed; checkpoint {newest.name} is deleted"
+
+
+def half_left(world: World) -> str:
+    world.kill(*world.everybody)
+    newest = world.newest()
+    half = newest.with_name(f"{int(newest.name) + EVERY}.orbax-checkpoint-tmp")
+    shutil.copytree(newest / "meta", half / "meta", dirs_exist_ok=True)
+    return f"all killed; half a checkpoint {half.name} lies there"
+
+
+def clock_jumps(world: World) -> str:
+    index, hours = world.any(), world.random.choice([-240, -5, 3, 1000])
+    world.order(index, "clock", str(hours * 3600))
+    return f"the clock of {index} is {hours:+} h wrong from now on"
+
+
+def port_taken(world: World) -> str:
+    world.kill(*world.everybody)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        def bound() -> bool:
+            with suppress(OSError):
+                other.bind(("0.0.0.0", world.port))
+                return True
+            return False
+
+        world.wait_for(bound, "the port never was free", 30)
+        other.listen()
+        before = world.said(0).stat().st_size
+        world.wait_for(lambda: b"cannot listen" in world.said(0).read_bytes()[before:], "nobody missed the port")
+        time.sleep(world.random.uniform(0, 8))
+    return "all killed; the coordinator's port is another program's for a while"
+
+
+def another(what: str, words: str) -> Fault:
+    def fault(world: World) -> str:
+        index = world.any()
+        world.order(index, what)
+        killed = world.any()
+        world.kill(killed)
+        return f"SIGKILL of trainer {killed}; {index} starts {words}, once"
+
+    return fault
+
+
+def during(place: str, number: signal.Signals, most: float) -> Fault:
+    """The signal comes at the next start, and some time after `place` has begun."""
+
+    def fault(world: World) -> str:
+        index, seconds = world.any(), world.random.uniform(0, most)
+        world.order(index, f"{number.name} in {place}", str(seconds))
+        text = f"{number.name} of trainer {index}, {seconds:.2f} s after its {place} has begun"
+        if place == "save":
+            return text
+        killed = world.any()
+        world.kill(killed)
+        return f"SIGKILL of trainer {killed}; {text}"
+
+    return fault
+
+
+def watch_killed_at_start(world: World) -> str:
+    index, seconds = world.any(), world.random.uniform(1, 6)
+    world.kill(index)
+    time.sleep(seconds)
+    world.hosts[index].kill()
+    return f"SIGKILL of trainer {index}, and of its watch {seconds:.1f} s later, while it starts again"
+
+
+def same_place_twice(world: World) -> str:
+    """Another start of process 0, which gets no further than the port."""
+    before = world.said(0).stat().st_size
+    extra = world.begin(0, JOINED)
+    try:
+        world.wait_for(lambda: b"cannot listen" in world.said(0).read_bytes()[before:], "two of process 0", 60)
+    finally:
+        extra.kill()
+        extra.wait()
+    return "process 0 is started twice"
+
+
+def same_run_twice(world: World) -> str:
+    """Another start of the run, by one process, which gets no further than the lock."""
+    before = world.said(0).stat().st_size
+    extra = world.begin(0, devices=len(world.everybody))
+    try:
+        world.wait_for(lambda: b"is at work on it" in world.said(0).read_bytes()[before:], "two of the run", 60)
+    finally:
+        extra.kill()
+        extra.wait()
+    return "the run is started twice"
+
+
+HARMLESS: tuple[Fault, ...] = (clock_jumps, same_place_twice, same_run_twice)
+"""Nobody falls."""
+BACK: tuple[Fault, ...] = (truncated, deleted)
+"""The last whole checkpoint is the one before."""
+HARMFUL: tuple[Fault, ...] = (
+    one_killed,
+    all_killed,
+    watch_killed,
+    watch_killed_at_start,
+    preempted,
+    frozen,
+    stuck,
+    mistaken,
+    disk_full,
+    *BACK,
+    half_left,
+    port_taken,
+    another("version", "with another version"),
+    another("config", "with another config"),
+    another("late", "8 seconds late"),
+    during("save", signal.SIGKILL, 0.3),
+    during("join", signal.SIGKILL, 1.0),
+    during("restore", signal.SIGKILL, 0.5),
+    during("compile", signal.SIGKILL, 0.5),
+    during("compile", signal.SIGTERM, 0.5),
+)
+
+
+def plan(seed: int, count: int, disk: bool) -> list[Fault]:
+    """Every kind once, then more by chance, in an order by chance."""
+    kinds = [fault for fault in (*HARMFUL, *HARMLESS) if disk or fault is not disk_full]
+    chance = random.Random(seed)
+    more = chance.choices([fault for fault in kinds if fault in HARMFUL], k=max(0, count - len(kinds)))
+    chosen = [*kinds, *more][:count]
+    chance.shuffle(chosen)
+    return chosen
+
+
+def disturb(world: World, faults: list[Fault]) -> Iterator[str]:
+    """One after another, each when the run has got beyond where the last one found it. Yields a row for each."""
+    world.wait_for(lambda: len(world.saved()) >= 2, "no second checkpoint")
+    for number, fault in enumerate(faults, 1):
+        time.sleep(world.random.uniform(0, 1))
+        began, starts, saved = time.monotonic(), len(world.records("start")), world.saved()
+        words = fault(world)
+        safe = saved[1 if fault in BACK else 0]  # at least: another may have become whole meanwhile
+
+        def going(starts: int = starts, fault: Fault = fault, before: int = saved[0]) -> bool:
+            begun = world.records("start")
+            if fault in HARMLESS:
+                return world.saved()[0] > before
+            return len(begun) > starts and bool(world.saved()) and world.saved()[0] > begun[-1]["step"]
+
+        world.wait_for(going, f"not going on after: {words}")
+        took, begun = time.monotonic() - began, world.records("start")[starts:]
+        if any(start["step"] < safe for start in begun):
+            raise Lost(f"{words}: went back to {[start['step'] for start in begun]}, though {safe} was whole")
+        lost = sum(start["cost"]["lost_steps"] for start in begun)
+        on = f"from {begun[-1]['step']}" if begun else "-"
+        yield f"{number:>3}  {saved[0]:>5}  {on:>8}  {lost:>5}  {took:>6.1f} s  {words}"
+
+
+@contextmanager
+def lasting(world: World) -> Iterator[World]:
+    try:
+        yield world
+    finally:
+        world.stop()
+
+
+def main() -> int:
+    reads = argparse.ArgumentParser()
+    reads.add_argument("config")
+    reads.add_argument("folder", type=Path)
+    reads.add_argument("--seed", type=int, default=0)
+    reads.add_argument("--faults", type=int, default=36)
+    reads.add_argument("--processes", type=int, default=3)
+    given = reads.parse_args()
+    faults = plan(given.seed, given.faults, shutil.disk_usage(given.folder).total <= SMALL)
+    print(f"seed {given.seed}: {len(faults)} faults, {given.processes} processes, {STEPS} steps", flush=True)
+    began = time.monotonic()
+    try:
+        with lasting(World(given.config, given.folder, given.processes, given.seed)) as world:
+            for row in disturb(world, faults):
+                print(row, flush=True)
+            world.wait_for(world.tend, "not at its end")
+    except Lost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
+    print(f"{time.monotonic() - began:.0f} s, {len(world.records('start'))} starts", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
