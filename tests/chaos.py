@@ -84,7 +84,7 @@ class World:
             "JAX_PROCESS_ID": str(index),
         }
         program = str(Path(__file__).with_name("chaotic.py").absolute())
-        command = [sys.executable, program, "run", *self.fields, *self.limits, *words]
+        command = [sys.executable, program, "run", *self.words, *words]
         with self.said(index).open("ab") as log:
             return subprocess.Popen(command, env=environment(devices, **where), stdout=log, stderr=log)
 
