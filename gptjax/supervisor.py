@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
-from gptjax.train.falls import EVENTS
+from gptjax.train.falls import EVENTS, why
 from gptjax.train.pulse import STEP, VARIABLE, WATCH, Beat, read
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -31,6 +31,8 @@ LONGEST = 600.0  # seconds between two starts at most
 FLOOR = 30.0  # seconds that a step may take whatever the others took
 LOOKS = 0.5  # seconds between two looks
 DUMP = 3.0  # seconds for the stacks of all threads to be written
+LOST = "JAX distributed service detected fatal errors"
+LOST_WORDS = "another process is gone, and JAX ends those that are left"
 OUTSIDE = (
     "No space left",
     "Address already in use",
@@ -146,14 +148,14 @@ class Supervisor:
                 self._note("end", status=fall.status, step=fall.step)
                 return fall.status
             falls.append(fall)
-            if why := given_up(falls, self._care.tries):
-                self._note("given up", **asdict(fall), why=why)
-                print(f"error: {why}", file=sys.stderr, flush=True)
+            if reason := given_up(falls, self._care.tries):
+                self._note("given up", **asdict(fall), why=reason)
+                print(f"error: {reason}", file=sys.stderr, flush=True)
                 return fall.status
             seconds = pause(falls, self._care.backoff)
             self._note("fall", **asdict(fall), pause=seconds)
-            what = fall.stuck or f"exit status {fall.status}: {fall.words or 'no words'}"
-            print(f"the run fell at step {fall.step} ({what}); again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            told = why(fall.status, fall.words, fall.stuck)
+            print(f"the run fell at step {fall.step} ({told}); again in {seconds:.0f} s", file=sys.stderr, flush=True)
             self._sleep(seconds)
             if self._told:
                 return 128 + self._told
@@ -170,20 +172,20 @@ class Supervisor:
             # A group of its own: a Ctrl-C comes to this process alone, which passes it on as it does SIGTERM.
             environment = os.environ | {VARIABLE: str(pulse), WATCH: str(os.getpid())}
             self._child = subprocess.Popen(
-                self._command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
+                self._command, env=environment, stderr=subprocess.PIPE, errors="replace", process_group=0
             )
             self._forward()  # what came while it was being started
             said: deque[str] = deque(maxlen=1)
             assert self._child.stderr
             reader = Thread(target=_pass_on, args=(self._child.stderr, said), daemon=True)
             reader.start()
-            why = self._watch(self._child, pulse, on)
+            reason = self._watch(self._child, pulse, on)
             reader.join(LOOKS)
             beat, _ = read(pulse)
         status = self._child.returncode
         words = said[0] if said else ""
         began, step = (beat.began, beat.step) if beat else (0, 0)
-        return Fall(status if status >= 0 else 128 - status, began, step, words, why)
+        return Fall(status if status >= 0 else 128 - status, began, step, words, reason)
 
     def _watch(self, child: "subprocess.Popen[str]", pulse: Path, on: Callable[[Beat], None]) -> str:
         """Until it ends; says why where it was killed for being stuck."""
@@ -201,12 +203,12 @@ class Supervisor:
             if beat and beat.phase == STEP and not going:
                 on(beat)
                 going = True
-            if why := stuck(beat, time.monotonic() - since, self._care):
+            if reason := stuck(beat, time.monotonic() - since, self._care):
                 child.send_signal(signal.SIGUSR1)  # all its stacks, to standard error
                 time.sleep(DUMP)
                 child.kill()
                 child.wait()
-                return why
+                return reason
 
     def _hear(self, number: int, frame: object) -> None:
         self._told = number
@@ -237,9 +239,12 @@ class Supervisor:
 
 
 def _pass_on(source: IO[str], said: deque[str]) -> None:
-    """Standard error as it comes; the last line that says something is kept."""
+    """Standard error as it comes; the last line that says something is kept, of JAX's way to end a process whose peers
+    are gone its reason."""
     for line in source:
         sys.stderr.write(line)
         sys.stderr.flush()
-        if line.strip() and not line.startswith((" ", "\t")):
+        if LOST in line:
+            said.append(LOST_WORDS)
+        elif line.strip() and not line.startswith((" ", "\t")) and LOST_WORDS not in said:
             said.append(line.strip())

@@ -24,7 +24,7 @@ from devices import environment
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.metrics import LOG, Record, read_log
 
-STEPS, EVERY = 480, 6  # and steps between two checkpoints
+STEPS, EVERY = 300, 6  # and steps between two checkpoints
 TOKENS = 12 * 16  # of a step
 FIELDS = {
     "model.embed_dim": 48,
@@ -45,7 +45,7 @@ LIMITS = {"backoff": 1, "grace": 60}
 JOINED = "--distributed"
 GONE = 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL
 """Statuses of a watch that a scheduler starts again."""
-PATIENCE = 300.0  # seconds until a fault counts as one that the run did not survive
+PATIENCE = 600.0  # seconds until a fault counts as one that the run did not survive
 SMALL = 256 << 20  # bytes of a disk that may be filled
 
 
@@ -59,14 +59,11 @@ class World:
     def __init__(self, config: str, folder: Path, processes: int, seed: int) -> None:
         self.folder, self.run, self.random = folder, folder / "run", random.Random(seed)
         self.logs = folder.parent / "logs"  # not on the disk that is filled
-        fields = [
-            word
-            for field, value in (FIELDS | {"layout.fsdp": processes}).items()
-            for word in (f"--{field}", str(value))
-        ]
-        self.fields = [config, "--run", str(self.run), *fields]
-        self.limits = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
+        given = FIELDS | LIMITS | {"layout.fsdp": processes, "run": self.run}
+        self.words = [config, *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
         self.port, self.everybody = free_port(), range(processes)
+        self.stopped: set[int] = set()
+        """Those that were told to end, by a signal which may meet them anywhere."""
         self.hosts: list[subprocess.Popen[bytes]] = []
         for index in self.everybody:
             self.orders(index).mkdir(parents=True)
@@ -95,10 +92,11 @@ class World:
     def tend(self) -> bool:
         """What a scheduler does: start again what was taken away. Returns whether all are done."""
         for index, host in enumerate(self.hosts):
-            if host.poll() in GONE:
+            if host.poll() in GONE or (host.poll() and index in self.stopped):
+                self.stopped.discard(index)
                 self.hosts[index] = self.begin(index, JOINED)
             elif host.poll():
-                raise Lost(f"process {index} was given up:\n{self.said(index).read_text()[-3000:]}")
+                raise Lost(f"process {index} was given up:\n{self.said(index).read_text(errors='replace')[-3000:]}")
         return all(host.poll() == 0 for host in self.hosts)
 
     def wait_for(self, there: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
@@ -187,6 +185,7 @@ def watch_killed(world: World) -> str:
 
 def preempted(world: World) -> str:
     index = world.any()
+    world.stopped.add(index)
     world.hosts[index].terminate()
     return f"SIGTERM to the watch of {index}: all save and end"
 

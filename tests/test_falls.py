@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from gptjax.train.falls import interruptions
+import pytest
+
+from gptjax.train.falls import interruptions, why
 
 CLOCK = {"0": 0, "1": -7}  # hours by which the second host is behind
 
@@ -44,7 +46,7 @@ def test_what_falls_together_is_one_interruption_with_its_cost() -> None:
     first, second = told
     assert (first["step"], first["seconds"], first["steps"]) == (14, 13.0, 2)
     assert first["what"].splitlines() == [
-        "process 1: exit status 137",
+        "process 1: exit status 137, SIGKILL",
         "process 0: exit status 1: error: lost a peer",
         "process 1: exit status 1: error: another version",
     ]
@@ -60,5 +62,20 @@ def test_what_a_scheduler_starts_again_is_told_of() -> None:
 
     stopped = [event(20, "0", "end", status=143, step=8), event(40, "0", "start"), on(50, "0", 8, 10.0, again=False)]
     (row,) = interruptions([*BEGIN, *stopped])
-    assert (row["what"], row["seconds"], row["steps"]) == ("process 0: exit status 143\n", 30.0, 0)
+    assert (row["what"], row["seconds"], row["steps"]) == ("process 0: exit status 143, SIGTERM\n", 30.0, 0)
     assert interruptions([*BEGIN, event(20, "0", "end", status=0, step=8)]) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "told"),
+    [
+        (1, "error: no", "exit status 1: error: no"),
+        (1, "", "exit status 1: no words"),
+        (137, "", "exit status 137, SIGKILL"),
+        (134, "a peer is gone", "exit status 134, SIGABRT; last words: a peer is gone"),
+        (255, "", "exit status 255: no words"),  # no signal has this number
+    ],
+)
+def test_what_ended_a_process(status: int, words: str, told: str) -> None:
+    assert why(status, words) == told
+    assert why(status, words, "save: not done") == "save: not done"

@@ -18,7 +18,20 @@ from hypothesis import strategies as st
 
 from gptjax.config import Config
 from gptjax.stages.weights import on_device, open_weights
-from gptjax.supervisor import EVENTS, FLOOR, LONGEST, Care, Fall, Supervisor, given_up, no_progress, pause, stuck
+from gptjax.supervisor import (
+    EVENTS,
+    FLOOR,
+    LONGEST,
+    LOST,
+    LOST_WORDS,
+    Care,
+    Fall,
+    Supervisor,
+    given_up,
+    no_progress,
+    pause,
+    stuck,
+)
 from gptjax.train.checkpoint import FOLDER, saved_steps
 from gptjax.train.metrics import read_log
 from gptjax.train.pulse import STEP, WATCH, Beat, Pulse, read
@@ -149,6 +162,12 @@ QUICK = Care(tries=3, patience=10, grace=2, backoff=0.1)
         ("sys.exit(143)", 143, "", ["start", "end"]),
         ("beat('step', 4); time.sleep(60)|pass", 0, "no step for", ["start", "fall", "start", "end"]),
         ("beat('save', 4); time.sleep(60)|pass", 0, "save: not done within 2 s", ["start", "fall", "start", "end"]),
+        (
+            f"print({LOST!r} + '\\n  @ 0x1\\n***', file=sys.stderr); os.abort()|pass",
+            0,
+            f"SIGABRT; last words: {LOST_WORDS}",
+            [],
+        ),
         ("1/0|beat('step', 1); 1/0|pass", 0, "ZeroDivisionError: division by zero", []),
         ("beat('save', 4); os.utime(path, (9, 9)); time.sleep(1.2)", 0, "", ["start", "end"]),  # a clock that was set
     ],

@@ -1,5 +1,6 @@
 """What a run's watches have noted (gptjax/supervisor.py): when it fell, what that cost, and where it went on."""
 
+import signal
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -41,10 +42,16 @@ def _fallen(event: Event, before: Event | None) -> str:
     """Why a process went down; empty where it did not."""
     if event["event"] == "start":
         return "started anew" if before and before["event"] in ("start", "on") else ""
-    if not event.get("status"):
-        return ""
-    words = event.get("stuck") or f"exit status {event['status']}{': ' if event.get('words') else ''}"
-    return (words if event.get("stuck") else words + event.get("words", ""))[:MOST]
+    return why(event["status"], event.get("words", ""), event.get("stuck", ""))[:MOST] if event.get("status") else ""
+
+
+def why(status: int, words: str, stuck: str = "") -> str:
+    """What ended a process: the reason for which its watch killed it, or its exit status and what it said last."""
+    if stuck:
+        return stuck
+    killed = signal.Signals(status - 128).name if status - 128 in {*signal.Signals} else ""
+    told = f"exit status {status}" + (f", {killed}" if killed else "")
+    return told + (f"; last words: {words}" if killed and words else f": {words or 'no words'}" if not killed else "")
 
 
 def _over(interruption: dict[str, Any], on: Event) -> None:
