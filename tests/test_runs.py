@@ -141,7 +141,7 @@ def test_a_lock_that_a_full_disk_cut_short_is_none(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RunLock, "_text", full)
-    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         RunLock(tmp_path, print)
     assert not (tmp_path / NAME).exists()
 
