@@ -65,6 +65,6 @@ def test_a_run_that_falls_again_and_again_ends_where_it_would_have(tiny: Config,
 
     falls = interruptions(read_log(runs[1] / EVENTS))
     assert len(falls) >= FAULTS - len(chaos.HARMLESS) - 4  # two that come at once are one
-    assert all("seconds" in fall for fall in falls)
+    assert all("seconds_lost" in fall for fall in falls)
     page = Path(report(str(runs[1])).splitlines()[-1]).read_text()
     assert all(fall["time"] in page for fall in falls)

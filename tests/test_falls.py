@@ -44,25 +44,25 @@ def test_what_falls_together_is_one_interruption_with_its_cost() -> None:
         ]
     )
     first, second = told
-    assert (first["step"], first["seconds"], first["steps"]) == (14, 13.0, 2)
+    assert (first["step"], first["seconds_lost"], first["steps_lost"]) == (14, 13.0, 2)
     assert first["what"].splitlines() == [
         "process 1: exit status 137, SIGKILL",
         "process 0: exit status 1: error: lost a peer",
         "process 1: exit status 1: error: another version",
     ]
     assert second["what"] == "process 0: no step for 31 s\n"
-    assert "seconds" not in second  # it has not gone on
+    assert "seconds_lost" not in second  # it has not gone on
 
 
 def test_what_a_scheduler_starts_again_is_told_of() -> None:
     """A watch that was killed can note nothing, and nobody watches while a stopped run waits."""
     killed = [event(20, "0", "start"), on(30, "0", 6, 10.0, again=False)]
     (row,) = interruptions([*BEGIN, *killed])
-    assert row["what"] == "process 0: started anew\n" and row["seconds"] == 10.0
+    assert row["what"] == "process 0: started anew\n" and row["seconds_lost"] == 10.0
 
     stopped = [event(20, "0", "end", status=143, step=8), event(40, "0", "start"), on(50, "0", 8, 10.0, again=False)]
     (row,) = interruptions([*BEGIN, *stopped])
-    assert (row["what"], row["seconds"], row["steps"]) == ("process 0: exit status 143, SIGTERM\n", 30.0, 0)
+    assert (row["what"], row["seconds_lost"], row["steps_lost"]) == ("process 0: exit status 143, SIGTERM\n", 30.0, 0)
     assert interruptions([*BEGIN, event(20, "0", "end", status=0, step=8)]) == []
 
 

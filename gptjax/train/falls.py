@@ -16,7 +16,7 @@ Event = dict[str, Any]
 
 def interruptions(events: Iterable[Event]) -> list[dict[str, Any]]:
     """Each with `time` and `step` at which it began, `what` fell, a line for each process and try, and once it was over
-    the `seconds` that it took and the `steps` that were lost.
+    `seconds_lost`, until steps were made again, and `steps_lost`, which are made once more.
 
     Events come in the order in which they were written: hosts disagree about the time. The processes of a run fall
     together and go on together, so what falls until the next that goes on is one interruption.
@@ -30,7 +30,7 @@ def interruptions(events: Iterable[Event]) -> list[dict[str, Any]]:
             if found:
                 _over(found[-1], event)
         elif words := _fallen(event, before):
-            if not found or "seconds" in found[-1]:
+            if not found or "seconds_lost" in found[-1]:
                 found.append({"time": event["time"], "step": 0, "what": ""})
             now = found[-1]
             now["step"] = max(now["step"], event.get("step", (before or {}).get("step", 0)))
@@ -58,5 +58,5 @@ def _over(interruption: dict[str, Any], on: Event) -> None:
     """It goes on: by the clock of the watch, unless that was another one."""
     began, now = (datetime.fromisoformat(each["time"]) for each in (interruption, on))
     seconds = on["seconds"] if on["again"] else max(on["seconds"], (now - began).total_seconds())
-    interruption["seconds"] = max(interruption.get("seconds", 0.0), seconds)
-    interruption["steps"] = max(0, interruption["step"] - on["step"])
+    interruption["seconds_lost"] = max(interruption.get("seconds_lost", 0.0), seconds)
+    interruption["steps_lost"] = max(0, interruption["step"] - on["step"])

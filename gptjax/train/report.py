@@ -115,7 +115,7 @@ def _rows(names: tuple[str, ...], records: list[Record]) -> str:
     """A table of some values of records, and what went before them."""
     shown = [r | {COST: goodput.cost_in_words(r)} for r in records]
     lines = ["".join(f"<td>{html.escape(str(r.get(name, '')))}</td>" for name in names) for r in shown]
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in (head, *lines)), "</table>"])
 
 
@@ -144,10 +144,8 @@ def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
     back = [r | {"from": r["end"], "to": r["step"]} for r in records if r["kind"] == "rollback"]
     gone_back = _rows(("time", "from", "to", "reason", COST), back)
     events = read_log(run / EVENTS) if (run / EVENTS).is_file() else []
-    falls = [
-        r | {"seconds lost": r.get("seconds", ""), "steps lost": r.get("steps", "")} for r in interruptions(events)
-    ]
-    fallen = _rows(("time", "step", "what", "seconds lost", "steps lost"), falls)
+    falls = interruptions(events)
+    fallen = _rows(("time", "step", "what", "seconds_lost", "steps_lost"), falls)
     texts = "\n".join(f"<h3>step {s['step']:,}</h3>\n<pre>{html.escape(s['text'])}</pre>" for s in samples)
     images = "\n".join(
         f'<img alt="{alt}" src="data:image/png;base64,{_base64(run / name)}">' for name, alt in pictures.items()
