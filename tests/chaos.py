@@ -159,56 +159,55 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-# Faults: each says in words what it did; the run must then be going on from its last whole checkpoint. `back` counts
-# whole checkpoints that are damaged.
+# Faults: each says in words what it did, a part for each that came while the run was down by the one before.
 
 
-Fault = Callable[[World], str]
+Fault = Callable[[World], tuple[str, ...]]
 
 
-def one_killed(world: World) -> str:
+def one_killed(world: World) -> tuple[str, ...]:
     index = world.any()
     world.kill(index)
-    return f"SIGKILL of trainer {index}"
+    return (f"SIGKILL of trainer {index}",)
 
 
-def all_killed(world: World) -> str:
+def all_killed(world: World) -> tuple[str, ...]:
     world.kill(*world.everybody)
-    return "SIGKILL of all trainers"
+    return ("SIGKILL of all trainers",)
 
 
-def watch_killed(world: World) -> str:
+def watch_killed(world: World) -> tuple[str, ...]:
     index = world.any()
     world.hosts[index].kill()
-    return f"SIGKILL of the watch of {index}, which takes the trainer along"
+    return (f"SIGKILL of the watch of {index}, which takes the trainer along",)
 
 
-def preempted(world: World) -> str:
+def preempted(world: World) -> tuple[str, ...]:
     index = world.any()
     world.stopped.add(index)
     world.hosts[index].terminate()
-    return f"SIGTERM to the watch of {index}: all save and end"
+    return (f"SIGTERM to the watch of {index}: all save and end",)
 
 
-def frozen(world: World) -> str:
+def frozen(world: World) -> tuple[str, ...]:
     index = world.any()
     world.kill(index, number=signal.SIGSTOP)
-    return f"SIGSTOP of trainer {index}"
+    return (f"SIGSTOP of trainer {index}",)
 
 
-def stuck(world: World) -> str:
+def stuck(world: World) -> tuple[str, ...]:
     index = world.any()
     world.order(index, "stuck")
-    return f"trainer {index} sleeps in a step"
+    return (f"trainer {index} sleeps in a step",)
 
 
-def mistaken(world: World) -> str:
+def mistaken(world: World) -> tuple[str, ...]:
     index = world.any()
     world.order(index, "mistake")
-    return f"an exception in trainer {index}, once"
+    return (f"an exception in trainer {index}, once",)
 
 
-def disk_full(world: World) -> str:
+def disk_full(world: World) -> tuple[str, ...]:
     before = [world.said(index).stat().st_size for index in world.everybody]
 
     def noticed() -> bool:
@@ -223,39 +222,39 @@ def disk_full(world: World) -> str:
         time.sleep(world.random.uniform(0, 6))
     finally:
         filler.unlink()
-    return "the disk is full until somebody has said so"
+    return ("the disk is full until somebody has said so",)
 
 
-def truncated(world: World) -> str:
+def truncated(world: World) -> tuple[str, ...]:
     world.kill(*world.everybody)
     newest = world.newest()
     file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
-    return f"all killed; {file.relative_to(world.run / FOLDER)} is cut in half"
+    return "SIGKILL of all trainers", f"{file.relative_to(world.run / FOLDER)} is cut in half"
 
 
-def deleted(world: World) -> str:
+def deleted(world: World) -> tuple[str, ...]:
     world.kill(*world.everybody)
     newest = world.newest()
     shutil.rmtree(newest)
-    return f"all killed; checkpoint {newest.name} is deleted"
+    return "SIGKILL of all trainers", f"checkpoint {newest.name} is deleted"
 
 
-def half_left(world: World) -> str:
+def half_left(world: World) -> tuple[str, ...]:
     world.kill(*world.everybody)
     newest = world.newest()
     half = newest.with_name(f"{int(newest.name) + EVERY}.orbax-checkpoint-tmp")
     shutil.copytree(newest / "meta", half / "meta", dirs_exist_ok=True)
-    return f"all killed; half a checkpoint {half.name} lies there"
+    return "SIGKILL of all trainers", f"half a checkpoint {half.name} lies there"
 
 
-def clock_jumps(world: World) -> str:
+def clock_jumps(world: World) -> tuple[str, ...]:
     index, hours = world.any(), world.random.choice([-240, -5, 3, 1000])
     world.order(index, "clock", str(hours * 3600))
-    return f"the clock of {index} is {hours:+} h wrong from now on"
+    return (f"the clock of {index} is {hours:+} h wrong from now on",)
 
 
-def port_taken(world: World) -> str:
+def port_taken(world: World) -> tuple[str, ...]:
     world.kill(*world.everybody)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -271,16 +270,16 @@ def port_taken(world: World) -> str:
         before = world.said(0).stat().st_size
         world.wait_for(lambda: b"cannot listen" in world.said(0).read_bytes()[before:], "nobody missed the port")
         time.sleep(world.random.uniform(0, 8))
-    return "all killed; the coordinator's port is another program's for a while"
+    return "SIGKILL of all trainers", "the coordinator's port is another program's for a while"
 
 
 def another(what: str, words: str) -> Fault:
-    def fault(world: World) -> str:
+    def fault(world: World) -> tuple[str, ...]:
         index = world.any()
         world.order(index, what)
         killed = world.any()
         world.kill(killed)
-        return f"SIGKILL of trainer {killed}; {index} starts {words}, once"
+        return f"SIGKILL of trainer {killed}", f"{index} starts {words}, once"
 
     return fault
 
@@ -288,28 +287,28 @@ def another(what: str, words: str) -> Fault:
 def during(place: str, number: signal.Signals, most: float) -> Fault:
     """The signal comes at the next start, and some time after `place` has begun."""
 
-    def fault(world: World) -> str:
+    def fault(world: World) -> tuple[str, ...]:
         index, seconds = world.any(), world.random.uniform(0, most)
         world.order(index, f"{number.name} in {place}", str(seconds))
         text = f"{number.name} of trainer {index}, {seconds:.2f} s after its {place} has begun"
         if place == "save":
-            return text
+            return (text,)
         killed = world.any()
         world.kill(killed)
-        return f"SIGKILL of trainer {killed}; {text}"
+        return f"SIGKILL of trainer {killed}", text
 
     return fault
 
 
-def watch_killed_at_start(world: World) -> str:
+def watch_killed_at_start(world: World) -> tuple[str, ...]:
     index, seconds = world.any(), world.random.uniform(1, 6)
     world.kill(index)
     time.sleep(seconds)
     world.hosts[index].kill()
-    return f"SIGKILL of trainer {index}, and of its watch {seconds:.1f} s later, while it starts again"
+    return f"SIGKILL of trainer {index}", f"SIGKILL of its watch {seconds:.1f} s later"
 
 
-def same_place_twice(world: World) -> str:
+def same_place_twice(world: World) -> tuple[str, ...]:
     """Another start of process 0, which gets no further than the port."""
     before = world.said(0).stat().st_size
     extra = world.begin(0, JOINED)
@@ -318,10 +317,10 @@ def same_place_twice(world: World) -> str:
     finally:
         extra.kill()
         extra.wait()
-    return "process 0 is started twice"
+    return ("process 0 is started twice",)
 
 
-def same_run_twice(world: World) -> str:
+def same_run_twice(world: World) -> tuple[str, ...]:
     """Another start of the run, by one process, which gets no further than the lock."""
     before = world.said(0).stat().st_size
     extra = world.begin(0, devices=len(world.everybody))
@@ -330,7 +329,7 @@ def same_run_twice(world: World) -> str:
     finally:
         extra.kill()
         extra.wait()
-    return "the run is started twice"
+    return ("the run is started twice",)
 
 
 HARMLESS: tuple[Fault, ...] = (clock_jumps, same_place_twice, same_run_twice)
@@ -361,23 +360,27 @@ HARMFUL: tuple[Fault, ...] = (
 )
 
 
-def plan(seed: int, count: int, disk: bool) -> list[Fault]:
-    """Every kind once, then more by chance, in an order by chance."""
+def plan(seed: int, disk: bool) -> Iterator[Fault]:
+    """Every kind once, in an order by chance, and then any."""
     kinds = [fault for fault in (*HARMFUL, *HARMLESS) if disk or fault is not disk_full]
     chance = random.Random(seed)
-    more = chance.choices([fault for fault in kinds if fault in HARMFUL], k=max(0, count - len(kinds)))
-    chosen = [*kinds, *more][:count]
-    chance.shuffle(chosen)
-    return chosen
+    yield from chance.sample(kinds, len(kinds))
+    while True:
+        yield chance.choice(kinds)
 
 
-def disturb(world: World, faults: list[Fault]) -> Iterator[str]:
-    """One after another, each when the run has got beyond where the last one found it. Yields a row for each."""
-    world.wait_for(lambda: len(world.saved()) >= 2, "no second checkpoint")
-    for number, fault in enumerate(faults, 1):
+def disturb(world: World, faults: Iterator[Fault], count: int) -> Iterator[str]:
+    """So many faults at least, each when the run has got beyond where the last one found it. Yields a row for each: the
+    newest whole checkpoint before it; then, once the run goes on, from where, the steps that were lost, and how long
+    all that took, the next checkpoint included."""
+    done = 0
+    if count:
+        world.wait_for(lambda: len(world.saved()) >= 2, "no second checkpoint")
+    while done < count:
+        fault = next(faults)
         time.sleep(world.random.uniform(0, 1))
         began, starts, saved = time.monotonic(), len(world.records("start")), world.saved()
-        words = fault(world)
+        told = fault(world)
         safe = saved[1 if fault in BACK else 0]  # at least: another may have become whole meanwhile
 
         def going(starts: int = starts, fault: Fault = fault, before: int = saved[0]) -> bool:
@@ -386,13 +389,20 @@ def disturb(world: World, faults: list[Fault]) -> Iterator[str]:
                 return world.saved()[0] > before
             return len(begun) > starts and bool(world.saved()) and world.saved()[0] > begun[-1]["step"]
 
-        world.wait_for(going, f"not going on after: {words}")
+        world.wait_for(going, f"not going on after: {told}")
         took, begun = time.monotonic() - began, world.records("start")[starts:]
         if any(start["step"] < safe for start in begun):
-            raise Lost(f"{words}: went back to {[start['step'] for start in begun]}, though {safe} was whole")
+            raise Lost(f"{told}: went back to {[start['step'] for start in begun]}, though {safe} was whole")
         lost = sum(start["cost"]["lost_steps"] for start in begun)
-        on = f"from {begun[-1]['step']}" if begun else "-"
-        yield f"{number:>3}  {saved[0]:>5}  {on:>8}  {lost:>5}  {took:>6.1f} s  {words}"
+        on = str(begun[-1]["step"]) if begun else "-"
+        for number, words in enumerate(told, done + 1):
+            last = number == done + len(told)
+            yield (
+                f"{number:>3}  {saved[0]:>5}  "
+                + (f"{on:>7}  {lost:>4}  {took:>5.0f} s" if last else " " * 22)
+                + f"  {words}"
+            )
+        done += len(told)
 
 
 @contextmanager
@@ -411,12 +421,13 @@ def main() -> int:
     reads.add_argument("--faults", type=int, default=36)
     reads.add_argument("--processes", type=int, default=3)
     given = reads.parse_args()
-    faults = plan(given.seed, given.faults, shutil.disk_usage(given.folder).total <= SMALL)
-    print(f"seed {given.seed}: {len(faults)} faults, {given.processes} processes, {STEPS} steps", flush=True)
+    faults = plan(given.seed, shutil.disk_usage(given.folder).total <= SMALL)
+    print(f"seed {given.seed}: {given.processes} processes, {STEPS} steps", flush=True)
+    print("  #  saved  goes on  lost  seconds  fault", flush=True)
     began = time.monotonic()
     try:
         with lasting(World(given.config, given.folder, given.processes, given.seed)) as world:
-            for row in disturb(world, faults):
+            for row in disturb(world, faults, given.faults):
                 print(row, flush=True)
             world.wait_for(world.tend, "not at its end")
     except Lost as lost:
