@@ -419,7 +419,7 @@ def main() -> int:
     reads.add_argument("folder", type=Path)
     reads.add_argument("--seed", type=int, default=0)
     reads.add_argument("--faults", type=int, default=36)
-    reads.add_argument("--processes", type=int, default=3)
+    reads.add_argument("--processes", type=int, default=2)
     given = reads.parse_args()
     faults = plan(given.seed, shutil.disk_usage(given.folder).total <= SMALL)
     print(f"seed {given.seed}: {given.processes} processes, {STEPS} steps", flush=True)
