@@ -149,8 +149,11 @@ class World:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def order(self, index: int, name: str, text: str = "") -> None:
-        (self.orders(index) / name).write_text(text)
+    def order(self, index: int, name: str, text: str = "once") -> None:
+        """For its trainer, at once or at the next start."""
+        whole = self.logs / "order"
+        whole.write_text(text)
+        whole.rename(self.orders(index) / name)
 
 
 def free_port() -> int:
@@ -159,55 +162,61 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-# Faults: each says in words what it did, a part for each that came while the run was down by the one before.
+# Faults. Each says in words what it did.
+
+Fault = Callable[[World], str]
 
 
-Fault = Callable[[World], tuple[str, ...]]
+# Such as throw the run, or somebody at its door
 
 
-def one_killed(world: World) -> tuple[str, ...]:
+def one_killed(world: World) -> str:
     index = world.any()
     world.kill(index)
-    return (f"SIGKILL of trainer {index}",)
+    return f"SIGKILL of trainer {index}"
 
 
-def all_killed(world: World) -> tuple[str, ...]:
+def all_killed(world: World) -> str:
     world.kill(*world.everybody)
-    return ("SIGKILL of all trainers",)
+    return "SIGKILL of all trainers"
 
 
-def watch_killed(world: World) -> tuple[str, ...]:
+def watch_killed(world: World) -> str:
     index = world.any()
     world.hosts[index].kill()
-    return (f"SIGKILL of the watch of {index}, which takes the trainer along",)
+    return f"SIGKILL of the watch of {index}, which takes its trainer along"
 
 
-def preempted(world: World) -> tuple[str, ...]:
+def preempted(world: World) -> str:
     index = world.any()
     world.stopped.add(index)
     world.hosts[index].terminate()
-    return (f"SIGTERM to the watch of {index}: all save and end",)
+    return f"SIGTERM to the watch of {index}: all save and end"
 
 
-def frozen(world: World) -> tuple[str, ...]:
+def frozen(world: World) -> str:
     index = world.any()
     world.kill(index, number=signal.SIGSTOP)
-    return (f"SIGSTOP of trainer {index}",)
+    return f"SIGSTOP of trainer {index}"
 
 
-def stuck(world: World) -> tuple[str, ...]:
+def stuck(world: World) -> str:
     index = world.any()
     world.order(index, "stuck")
-    return (f"trainer {index} sleeps in a step",)
+    return f"trainer {index} sleeps in a step"
 
 
-def mistaken(world: World) -> tuple[str, ...]:
+def mistaken(world: World) -> str:
     index = world.any()
     world.order(index, "mistake")
-    return (f"an exception in trainer {index}, once",)
+    return f"an exception in trainer {index}"
 
 
-def disk_full(world: World) -> tuple[str, ...]:
+def killed_in_save(world: World) -> str:
+    return during("save", signal.SIGKILL, 0.3)(world)
+
+
+def disk_full(world: World) -> str:
     before = [world.said(index).stat().st_size for index in world.everybody]
 
     def noticed() -> bool:
@@ -218,44 +227,58 @@ def disk_full(world: World) -> tuple[str, ...]:
         while True:
             file.write(bytes(1 << 16))
     try:
-        world.wait_for(noticed, "nobody has noticed that the disk is full", 60)
+        world.wait_for(noticed, "nobody has noticed that the disk is full", 120)
         time.sleep(world.random.uniform(0, 6))
     finally:
         filler.unlink()
-    return ("the disk is full until somebody has said so",)
+    return "the disk is full, for a while"
 
 
-def truncated(world: World) -> tuple[str, ...]:
-    world.kill(*world.everybody)
+def same_place_twice(world: World) -> str:
+    """Another start of process 0, which gets no further than the port."""
+    return second_start(world, JOINED, b"cannot listen", "process 0 is started twice", 1)
+
+
+def same_run_twice(world: World) -> str:
+    """Another start of the run, by one process, which gets no further than the lock."""
+    return second_start(world, "", b"is at work on it", "the run is started twice", len(world.everybody))
+
+
+def second_start(world: World, word: str, end: bytes, told: str, devices: int) -> str:
+    before = world.said(0).stat().st_size
+    extra = world.begin(0, *[word] * bool(word), devices=devices)
+    try:
+        world.wait_for(lambda: end in world.said(0).read_bytes()[before:], told, 200)
+    finally:
+        extra.kill()
+        extra.wait()
+    return told
+
+
+# Such as come while it is down, all trainers of it killed
+
+
+def truncated(world: World) -> str:
     newest = world.newest()
     file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
-    return "SIGKILL of all trainers", f"{file.relative_to(world.run / FOLDER)} is cut in half"
+    return f"{file.relative_to(world.run / FOLDER)} is cut in half"
 
 
-def deleted(world: World) -> tuple[str, ...]:
-    world.kill(*world.everybody)
+def deleted(world: World) -> str:
     newest = world.newest()
     shutil.rmtree(newest)
-    return "SIGKILL of all trainers", f"checkpoint {newest.name} is deleted"
+    return f"checkpoint {newest.name} is deleted"
 
 
-def half_left(world: World) -> tuple[str, ...]:
-    world.kill(*world.everybody)
+def half_left(world: World) -> str:
     newest = world.newest()
     half = newest.with_name(f"{int(newest.name) + EVERY}.orbax-checkpoint-tmp")
     shutil.copytree(newest / "meta", half / "meta", dirs_exist_ok=True)
-    return "SIGKILL of all trainers", f"half a checkpoint {half.name} lies there"
+    return f"half a checkpoint {half.name} lies there"
 
 
-def clock_jumps(world: World) -> tuple[str, ...]:
-    index, hours = world.any(), world.random.choice([-240, -5, 3, 1000])
-    world.order(index, "clock", str(hours * 3600))
-    return (f"the clock of {index} is {hours:+} h wrong from now on",)
-
-
-def port_taken(world: World) -> tuple[str, ...]:
-    world.kill(*world.everybody)
+def port_taken(world: World) -> str:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
@@ -265,144 +288,125 @@ def port_taken(world: World) -> tuple[str, ...]:
                 return True
             return False
 
-        world.wait_for(bound, "the port never was free", 30)
+        world.wait_for(bound, "the port never was free", 60)
         other.listen()
         before = world.said(0).stat().st_size
         world.wait_for(lambda: b"cannot listen" in world.said(0).read_bytes()[before:], "nobody missed the port")
-        time.sleep(world.random.uniform(0, 8))
-    return "SIGKILL of all trainers", "the coordinator's port is another program's for a while"
+        time.sleep(world.random.uniform(0, 4))
+    return "the coordinator's port is another program's, for a while"
+
+
+# Such as come at its next start, however it is down
+
+
+def clock_jumps(world: World) -> str:
+    index, hours = world.any(), world.random.choice([-240, -5, 3, 1000])
+    world.order(index, "clock", str(hours * 3600))
+    return f"the clock of {index} is {hours:+} h wrong from now on"
 
 
 def another(what: str, words: str) -> Fault:
-    def fault(world: World) -> tuple[str, ...]:
+    def fault(world: World) -> str:
         index = world.any()
         world.order(index, what)
-        killed = world.any()
-        world.kill(killed)
-        return f"SIGKILL of trainer {killed}", f"{index} starts {words}, once"
+        return f"{index} starts {words}, once"
 
     return fault
 
 
 def during(place: str, number: signal.Signals, most: float) -> Fault:
-    """The signal comes at the next start, and some time after `place` has begun."""
+    """The signal comes some time after `place` has begun."""
 
-    def fault(world: World) -> tuple[str, ...]:
+    def fault(world: World) -> str:
         index, seconds = world.any(), world.random.uniform(0, most)
         world.order(index, f"{number.name} in {place}", str(seconds))
-        text = f"{number.name} of trainer {index}, {seconds:.2f} s after its {place} has begun"
-        if place == "save":
-            return (text,)
-        killed = world.any()
-        world.kill(killed)
-        return f"SIGKILL of trainer {killed}", text
+        return f"{number.name} of trainer {index}, {seconds:.2f} s after its {place} has begun"
 
     return fault
 
 
-def watch_killed_at_start(world: World) -> tuple[str, ...]:
-    index, seconds = world.any(), world.random.uniform(1, 6)
-    world.kill(index)
-    time.sleep(seconds)
-    world.hosts[index].kill()
-    return f"SIGKILL of trainer {index}", f"SIGKILL of its watch {seconds:.1f} s later"
-
-
-def same_place_twice(world: World) -> tuple[str, ...]:
-    """Another start of process 0, which gets no further than the port."""
-    before = world.said(0).stat().st_size
-    extra = world.begin(0, JOINED)
-    try:
-        world.wait_for(lambda: b"cannot listen" in world.said(0).read_bytes()[before:], "two of process 0", 60)
-    finally:
-        extra.kill()
-        extra.wait()
-    return ("process 0 is started twice",)
-
-
-def same_run_twice(world: World) -> tuple[str, ...]:
-    """Another start of the run, by one process, which gets no further than the lock."""
-    before = world.said(0).stat().st_size
-    extra = world.begin(0, devices=len(world.everybody))
-    try:
-        world.wait_for(lambda: b"is at work on it" in world.said(0).read_bytes()[before:], "two of the run", 60)
-    finally:
-        extra.kill()
-        extra.wait()
-    return ("the run is started twice",)
-
-
-HARMLESS: tuple[Fault, ...] = (clock_jumps, same_place_twice, same_run_twice)
-"""Nobody falls."""
+HARMLESS: tuple[Fault, ...] = (same_place_twice, same_run_twice)
+"""The run takes no notice."""
+DOWN: tuple[Fault, ...] = (truncated, deleted, half_left, port_taken)
 BACK: tuple[Fault, ...] = (truncated, deleted)
 """The last whole checkpoint is the one before."""
-HARMFUL: tuple[Fault, ...] = (
-    one_killed,
-    all_killed,
-    watch_killed,
-    watch_killed_at_start,
-    preempted,
-    frozen,
-    stuck,
-    mistaken,
-    disk_full,
-    *BACK,
-    half_left,
-    port_taken,
+STARTING: tuple[Fault, ...] = (
     another("version", "with another version"),
     another("config", "with another config"),
     another("late", "8 seconds late"),
-    during("save", signal.SIGKILL, 0.3),
     during("join", signal.SIGKILL, 1.0),
     during("restore", signal.SIGKILL, 0.5),
     during("compile", signal.SIGKILL, 0.5),
     during("compile", signal.SIGTERM, 0.5),
 )
+THROWING: tuple[Fault, ...] = (
+    one_killed,
+    watch_killed,
+    preempted,
+    frozen,
+    stuck,
+    mistaken,
+    disk_full,
+    killed_in_save,
+)
 
 
-def plan(seed: int, disk: bool) -> Iterator[Fault]:
-    """Every kind once, in an order by chance, and then any."""
-    kinds = [fault for fault in (*HARMFUL, *HARMLESS) if disk or fault is not disk_full]
+def plan(seed: int, disk: bool) -> Iterator[list[Fault]]:
+    """Faults that come together: one that throws the run, and what awaits it until it goes on. Every kind comes once,
+    in an order by chance, before any comes again."""
     chance = random.Random(seed)
-    yield from chance.sample(kinds, len(kinds))
+    bags: dict[tuple[Fault, ...], list[Fault]] = {}
+
+    def drawn(kinds: tuple[Fault, ...]) -> Fault:
+        bag = bags.setdefault(kinds, [])
+        if not bag:
+            bag.extend(chance.sample(kinds, len(kinds)))
+        return bag.pop()
+
+    throwing = tuple(fault for fault in THROWING if disk or fault is not disk_full)
     while True:
-        yield chance.choice(kinds)
+        yield [drawn(throwing), clock_jumps]
+        yield [all_killed, *chance.sample(DOWN, len(DOWN)), clock_jumps]
+        yield [drawn(throwing), drawn(STARTING)]
+        yield [drawn(throwing), clock_jumps]
+        yield [drawn(throwing), drawn(STARTING)]
+        yield [drawn(HARMLESS)]
 
 
-def disturb(world: World, faults: Iterator[Fault], count: int) -> Iterator[str]:
-    """So many faults at least, each when the run has got beyond where the last one found it. Yields a row for each: the
-    newest whole checkpoint before it; then, once the run goes on, from where, the steps that were lost, and how long
-    all that took, the next checkpoint included."""
+def disturb(world: World, faults: Iterator[list[Fault]], count: int) -> Iterator[str]:
+    """So many faults at least, the next ones when the run has got beyond where the last ones found it. Yields a row for
+    each: the newest whole checkpoint before it; then, once the run goes on, from where, the steps that were lost, and
+    how long all that took, the next checkpoint included."""
     done = 0
     if count:
-        world.wait_for(lambda: len(world.saved()) >= 2, "no second checkpoint")
+        world.wait_for(lambda: len(world.saved()) >= 3, "no third checkpoint")
     while done < count:
-        fault = next(faults)
+        chosen = next(faults)
         time.sleep(world.random.uniform(0, 1))
         began, starts, saved = time.monotonic(), len(world.records("start")), world.saved()
-        told = fault(world)
-        safe = saved[1 if fault in BACK else 0]  # at least: another may have become whole meanwhile
+        # What a start is to meet is laid out before it is due.
+        told = {
+            fault: fault(world) for fault in sorted(chosen, key=lambda fault: fault not in (clock_jumps, *STARTING))
+        }
+        safe = saved[sum(fault in BACK for fault in chosen)]  # at least: another may have become whole meanwhile
 
-        def going(starts: int = starts, fault: Fault = fault, before: int = saved[0]) -> bool:
+        def going(starts: int = starts, harmless: bool = chosen[0] in HARMLESS, before: int = saved[0]) -> bool:
             begun = world.records("start")
-            if fault in HARMLESS:
+            if harmless:
                 return world.saved()[0] > before
             return len(begun) > starts and bool(world.saved()) and world.saved()[0] > begun[-1]["step"]
 
-        world.wait_for(going, f"not going on after: {told}")
+        world.wait_for(going, f"not going on after: {[*told.values()]}")
         took, begun = time.monotonic() - began, world.records("start")[starts:]
         if any(start["step"] < safe for start in begun):
-            raise Lost(f"{told}: went back to {[start['step'] for start in begun]}, though {safe} was whole")
+            raise Lost(f"{[*told.values()]}: back to {[start['step'] for start in begun]}, though {safe} was whole")
         lost = sum(start["cost"]["lost_steps"] for start in begun)
         on = str(begun[-1]["step"]) if begun else "-"
-        for number, words in enumerate(told, done + 1):
-            last = number == done + len(told)
-            yield (
-                f"{number:>3}  {saved[0]:>5}  "
-                + (f"{on:>7}  {lost:>4}  {took:>5.0f} s" if last else " " * 22)
-                + f"  {words}"
-            )
-        done += len(told)
+        on_again = f"{on:>7}  {lost:>4}  {took:>5.0f} s"
+        for fault in chosen:
+            done += 1
+            last = fault is chosen[-1]
+            yield f"{done:>3}  {saved[0]:>5}  {on_again if last else '':{len(on_again)}}  {told[fault]}"
 
 
 @contextmanager
@@ -429,7 +433,7 @@ def main() -> int:
         with lasting(World(given.config, given.folder, given.processes, given.seed)) as world:
             for row in disturb(world, faults, given.faults):
                 print(row, flush=True)
-            world.wait_for(world.tend, "not at its end")
+            world.wait_for(world.tend, "not at its end", 6 * PATIENCE)
     except Lost as lost:
         print(f"error: {lost}", file=sys.stderr)
         return 1

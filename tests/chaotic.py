@@ -14,21 +14,21 @@ from typing import Any
 from gptjax import cli, supervisor
 
 ORDERS = Path(os.environ["CHAOS_ORDERS"])
-STEP_SECONDS = 0.05
+STEP_SECONDS = 0.1
 FLOOR, HEARTBEAT = 10.0, 20
 """In the place of 30 and 100 seconds."""
 STUCK = 600.0  # seconds: longer than anybody waits
 
 
-def taken(order: str) -> str | None:
-    """What an order says, which is then obeyed and gone; None where there is none."""
+def taken(order: str) -> str:
+    """What an order says, which is then obeyed and gone; empty where there is none."""
     path = ORDERS / order
     try:
         text = path.read_text()
         path.unlink()
         return text
     except FileNotFoundError:
-        return None
+        return ""
 
 
 def dies_in(place: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def dies_in(place: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any, **more: Any) -> Any:
         for number in (signal.SIGKILL, signal.SIGTERM):
-            if (seconds := taken(f"{number.name} in {place}")) is not None:
+            if seconds := taken(f"{number.name} in {place}"):
                 Timer(float(seconds), os.kill, (os.getpid(), number)).start()
         return plain(*args, **more)
 
