@@ -45,7 +45,7 @@ LIMITS = {"backoff": 1, "grace": 60}
 JOINED = "--distributed"
 GONE = 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL
 """Statuses of a watch that a scheduler starts again."""
-PATIENCE = 600.0  # seconds until a fault counts as one that the run did not survive
+PATIENCE = 1800.0  # seconds until a fault counts as one that the run did not survive
 SMALL = 256 << 20  # bytes of a disk that may be filled
 
 
