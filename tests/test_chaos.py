@@ -49,7 +49,7 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
     return {(r["kind"], r["step"]): r["loss"] for r in read_log(run / LOG) if r["kind"] in ("train", "eval")}
 
 
-@pytest.mark.whole  # half an hour on 2 cores
+@pytest.mark.whole  # fourteen starts of two processes and more
 def test_a_run_that_falls_again_and_again_ends_where_it_would_have(tiny: Config, tmp_path: Path) -> None:
     model = replace(tiny.model, num_layers=1, attention_pattern=("dense",))
     config = as_file(replace(tiny, model=model), tmp_path)
