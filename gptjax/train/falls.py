@@ -58,5 +58,5 @@ def _over(interruption: dict[str, Any], on: Event) -> None:
     """It goes on: by the clock of the watch, unless that was another one."""
     began, now = (datetime.fromisoformat(each["time"]) for each in (interruption, on))
     seconds = on["seconds"] if on["again"] else max(on["seconds"], (now - began).total_seconds())
-    interruption["seconds_lost"] = max(interruption.get("seconds_lost", 0.0), seconds)
+    interruption["seconds_lost"] = max(interruption.get("seconds_lost", 0.0), round(seconds, 1))
     interruption["steps_lost"] = max(0, interruption["step"] - on["step"])
