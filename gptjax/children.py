@@ -1,6 +1,7 @@
 """Processes that end with who started them, however that one ends."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int = 0) -> None:
     """Called by a child, first of all: on Linux the kernel kills it when the thread that started it ends, also where
-    that was by a signal which nobody can catch."""
+    that was by a signal which nobody can catch. One that knows the number of its parent ends where that is gone before
+    it has come this far."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Children:

@@ -8,19 +8,22 @@ trainer whose peers are gone ends by itself.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import IO
 
-from gptjax.train.pulse import STEP, VARIABLE, Beat, read
+from gptjax.train.falls import EVENTS, why
+from gptjax.train.pulse import STEP, VARIABLE, WATCH, Beat, read
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Statuses of a run that was told to stop, and saved."""
@@ -28,9 +31,11 @@ LONGEST = 600.0  # seconds between two starts at most
 FLOOR = 30.0  # seconds that a step may take whatever the others took
 LOOKS = 0.5  # seconds between two looks
 DUMP = 3.0  # seconds for the stacks of all threads to be written
-EVENTS = "supervisor.jsonl"
+LOST = "JAX distributed service detected fatal errors"
+LOST_WORDS = "another process is gone, and JAX ends those that are left"
 OUTSIDE = (
     "No space left",
+    "Address already in use",
     "Disk quota",
     "Input/output error",
     "Stale file handle",
@@ -42,7 +47,7 @@ OUTSIDE = (
     "DEADLINE_EXCEEDED",
     "heartbeat",
 )
-"""Words of what the program cannot help: disks, networks, other hosts."""
+"""Words of what the program cannot help: disks, ports, networks, other hosts."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,12 @@ def given_up(falls: Sequence[Fall], tries: int) -> str:
 
 
 def no_progress(falls: Sequence[Fall]) -> int:
-    """The last falls whose starts began at no later step than the one before them."""
-    count = 1
-    while count < len(falls) and falls[-count].began <= falls[-count - 1].began:
-        count += 1
+    """The last falls whose starts began at no later step than one before them. A start that fell before it began
+    counts from 0, so the one before the last is not enough."""
+    count = furthest = 0
+    for fall in falls:
+        count = 1 if not count or fall.began > furthest else count + 1
+        furthest = max(furthest, fall.began)
     return count
 
 
@@ -119,6 +126,9 @@ class Supervisor:
         """words: what `gptjax` is given; run: the folder in which events are noted once it is there."""
         self._command = [sys.executable, "-m", "gptjax", *words]
         self._run, self._care = run, care
+        index = os.environ.get("JAX_PROCESS_ID")
+        self._place = {"host": socket.gethostname()} | ({"process": index} if index else {})
+        """Which of several watches notes something."""
         self._told = 0
         """The signal by which this process was told to stop."""
         self._unsent: deque[int] = deque()
@@ -131,61 +141,74 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._hear)
         falls: list[Fall] = []
+        down = time.monotonic()
         while True:
-            fall = self._once()
+            fall, down = self._once(partial(self._on, down, bool(falls))), time.monotonic()
             if fall.status == 0 or fall.status in STOPPED or self._told:
                 self._note("end", status=fall.status, step=fall.step)
                 return fall.status
             falls.append(fall)
-            if why := given_up(falls, self._care.tries):
-                self._note("given up", **asdict(fall), why=why)
-                print(f"error: {why}", file=sys.stderr, flush=True)
+            if reason := given_up(falls, self._care.tries):
+                self._note("given up", **asdict(fall), why=reason)
+                print(f"error: {reason}", file=sys.stderr, flush=True)
                 return fall.status
             seconds = pause(falls, self._care.backoff)
             self._note("fall", **asdict(fall), pause=seconds)
-            what = fall.stuck or f"exit status {fall.status}: {fall.words or 'no words'}"
-            print(f"the run fell at step {fall.step} ({what}); again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            told = why(fall.status, fall.words, fall.stuck)
+            print(f"the run fell at step {fall.step} ({told}); again in {seconds:.0f} s", file=sys.stderr, flush=True)
             self._sleep(seconds)
             if self._told:
                 return 128 + self._told
 
-    def _once(self) -> Fall:
-        """One trainer, to its end."""
+    def _on(self, down: float, again: bool, beat: Beat) -> None:
+        """It makes steps: since it is down, or since this watch began."""
+        self._note("on", step=beat.began, seconds=round(time.monotonic() - down, 1), again=again)
+
+    def _once(self, on: Callable[[Beat], None]) -> Fall:
+        """One trainer, to its end; `on` is called at the first beat of its steps."""
         with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
             pulse = Path(folder) / "pulse"
             self._note("start")
             # A group of its own: a Ctrl-C comes to this process alone, which passes it on as it does SIGTERM.
-            environment = os.environ | {VARIABLE: str(pulse)}
+            environment = os.environ | {VARIABLE: str(pulse), WATCH: str(os.getpid())}
             self._child = subprocess.Popen(
-                self._command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
+                self._command, env=environment, stderr=subprocess.PIPE, errors="replace", process_group=0
             )
             self._forward()  # what came while it was being started
             said: deque[str] = deque(maxlen=1)
             assert self._child.stderr
             reader = Thread(target=_pass_on, args=(self._child.stderr, said), daemon=True)
             reader.start()
-            why = self._watch(self._child, pulse)
+            reason = self._watch(self._child, pulse, on)
             reader.join(LOOKS)
             beat, _ = read(pulse)
         status = self._child.returncode
         words = said[0] if said else ""
         began, step = (beat.began, beat.step) if beat else (0, 0)
-        return Fall(status if status >= 0 else 128 - status, began, step, words, why)
+        return Fall(status if status >= 0 else 128 - status, began, step, words, reason)
 
-    def _watch(self, child: "subprocess.Popen[str]", pulse: Path) -> str:
+    def _watch(self, child: "subprocess.Popen[str]", pulse: Path, on: Callable[[Beat], None]) -> str:
         """Until it ends; says why where it was killed for being stuck."""
+        going = False
+        last, since = 0, time.monotonic()  # no clock that is set right meanwhile, and none of a file system
         while True:
             try:
                 child.wait(LOOKS)
                 return ""
             except subprocess.TimeoutExpired:
                 pass
-            if why := stuck(*read(pulse), self._care):
+            beat, mark = read(pulse)
+            if mark != last:
+                last, since = mark, time.monotonic()
+            if beat and beat.phase == STEP and not going:
+                on(beat)
+                going = True
+            if reason := stuck(beat, time.monotonic() - since, self._care):
                 child.send_signal(signal.SIGUSR1)  # all its stacks, to standard error
                 time.sleep(DUMP)
                 child.kill()
                 child.wait()
-                return why
+                return reason
 
     def _hear(self, number: int, frame: object) -> None:
         self._told = number
@@ -202,19 +225,26 @@ class Supervisor:
             time.sleep(min(LOOKS, max(0.0, end - time.monotonic())))
 
     def _note(self, event: str, **more: object) -> None:
-        """A line in the run folder, once there is one."""
+        """A line in the run folder, once there is one that can be written: a full disk ends no watch."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._unwritten.append(json.dumps({"event": event, "time": now, **more}) + "\n")
-        if self._run.is_dir():
+        self._unwritten.append(json.dumps({"event": event, "time": now, **self._place, **more}) + "\n")
+        if not self._run.is_dir():
+            return
+        try:
             with (self._run / EVENTS).open("a") as file:
                 file.writelines(self._unwritten)
             self._unwritten = []
+        except OSError:
+            self._unwritten.insert(0, "\n")  # of which it may have written half a line
 
 
 def _pass_on(source: IO[str], said: deque[str]) -> None:
-    """Standard error as it comes; the last line that says something is kept."""
+    """Standard error as it comes; the last line that says something is kept, of JAX's way to end a process whose peers
+    are gone its reason."""
     for line in source:
         sys.stderr.write(line)
         sys.stderr.flush()
-        if line.strip() and not line.startswith((" ", "\t")):
+        if LOST in line:
+            said.append(LOST_WORDS)
+        elif line.strip() and not line.startswith((" ", "\t")) and LOST_WORDS not in said:
             said.append(line.strip())

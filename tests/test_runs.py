@@ -1,7 +1,9 @@
 """A run folder belongs to one run, and that run is what it was: locks, claims, what is pinned and what may change."""
 
+import errno
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import socket
@@ -130,6 +132,18 @@ def test_a_lock_of_another_host_holds_while_it_beats(beats: bool, tmp_path: Path
     lock = RunLock(tmp_path, said.append, patience=0.5)
     assert any("took over the lock of process 7 on elsewhere" in line for line in said)
     lock.release()
+
+
+def test_a_lock_that_a_full_disk_cut_short_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next start would watch for half a minute whether it beats."""
+
+    def full(lock: RunLock) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunLock, "_text", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        RunLock(tmp_path, print)
+    assert not (tmp_path / NAME).exists()
 
 
 def test_a_process_that_lost_its_lock_ends(tmp_path: Path) -> None:

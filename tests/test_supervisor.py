@@ -18,9 +18,23 @@ from hypothesis import strategies as st
 
 from gptjax.config import Config
 from gptjax.stages.weights import on_device, open_weights
-from gptjax.supervisor import EVENTS, FLOOR, LONGEST, Care, Fall, Supervisor, given_up, no_progress, pause, stuck
+from gptjax.supervisor import (
+    EVENTS,
+    FLOOR,
+    LONGEST,
+    LOST,
+    LOST_WORDS,
+    Care,
+    Fall,
+    Supervisor,
+    given_up,
+    no_progress,
+    pause,
+    stuck,
+)
 from gptjax.train.checkpoint import FOLDER, saved_steps
-from gptjax.train.pulse import STEP, Beat, Pulse, read
+from gptjax.train.metrics import read_log
+from gptjax.train.pulse import STEP, WATCH, Beat, Pulse, read
 
 CARE = Care(tries=3, patience=10, grace=100, backoff=2)
 
@@ -43,6 +57,8 @@ def fall(status: int = 1, began: int = 0, step: int = 5, words: str = "error: br
         ([fall(137), fall(137, began=4), fall(137, began=4), fall(137, began=4)], "beyond step 4"),
         ([fall(words="error: No space left on device")] * 2, ""),
         ([fall(words="error: No space left on device")] * 3, "3 times in a row"),
+        ([fall(words="error: process 0 cannot listen at port 9: Address already in use; end what does")] * 2, ""),
+        ([fall(137, began=4), fall(139), fall(137, began=4)], "beyond step 4"),  # one never began
         ([fall(137, words="stacks", why="no step for 60 s")] * 2, ""),
     ],
 )
@@ -81,7 +97,6 @@ def test_what_is_stuck(beat: Beat | None, silent: float, why: str) -> None:
 
 
 def test_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptjax.train.pulse.end_with_parent", lambda: None)
     clock = [100.0]
     monkeypatch.setattr("gptjax.train.pulse.time.monotonic", lambda: clock[0])
     path = tmp_path / "pulse"
@@ -147,7 +162,14 @@ QUICK = Care(tries=3, patience=10, grace=2, backoff=0.1)
         ("sys.exit(143)", 143, "", ["start", "end"]),
         ("beat('step', 4); time.sleep(60)|pass", 0, "no step for", ["start", "fall", "start", "end"]),
         ("beat('save', 4); time.sleep(60)|pass", 0, "save: not done within 2 s", ["start", "fall", "start", "end"]),
+        (
+            f"print({LOST!r} + '\\n  @ 0x1\\n***', file=sys.stderr); os.abort()|pass",
+            0,
+            f"SIGABRT; last words: {LOST_WORDS}",
+            [],
+        ),
         ("1/0|beat('step', 1); 1/0|pass", 0, "ZeroDivisionError: division by zero", []),
+        ("beat('save', 4); os.utime(path, (9, 9)); time.sleep(1.2)", 0, "", ["start", "end"]),  # a clock that was set
     ],
 )
 def test_a_trainer_is_started_again_or_not(lives: str, status: int, said: str, told: list[str], tmp_path: Path) -> None:
@@ -155,7 +177,8 @@ def test_a_trainer_is_started_again_or_not(lives: str, status: int, said: str, t
         _, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == status
     assert said in errors
-    assert [event["event"] for event in events(tmp_path)][: len(told)] == told
+    noted = [event["event"] for event in events(tmp_path) if event["event"] != "on"]
+    assert noted[: len(told)] == told
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -170,6 +193,29 @@ def test_a_signal_goes_on_to_the_trainer_and_ends_both(number: signal.Signals, t
         supervisor.communicate(timeout=30)
     assert supervisor.returncode == 128 + number
     assert [event["event"] for event in events(tmp_path)] == ["start", "end"]
+
+
+def test_events_that_a_full_disk_does_not_take_are_noted_later(tmp_path: Path) -> None:
+    supervisor = Supervisor([], tmp_path, QUICK)
+    full = tmp_path / EVENTS
+    full.symlink_to("/dev/full")
+    supervisor._note("start")
+    supervisor._note("fall", step=3)
+    full.unlink()
+    full.write_text('{"event": "sta')  # as much as there was room for
+    supervisor._note("end")
+    assert [event["event"] for event in read_log(full)] == ["start", "fall", "end"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a child of its parent's end")
+def test_a_trainer_whose_watch_is_gone_before_it_looks_ends(tmp_path: Path) -> None:
+    program = "import os; from gptjax.train.pulse import end_unwatched; end_unwatched(os.environ); print('on')"
+    ends = []
+    for watch in (os.getpid(), os.getpid() + 1):
+        environment = os.environ | {WATCH: str(watch)}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        ends.append((done.returncode, done.stdout))
+    assert ends == [(0, "on\n"), (-signal.SIGKILL, "")]
 
 
 def wait_for(there, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]

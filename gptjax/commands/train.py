@@ -9,6 +9,7 @@ from gptjax.config import Config, validate
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config, override
 from gptjax.errors import UserError
+from gptjax.train.pulse import end_unwatched
 
 AUTO = "auto"
 
@@ -38,6 +39,7 @@ class Command:
 
     def run(self) -> int:
         """Train to the end or a signal; returns the exit status."""
+        end_unwatched(os.environ)
         if not self.config and not self.resume:
             raise UserError("gptjax train: name a config, such as configs/quickstart.py, or --resume RUN")
         if (self.topology or self.slices > 1) and not (self.dry_run and self.topology):

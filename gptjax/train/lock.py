@@ -50,12 +50,16 @@ class RunLock:
             self._break(holder)
 
     def _create(self) -> bool:
+        made = False
         try:
             with self._path.open("x") as file:
+                made = True
                 file.write(self._text())
         except FileExistsError:
             return False
         except OSError as error:
+            if made:  # on a full disk: who comes next would watch whether it beats
+                self._path.unlink(missing_ok=True)
             raise UserError(f"run {self._path.parent}: cannot be written ({error.strerror}); name another") from None
         return True
 

@@ -16,6 +16,8 @@ from gptjax.children import end_with_parent
 
 VARIABLE = "GPTJAX_PULSE"
 """Names the file that a watched run writes."""
+WATCH = "GPTJAX_WATCH"
+"""The number of the process that watches it."""
 STEP = "step"
 OFTEN = 1.0  # seconds between two beats of steps: a beat is a small file
 WINDOW = 64  # steps whose middle is how long one takes
@@ -45,7 +47,6 @@ class Pulse:
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._last = self._told = 0.0
         if self._path:
-            end_with_parent()  # a run that nobody watches any more would keep its folder from the next
             faulthandler.register(signal.SIGUSR1, all_threads=True)
             self._write("start")
 
@@ -81,9 +82,16 @@ class Pulse:
         self._told = time.monotonic()
 
 
-def read(path: Path) -> tuple[Beat | None, float]:
-    """(the last beat, seconds since it); (None, 0) before the first."""
+def read(path: Path) -> tuple[Beat | None, int]:
+    """(the last beat, what tells it from the one before); (None, 0) before the first."""
     try:
-        return Beat(**json.loads(path.read_text())), time.time() - path.stat().st_mtime
+        return Beat(**json.loads(path.read_text())), path.stat().st_mtime_ns
     except FileNotFoundError:
-        return None, 0.0
+        return None, 0
+
+
+def end_unwatched(environment: Mapping[str, str]) -> None:
+    """First of all in a run: where somebody watches, it ends with them. One that nobody watches any more would keep its
+    folder, and its place among other processes, from the next."""
+    if watch := environment.get(WATCH):
+        end_with_parent(int(watch))

@@ -9,6 +9,7 @@ from typing import Any
 
 from gptjax.errors import UserError
 from gptjax.train import goodput
+from gptjax.train.falls import EVENTS, interruptions
 from gptjax.train.metrics import LOG, Record, read_log
 from gptjax.train.run import CONFIG, META
 
@@ -114,7 +115,7 @@ def _rows(names: tuple[str, ...], records: list[Record]) -> str:
     """A table of some values of records, and what went before them."""
     shown = [r | {COST: goodput.cost_in_words(r)} for r in records]
     lines = ["".join(f"<td>{html.escape(str(r.get(name, '')))}</td>" for name in names) for r in shown]
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in (head, *lines)), "</table>"])
 
 
@@ -142,6 +143,9 @@ def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
     begun = _rows((*STARTED, COST), starts)
     back = [r | {"from": r["end"], "to": r["step"]} for r in records if r["kind"] == "rollback"]
     gone_back = _rows(("time", "from", "to", "reason", COST), back)
+    events = read_log(run / EVENTS) if (run / EVENTS).is_file() else []
+    falls = interruptions(events)
+    fallen = _rows(("time", "step", "what", "seconds_lost", "steps_lost"), falls)
     texts = "\n".join(f"<h3>step {s['step']:,}</h3>\n<pre>{html.escape(s['text'])}</pre>" for s in samples)
     images = "\n".join(
         f'<img alt="{alt}" src="data:image/png;base64,{_base64(run / name)}">' for name, alt in pictures.items()
@@ -151,7 +155,8 @@ def _page(run: Path, records: list[Record], pictures: dict[str, str]) -> str:
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 img {{ max-width: 100% }}
-th, td {{ text-align: left; padding-right: 1.5rem; vertical-align: top }} th {{ font-weight: 600 }}
+th, td {{ text-align: left; padding-right: 1.5rem; vertical-align: top }}
+td {{ white-space: pre-line }} th {{ font-weight: 600 }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px }}
 </style></head><body>
 <h1>{html.escape(run.name)}</h1>
@@ -159,6 +164,7 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px }}
 <table>{table}</table>
 <h2>Starts</h2>
 {begun}
+{f"<h2>Falls</h2>{fallen}" if falls else ""}
 {f"<h2>Rollbacks</h2>{gone_back}" if back else ""}
 {f"<h2>Samples</h2>{texts}" if samples else ""}
 <h2>Config</h2><pre>{html.escape((run / CONFIG).read_text(encoding="utf-8"))}</pre>
