@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
-from typing import IO
+from typing import IO, Any
 
+from gptjax.bucket import is_remote
 from gptjax.train.pulse import STEP, VARIABLE, Beat, read
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -41,6 +42,7 @@ OUTSIDE = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
     "heartbeat",
+    "cannot be reached",
 )
 """Words of what the program cannot help: disks, networks, other hosts."""
 
@@ -115,8 +117,8 @@ def stuck(beat: Beat | None, silent: float, care: Care) -> str:
 class Supervisor:
     """Keeps one trainer going until it is done."""
 
-    def __init__(self, words: Sequence[str], run: Path, care: Care) -> None:
-        """words: what `gptjax` is given; run: the folder in which events are noted once it is there."""
+    def __init__(self, words: Sequence[str], run: Any, care: Care) -> None:
+        """words: what `gptjax` is given; run: the folder in which events are noted once it is there, or its place."""
         self._command = [sys.executable, "-m", "gptjax", *words]
         self._run, self._care = run, care
         self._told = 0
@@ -202,10 +204,10 @@ class Supervisor:
             time.sleep(min(LOOKS, max(0.0, end - time.monotonic())))
 
     def _note(self, event: str, **more: object) -> None:
-        """A line in the run folder, once there is one."""
+        """A line in the run folder, once there is one; none in a bucket, which each host would write anew."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._unwritten.append(json.dumps({"event": event, "time": now, **more}) + "\n")
-        if self._run.is_dir():
+        if not is_remote(self._run) and self._run.is_dir():
             with (self._run / EVENTS).open("a") as file:
                 file.writelines(self._unwritten)
             self._unwritten = []

@@ -2,6 +2,7 @@
 
 import re
 
+from gptjax import bucket
 from gptjax.config.fields import every_leaf
 from gptjax.config.schema import (
     Config,
@@ -54,17 +55,15 @@ def _unused(config: Config) -> None:
 
 
 def _paths(config: Config) -> None:
-    """What is written and renamed, locked and appended to lies in a file system: as a path, an address would be a
-    folder of that name."""
-    for name, value in (
-        ("run", config.run),
-        ("data.cache_dir", config.data.cache_dir),
-        ("init_from", config.init_from),
-    ):
-        if re.match("[a-z0-9]{2,}:/", value):
+    """A cache is renamed and mapped, so it lies in a file system; Orbax writes to those and to one kind of bucket."""
+    if bucket.is_address(config.data.cache_dir):
+        remedy = "name a folder that the hosts share, or let each build its own"
+        raise UserError(f"data.cache_dir = {config.data.cache_dir}: an address, and no path; {remedy}")
+    for name, value in (("run", config.run), ("init_from", config.init_from)):
+        if bucket.is_address(value) and not value.startswith(bucket.SCHEME):
             raise UserError(
-                f"{name} = {value}: an address, and no path; mount the bucket, as launch/tpu_pod.sh --bucket and "
-                "launch/gke.py do, and name a path in it"
+                f"{name} = {value}: neither a path nor {bucket.SCHEME}BUCKET/FOLDER, which are all that Orbax writes; "
+                f"{bucket.REMEDY}"
             )
 
 
