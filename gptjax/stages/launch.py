@@ -204,26 +204,26 @@ def _corpus(config: Config) -> Corpus:
 def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bool) -> Iterator[Path]:
     """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
     config, held, folder = stage.config, [], resumed.folder if resumed else None
+    own = [folder] if folder else []
 
     def take() -> str:
-        nonlocal folder
         if resumed:
             held.append(RunLock(resumed.folder, warn))
             bucket.fetch(resumed.folder)
             _take_over(stage, resumed)
         else:
-            folder, lock = folders.claim(config, named, warn, overwrite)
+            made, lock = folders.claim(config, named, warn, overwrite)
             held.append(lock)
+            own.append(made)
             assert stage.tokenizer
-            pinned = replace(config, run=bucket.named(folder))
-            folders.fill_run(folder, pinned, stage.tokenizer, stage.corpus, stage.beside_text)
-        assert folder
-        bucket.send(folder)
-        return bucket.named(folder)
+            pinned = replace(config, run=bucket.named(made))
+            folders.fill_run(made, pinned, stage.tokenizer, stage.corpus, stage.beside_text)
+        bucket.send(own[0])
+        return bucket.named(own[0])
 
     try:
         told = first(take)
-        folder = folder or bucket.opened(told)
+        folder = own[0] if own else bucket.opened(told)
         if not is_first():
             bucket.fetch(folder)
         mark = first(lambda: folders.mark(folder))
@@ -235,8 +235,8 @@ def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bo
         raise
     finally:
         try:
-            if is_first() and folder is not None:
-                bucket.send(folder)
+            if held:
+                bucket.send(own[0])
         finally:
             for lock in held:
                 lock.release()
