@@ -37,6 +37,12 @@ def is_address(text: str) -> bool:
     return bool(re.match("[a-z0-9]{2,}:/", text))
 
 
+def require_writable(text: str, name: str) -> None:
+    """Raises UserError for an address, of what has that name, at which Orbax cannot write a run."""
+    if is_address(text) and not re.match(f"{SCHEME}[^/]+/[^/]", text):
+        raise UserError(f"{name}: neither a path nor {SCHEME}BUCKET/FOLDER, which are all that Orbax writes; {REMEDY}")
+
+
 def is_remote(place: Any) -> bool:
     return not isinstance(place, Path)
 
@@ -45,8 +51,7 @@ def at(text: str) -> Any:
     """The place that a text names. Raises UserError for an address that cannot be used."""
     if not is_address(text):
         return Path(text)
-    if not re.match(f"{SCHEME}[^/]+/[^/]", text):
-        raise UserError(f"{text}: runs lie in folders, or in {SCHEME}BUCKET/FOLDER, which Orbax can write; {REMEDY}")
+    require_writable(text, text)
     if find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets are read by gcsfs, which is not installed; pip install 'gptjax[bucket]'")
     _files()  # before epath opens it

@@ -151,20 +151,6 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--run", "s3://a/b"], r"run = s3://a/b: neither a path nor gs://BUCKET/FOLDER"),
-        (["--init_from", "gs:/a/b"], r"init_from = gs:/a/b: neither a path nor"),
-        (["--run", "gs://a"], r"gs://a: runs lie in folders, or in gs://BUCKET/FOLDER"),
-        (["--data.cache_dir", "gs://a/b"], r"data.cache_dir = gs://a/b: an address, and no path; name a folder"),
-    ],
-)
-def test_what_is_no_such_address_is_refused(words: list[str], message: str, file: str) -> None:
-    with pytest.raises(UserError, match=message):
-        cli.run(["train", file, *words])
-
-
 def test_without_the_extra_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gs://a/b: .* pip install 'gptjax\[bucket\]'"):

@@ -60,11 +60,7 @@ def _paths(config: Config) -> None:
         remedy = "name a folder that the hosts share, or let each build its own"
         raise UserError(f"data.cache_dir = {config.data.cache_dir}: an address, and no path; {remedy}")
     for name, value in (("run", config.run), ("init_from", config.init_from)):
-        if bucket.is_address(value) and not value.startswith(bucket.SCHEME):
-            raise UserError(
-                f"{name} = {value}: neither a path nor {bucket.SCHEME}BUCKET/FOLDER, which are all that Orbax writes; "
-                f"{bucket.REMEDY}"
-            )
+        bucket.require_writable(value, f"{name} = {value}")
 
 
 def _model(config: Config) -> None:
