@@ -203,8 +203,15 @@ class Handler(BaseHTTPRequestHandler):
                 stored = self.server.objects.get((there, name))
             made = self.server.write(bucket, new, stored.data) if stored else 404
             self.tell({"done": True, "resource": made} if isinstance(made, dict) and "rewriteTo" in path else made)
+        elif found := re.match(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)$", path):
+            self.move(*map(unquote, found.groups()))
         else:
             self.tell(404)
+
+    def move(self, bucket: str, name: str, new: str) -> None:
+        with self.server.lock:
+            stored = self.server.objects.pop((bucket, name), None)
+        self.tell(self.server.write(bucket, new, stored.data) if stored else 404)
 
     def upload(self, bucket: str, asked: dict[str, str], body: bytes) -> None:
         match, kind = asked.get("ifGenerationMatch"), asked["uploadType"]
