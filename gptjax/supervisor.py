@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import IO
+from typing import IO, Any
 
+from gptjax.bucket import is_remote
 from gptjax.train.falls import EVENTS, why
 from gptjax.train.pulse import STEP, VARIABLE, WATCH, Beat, read
 
@@ -46,6 +47,7 @@ OUTSIDE = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
     "heartbeat",
+    "cannot be reached",
 )
 """Words of what the program cannot help: disks, ports, networks, other hosts."""
 
@@ -122,8 +124,8 @@ def stuck(beat: Beat | None, silent: float, care: Care) -> str:
 class Supervisor:
     """Keeps one trainer going until it is done."""
 
-    def __init__(self, words: Sequence[str], run: Path, care: Care) -> None:
-        """words: what `gptjax` is given; run: the folder in which events are noted once it is there."""
+    def __init__(self, words: Sequence[str], run: Any, care: Care) -> None:
+        """words: what `gptjax` is given; run: the folder in which events are noted once it is there, or its place."""
         self._command = [sys.executable, "-m", "gptjax", *words]
         self._run, self._care = run, care
         index = os.environ.get("JAX_PROCESS_ID")
@@ -225,10 +227,11 @@ class Supervisor:
             time.sleep(min(LOOKS, max(0.0, end - time.monotonic())))
 
     def _note(self, event: str, **more: object) -> None:
-        """A line in the run folder, once there is one that can be written: a full disk ends no watch."""
+        """A line in the run folder, once there is one that can be written: a full disk ends no watch. None in a bucket,
+        which each host would write anew."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._unwritten.append(json.dumps({"event": event, "time": now, **self._place, **more}) + "\n")
-        if not self._run.is_dir():
+        if is_remote(self._run) or not self._run.is_dir():
             return
         try:
             with (self._run / EVENTS).open("a") as file:

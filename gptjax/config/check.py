@@ -2,6 +2,7 @@
 
 import re
 
+from gptjax import bucket
 from gptjax.config.fields import every_leaf
 from gptjax.config.schema import (
     Config,
@@ -55,19 +56,15 @@ def _unused(config: Config) -> None:
 
 
 def _paths(config: Config) -> None:
-    """What is written and renamed, locked and appended to lies in a file system: as a path, an address would be a
-    folder of that name."""
-    for name, value in (
-        ("run", config.run),
-        ("data.cache_dir", config.data.cache_dir),
-        ("init_from", config.init_from),
-        ("train.local_dir", config.train.local_dir),
+    """A cache is renamed and mapped, so it lies in a file system; Orbax writes to those and to one kind of bucket."""
+    for name, value, remedy in (
+        ("data.cache_dir", config.data.cache_dir, "name a folder that the hosts share, or let each build its own"),
+        ("train.local_dir", config.train.local_dir, "name a folder on each host's own disk"),
     ):
-        if re.match("[a-z0-9]{2,}:/", value):
-            raise UserError(
-                f"{name} = {value}: an address, and no path; mount the bucket, as launch/tpu_pod.sh --bucket and "
-                "launch/gke.py do, and name a path in it"
-            )
+        if bucket.is_address(value):
+            raise UserError(f"{name} = {value}: an address, and no path; {remedy}")
+    for name, value in (("run", config.run), ("init_from", config.init_from)):
+        bucket.require_writable(value, f"{name} = {value}")
 
 
 def _local(config: Config) -> None:

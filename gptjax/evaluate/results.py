@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from gptjax import bucket
 from gptjax.api import Model
 from gptjax.convert.huggingface import is_huggingface
 from gptjax.errors import UserError
@@ -39,9 +40,9 @@ def about(model: Model) -> dict[str, Any]:
     """What is known of a model that is evaluated; of a run the step of its checkpoint."""
     train, config = model.stage.config.train, model.stage.config.model
     run, step = run_and_step(model.path)
-    path = Path(run)
+    path = bucket.opened(run)
     return {
-        "path": str(path.absolute()),
+        "path": bucket.named(path.absolute()),
         "step": None if is_huggingface(path) else chosen_step(path, best=train.keep_best, step=step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "context": config.seq_len,
@@ -110,5 +111,9 @@ def _measure(values: dict[str, Any]) -> Measure:
 
 
 def folder_of(paths: Sequence[str], out: str) -> Path:
-    """Where results go: the folder that is named, or `eval` beside the first model's."""
-    return Path(out) if out else Path(run_and_step(paths[0])[0]).absolute().parent / "eval"
+    """Where results go: the folder that is named, or `eval` beside the first model's. Raises UserError where that is in
+    a bucket."""
+    run = run_and_step(paths[0])[0]
+    if not out and bucket.is_address(run):
+        raise UserError(f"{run}: in a bucket, where results do not go; name a folder with --out")
+    return Path(out) if out else Path(run).absolute().parent / "eval"

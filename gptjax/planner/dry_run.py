@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from gptjax import bucket
 from gptjax.config import Config
 from gptjax.data import vocabulary
 from gptjax.data.sources import Corpus, look
@@ -30,7 +31,7 @@ from gptjax.stages import AnyStage, stage_class
 from gptjax.stages.launch import Resumed
 from gptjax.stages.weights import first_weights, given_tokenizer
 from gptjax.train import run as folders
-from gptjax.train.checkpoint import FOLDER, saved_steps
+from gptjax.train.checkpoint import folder_of, saved_steps
 from gptjax.train.loop import plain_facts
 from gptjax.train.schedule import known_tokens, total_steps, with_length
 from gptjax.train.step import abstract_state
@@ -134,8 +135,8 @@ class Rehearsal:
             yield self._new_run()
             return
         folder = self.resumed.folder
-        saved = saved_steps(folder / FOLDER)
-        yield f"{folder}, from " + (f"step {saved[0]:,}" if saved else "its start: no checkpoint yet")
+        saved = saved_steps(folder_of(folder))
+        yield f"{bucket.named(folder)}, from " + (f"step {saved[0]:,}" if saved else "its start: no checkpoint yet")
         if self.config.train.local_dir:
             yield f"or from a newer one that its hosts hold in {self.config.train.local_dir}"
         yield from map(str, folders.going_on(self.resumed.saved, self.config, folder)[1])
@@ -148,6 +149,8 @@ class Rehearsal:
             return f"{base}, in the place of the run that is there"
         if self.config.run and inside - folders.UNFINISHED:
             raise UserError(f"run = {base}: exists and is not empty; name another, or --resume {base}")
+        if bucket.is_remote(base):
+            return f"{base}, new"
         parent = next(folder for folder in base.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK) or base.is_file():
             raise UserError(f"run {base}: cannot be made ({parent} is no folder that can be written); name another")

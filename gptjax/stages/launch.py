@@ -18,6 +18,7 @@ import jax
 from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
+from gptjax import bucket
 from gptjax.config import Config
 from gptjax.config.fields import walk
 from gptjax.config.saved import get
@@ -78,12 +79,12 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     stage = _stage(config, layout, tokenizer, corpus)
     compare({"attention backend": stage.network.attention[0]})
     with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named, overwrite) as run:
-        known = facts(stage) | {"run": str(run)} | ({"weights": config.init_from} if weights else {})
+        known = facts(stage) | {"run": bucket.named(run)} | ({"weights": config.init_from} if weights else {})
         load = partial(_first_params, stage, weights, run) if config.init_from else None
         number = fit(stage.config, stage, layout, run, resumed is not None, known, load, began=began)
         if is_first():
             print(
-                f"\n{'stopped' if number else 'done'}: run folder {run}\n"
+                f"\n{'stopped' if number else 'done'}: run folder {bucket.named(run)}\n"
                 f"time, over all starts, {goodput.in_words(read_log(run / LOG))}\n"
                 f"{next_commands(run, stage, number != 0)}",
                 flush=True,
@@ -184,8 +185,8 @@ def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Token
         given = stage_class(config).own_tokenizer(load())
         if given.pieces != saved.pieces or given.files != saved.files:
             raise UserError(
-                f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {resumed.folder}; leave it out, the "
-                "run has its own"
+                f"data.tokenizer = {config.data.tokenizer}: not the tokenizer of {bucket.named(resumed.folder)}; leave "
+                "it out, the run has its own"
             )
     return saved
 
@@ -203,20 +204,28 @@ def _corpus(config: Config) -> Corpus:
 def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bool) -> Iterator[Path]:
     """The run's folder, this run's alone while it lasts. A new one goes again if no step was made in it."""
     config, held, folder = stage.config, [], resumed.folder if resumed else None
+    own = [folder] if folder else []
 
     def take() -> str:
         if resumed:
             held.append(RunLock(resumed.folder, warn))
+            bucket.fetch(resumed.folder)
             _take_over(stage, resumed)
-            return str(resumed.folder)
-        made, lock = folders.claim(config, named, warn, overwrite)
-        held.append(lock)
-        assert stage.tokenizer
-        folders.fill_run(made, replace(config, run=str(made)), stage.tokenizer, stage.corpus, stage.beside_text)
-        return str(made)
+        else:
+            made, lock = folders.claim(config, named, warn, overwrite)
+            held.append(lock)
+            own.append(made)
+            assert stage.tokenizer
+            pinned = replace(config, run=bucket.named(made))
+            folders.fill_run(made, pinned, stage.tokenizer, stage.corpus, stage.beside_text)
+        bucket.send(own[0])
+        return bucket.named(own[0])
 
     try:
-        folder = Path(first(take))
+        told = first(take)
+        folder = own[0] if own else bucket.opened(told)
+        if not is_first():
+            bucket.fetch(folder)
         mark = first(lambda: folders.mark(folder))
         together(lambda: _shared(folder, mark))
         yield folder
@@ -225,8 +234,12 @@ def _folder(stage: AnyStage, resumed: Resumed | None, named: bool, overwrite: bo
             folders.abandon(folder)
         raise
     finally:
-        for lock in held:
-            lock.release()
+        try:
+            if held:
+                bucket.send(own[0])
+        finally:
+            for lock in held:
+                lock.release()
 
 
 def _shared(folder: Path, mark: str) -> None:
@@ -236,8 +249,8 @@ def _shared(folder: Path, mark: str) -> None:
     while folders.mark(folder) != mark:
         if time.monotonic() > end:
             raise UserError(
-                f"run {folder}: {socket.gethostname()} does not see what the first process wrote there; name a folder "
-                "on storage that all hosts share, with --run"
+                f"run {bucket.named(folder)}: {socket.gethostname()} does not see what the first process wrote "
+                "there; name a folder on storage that all hosts share, with --run"
             )
         time.sleep(0.2)
 
@@ -251,15 +264,17 @@ def _take_over(stage: AnyStage, resumed: Resumed) -> None:
         warn(text)
     if text := folders.changed_data(resumed.folder, config, corpus, stage.beside_text):
         if not resumed.new_data:
-            raise UserError(f"--resume {resumed.folder}: {text}; {folders.NEW_DATA}")
+            raise UserError(f"--resume {bucket.named(resumed.folder)}: {text}; {folders.NEW_DATA}")
         warn(f"{text}: going on with it as --new-data says")
+    if bucket.is_remote(home := bucket.home(resumed.folder)):
+        bucket.clear(home / "tensorboard")  # which is written anew
     folders.pin_data(resumed.folder, config, corpus, stage.beside_text)
     folders.go_on(resumed.folder, resumed.saved, config, started)
 
 
 def next_commands(run: Path, stage: AnyStage, stopped: bool) -> str:
     """What a user would type next, ready to paste."""
-    folder = shlex.quote(str(run))
+    folder = shlex.quote(bucket.named(run))
     more = "" if stopped else " --train.epochs N" if stage.config.train.epochs else " --train.total_tokens N"
     lines = [f"  resume  gptjax train --resume {folder}{more}"]
     if stage.example_prompt:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptjax import bucket
 from gptjax.errors import UserError
 from gptjax.train.processes import first
 
@@ -18,7 +19,7 @@ Judge = Callable[..., Any]
 
 def is_function(name: str) -> bool:
     """Whether a config's `reward` names a function, and no run folder."""
-    return ":" in name and not Path(name).is_dir()
+    return ":" in name and not bucket.is_address(name) and not Path(name).is_dir()
 
 
 def load_function(name: str, field: str = "reward") -> Judge:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from gptjax import bucket
 from gptjax.config import LayoutConfig, RankingConfig, RewardConfig, RewardedConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
@@ -92,7 +93,7 @@ def _beside(policy: RewardedConfig, config: RewardConfig) -> RewardConfig:
 
 def is_there(path: str) -> bool:
     """Whether there is a folder of that run, or of that checkpoint's run."""
-    return Path(run_and_step(path)[0]).is_dir()
+    return bucket.is_address(path) or Path(run_and_step(path)[0]).is_dir()
 
 
 def _opened(path: str) -> tuple[Path, RewardConfig]:
@@ -109,7 +110,7 @@ def _platform(layout: Layout) -> str:
 
 def _statistics(run: Path, step: int) -> tuple[float, float]:
     """Mean and deviation of the scores that a step gave. Raises UserError where it was not evaluated."""
-    remedy = f"gptjax train --resume {run} does what it still owes, with train.eval_batches above 0"
+    remedy = f"gptjax train --resume {bucket.named(run)} does what it still owes, with train.eval_batches above 0"
     known = read_json(run / SCORES, remedy)
     if str(step) not in known:
         raise UserError(

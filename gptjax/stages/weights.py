@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gptjax import bucket
 from gptjax.config import Config, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -104,7 +105,7 @@ def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
 def run_and_step(path: str) -> tuple[str, int | None]:
     """The run folder of a path, and the step where that is RUN/checkpoints/STEP; None for the checkpoint that the run
     itself stands for."""
-    folder = Path(path)
+    folder = bucket.at(path)
     if folder.parent.name == FOLDER and folder.name.isdigit():
         return str(folder.parents[1]), int(folder.name)
     return path, None
@@ -117,7 +118,7 @@ def open_weights(path: str) -> Weights:
         return Weights(path, config, _same(config.model), tokenizer, open_directory(folder).load)
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
     run, step = run_and_step(path)
-    load = partial(_load_adapted if config.adapter else _load_run, Path(run), config, step)
+    load = partial(_load_adapted if config.adapter else _load_run, bucket.opened(run), config, step)
     return Weights(path, plain(config), same, tokenizer, load)
 
 
@@ -176,7 +177,7 @@ def chat_model(path: str) -> ModelConfig:
 
     Raises UserError for what is neither, or is broken.
     """
-    if not Path(path).is_dir():
+    if not bucket.is_address(path) and not Path(path).is_dir():
         raise UserError(
             f"init_from = {path}: no such folder; name a run, or a Hugging Face directory: --init_from PATH"
         )

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from gptjax import bucket
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.sharding.rules import leaf_name
@@ -72,7 +73,7 @@ class Checkpoints:
     """Saves and restores (state, position) of one run folder."""
 
     def __init__(self, run: Path, config: Config):
-        self._folder = (run / FOLDER).absolute()
+        self._run, self._folder = run, folder_of(run)
         self._config = config
         told = json.loads(first(lambda: json.dumps([*evaluated(run).items()]))) if config.train.keep_best else ()
         self._losses: dict[int, float] = dict(told)
@@ -100,10 +101,12 @@ class Checkpoints:
         """
         if position.step in self._manager.all_steps():
             return False
-        size, free = sizes(state)[0], shutil.disk_usage(self._folder).free
+        size, free = sizes(state)[0], bucket.free_bytes(self._folder)
         if size > free:
             at = self._folder / str(position.step)
             warn(f"checkpoint {at}: may need {size_words(size)}, and {size_words(free)} are free")
+        if bucket.is_remote(self._folder):  # before the step can be gone on from: its log leads there
+            together(lambda: bucket.send(self._run) if is_first() else None)
         prints = fingerprint(state)
         meta = {
             "format": FORMAT,
@@ -179,9 +182,7 @@ class Checkpoints:
         def remove() -> None:
             for later in saved_steps(self._folder) if is_first() else ():
                 if later > step:
-                    half = self._folder / HALF.replace("*", str(later), 1).strip("*")
-                    (self._folder / str(later)).rename(half)  # what is left of it goes at the next start
-                    shutil.rmtree(half, ignore_errors=True)
+                    _discard(self._folder / str(later))
 
         together(remove)
         self._manager.reload()
@@ -242,13 +243,14 @@ def restore_params(
 
     Raises UserError where the run has none, a damaged one, or one with other parameters.
     """
-    folder = (run / FOLDER).absolute() / str(chosen_step(run, best=best, step=step))
+    folder = folder_of(run) / str(chosen_step(run, best=best, step=step))
     try:
         part = "/".join([*at, ""])
         restored, _ = intact(folder, _below(at, abstract), part, [f"{part}{name}/" for name in apart])
     except Damaged as error:
         raise UserError(
-            f"checkpoint {folder} is damaged ({error}); gptjax train --resume {run} goes back to the one before it"
+            f"checkpoint {folder} is damaged ({error}); gptjax train --resume {bucket.named(run)} goes back to the one "
+            "before it"
         ) from error
     for name in at:
         restored = restored[name]
@@ -267,19 +269,26 @@ def chosen_step(run: Path, *, best: bool = False, step: int | None = None) -> in
 
     Raises UserError where there is no such checkpoint.
     """
-    saved = json.loads(first(lambda: json.dumps(saved_steps((run / FOLDER).absolute()))))
+    saved, name = json.loads(first(lambda: json.dumps(saved_steps(folder_of(run))))), bucket.named(run)
     if not saved:
-        raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
+        raise UserError(f"{name}: no checkpoint yet; gptjax train --resume {name}")
     if step is not None:
         if step not in saved:
-            raise UserError(f"{run}: no checkpoint {step}; it has {', '.join(map(str, saved))}")
+            raise UserError(f"{name}: no checkpoint {step}; it has {', '.join(map(str, saved))}")
         return step
     return int(first(lambda: str((lowest(evaluated(run), saved) if best else None) or saved[0])))
+
+
+def folder_of(run: Path) -> Any:
+    """Where the checkpoints of a run are."""
+    return bucket.home(run.absolute()) / FOLDER
 
 
 def saved_steps(folder: Path, make: bool = False) -> list[int]:
     """The whole checkpoints in a folder, the newest first: a half one has another name. None where there is no folder,
     unless it is to be made. Raises UserError where it cannot be."""
+    if bucket.is_remote(folder):
+        return sorted((step for step, whole in bucket.steps(folder).items() if whole), reverse=True)
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -295,10 +304,25 @@ def saved_steps(folder: Path, make: bool = False) -> list[int]:
 def _made_ready(folder: Path) -> None:
     """Without what saves that were cut off have left. Orbax would remove it beside the run, and still be at it when the
     next one opens the folder, whose save then misses what is gone."""
+    if bucket.is_remote(folder):
+        for step in [step for step, whole in bucket.steps(folder).items() if not whole] if is_first() else ():
+            bucket.clear(folder / str(step))
+        return
     saved_steps(folder, make=True)
     if is_first():
         for half in folder.glob(HALF):
             shutil.rmtree(half, ignore_errors=True)  # what stays is met, and told of, by the save of its step
+
+
+def _discard(folder: Any) -> None:
+    """Remove a checkpoint, which is none from the first moment on; what a kill leaves of it goes at the next start."""
+    if bucket.is_remote(folder):
+        bucket.remove(folder / bucket.COMMITTED)
+        bucket.clear(folder)
+    else:
+        half = folder.parent / HALF.replace("*", folder.name, 1).strip("*")
+        folder.rename(half)
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def intact(folder: Path, abstract: Any, part: str = "", but: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:

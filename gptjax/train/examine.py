@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import bucket
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.terminal import size_words
-from gptjax.train.checkpoint import FOLDER, Damaged, evaluated, lowest, position_of, read_meta, reading, saved_steps
+from gptjax.train.checkpoint import Damaged, evaluated, folder_of, lowest, position_of, read_meta, reading, saved_steps
 from gptjax.train.described import misdescribed, tree
 from gptjax.train.fingerprint import fingerprint_of_parts
 from gptjax.train.metrics import LOG, read_log
@@ -43,7 +44,7 @@ def listing(run: str) -> str:
             tokens, kept = "-", f"damaged: {error}"
         with suppress(FileNotFoundError):  # a run that is under way has just removed it
             rows.append((f"{step:,}", tokens, loss, size_words(_size(folder)), _age(folder), kept))
-    aside = sorted((path / FOLDER).glob("*.damaged*"))
+    aside = sorted(folder_of(path).glob("*.damaged*"))
     rows += [(folder.name, "-", "-", size_words(_size(folder)), _age(folder), "set aside") for folder in aside]
     return _columns(rows)
 
@@ -123,8 +124,7 @@ def _parts(state: Path, name: str, shape: Sequence[int], zarr: str) -> Iterator[
     """The pieces in which an array was written, each with its place. Raises Damaged where it has another shape."""
     import tensorstore as ts  # here: it takes 0.2 s
 
-    base = {"driver": "file", "path": f"{state}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+    kvstore = {"driver": "ocdbt", "base": bucket.store(state), "path": f"{name.replace('/', '.')}/"}
     store = ts.open({"driver": zarr, "kvstore": kvstore}, open=True, read=True).result()
     if list(store.shape) != list(shape):
         raise Damaged(f"has the shape {list(store.shape)}, {list(shape)} was saved")
@@ -137,8 +137,7 @@ def _parts(state: Path, name: str, shape: Sequence[int], zarr: str) -> Iterator[
 def _named_in(folder: Path, error: BaseException) -> str:
     """The file of a checkpoint that an error is about, as `FILE: `; empty where it names none."""
     said = f"{error} {error.__cause__}"
-    files = (path for path in folder.rglob("*") if path.is_file() and str(path) in said)
-    return next((f"{path.relative_to(folder)}: " for path in files), "")
+    return next((f"{name}: " for name in bucket.sizes(folder) if str(folder / name) in said), "")
 
 
 # inspect
@@ -184,7 +183,7 @@ def _facts(values: dict[str, Any]) -> str:
 def _opened(run: str, step: int | None = None) -> tuple[Path, Config, list[int]]:
     """Run folder, config and steps, the newest first, or the one that is asked for."""
     path, config = open_run(run)
-    steps = saved_steps((path / FOLDER).absolute())
+    steps = saved_steps(folder_of(path))
     if not steps:
         raise UserError(f"{run}: no checkpoint yet; gptjax train --resume {run}")
     if step is not None and step not in steps:
@@ -193,7 +192,7 @@ def _opened(run: str, step: int | None = None) -> tuple[Path, Config, list[int]]
 
 
 def _folder(run: Path, step: int) -> Path:
-    return (run / FOLDER).absolute() / str(step)
+    return folder_of(run) / str(step)  # type: ignore[no-any-return]
 
 
 def num_bytes(shape: Sequence[int], dtype: str) -> int:
@@ -205,11 +204,11 @@ def num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(bucket.sizes(folder).values())
 
 
 def _age(folder: Path) -> str:
-    seconds = max(0.0, time.time() - folder.stat().st_mtime)
+    seconds = max(0.0, time.time() - bucket.modified(folder))
     unit, length = next((pair for pair in AGES if seconds >= pair[1]), AGES[-1])
     return f"{seconds / length:.0f} {unit}"
 

@@ -1,4 +1,5 @@
-"""One run folder, one run: a lock that names its holder and beats while the holder lives.
+"""One run folder, one run: a lock that names its holder and beats while the holder lives. In a bucket it is an object,
+which is created and taken away on the condition that it is not, or still, there.
 
 No clocks are compared, for hosts disagree about them: a lock of a process that is gone from this host is stale, and so
 is one whose beat stands still while another start watches it.
@@ -16,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gptjax import bucket
 from gptjax.errors import UserError
-from gptjax.files import write_whole
 from gptjax.liveness import born
 
 NAME = "lock"
@@ -29,7 +30,8 @@ class RunLock:
     """Held from construction to `release`. Raises UserError where another process holds the folder."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None], patience: float = PATIENCE, beat: float = BEAT):
-        self._path, self._warn, self._patience = folder / NAME, warn, patience
+        self._path: Any
+        self._path, self._warn, self._patience = bucket.home(folder) / NAME, warn, patience
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -50,17 +52,13 @@ class RunLock:
             self._break(holder)
 
     def _create(self) -> bool:
-        made = False
         try:
-            with self._path.open("x") as file:
-                made = True
-                file.write(self._text())
+            bucket.create(self._path, self._text().encode())
         except FileExistsError:
-            return False
+            return _read(self._path).get("id") == self._own["id"]  # as where the answer of a bucket was lost
         except OSError as error:
-            if made:  # on a full disk: who comes next would watch whether it beats
-                self._path.unlink(missing_ok=True)
-            raise UserError(f"run {self._path.parent}: cannot be written ({error.strerror}); name another") from None
+            said = error.strerror or "no such bucket"
+            raise UserError(f"run {self._path.parent}: cannot be written ({said}); name another") from None
         return True
 
     def _text(self) -> str:
@@ -83,6 +81,9 @@ class RunLock:
 
     def _break(self, holder: dict[str, Any]) -> None:
         """Take a stale lock away; of two that try at once, one takes the other's new lock and gives it back."""
+        if bucket.is_remote(self._path):
+            self._remove(holder)
+            return
         aside = self._path.with_name(f"{NAME}.{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):
             self._path.rename(aside)
@@ -93,33 +94,45 @@ class RunLock:
                 self._warn(f"took over the lock of {_named(holder)}, which is gone")
             aside.unlink()
 
+    def _remove(self, holder: dict[str, Any]) -> None:
+        """The same in a bucket, where what has changed since it was looked at is left alone."""
+        with suppress(FileNotFoundError):
+            seen = bucket.generation(self._path)
+            if _read(self._path) == holder:
+                bucket.remove(self._path, seen)
+                self._warn(f"took away the lock of {_named(holder)}, which is gone")
+
     def _keep(self, beat: float) -> None:
         while not self._released.wait(beat):
-            if _read(self._path).get("id") != self._own["id"]:
-                # Another start found this process dead, as after a long pause of the machine. Two runs that write one
-                # folder would destroy it, so there is nothing to save or to wait for.
-                print(f"error: lost the lock of run {self._path.parent} to another process; ending", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(1)
-            self._count += 1
-            with suppress(OSError):  # a full disk must not end a run that could still save
-                write_whole(self._path, self._text().encode())
+            with suppress(bucket.Unreachable):  # for a while, and then others find this process dead
+                self._beat()
+
+    def _beat(self) -> None:
+        if _read(self._path).get("id") != self._own["id"]:
+            # Another start found this process dead, as after a long pause of the machine. Two runs that write one
+            # folder would destroy it, so there is nothing to save or to wait for.
+            print(f"error: lost the lock of run {self._path.parent} to another process; ending", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        self._count += 1
+        with suppress(OSError):  # a full disk must not end a run that could still save
+            bucket.write(self._path, self._text().encode())
 
     def release(self) -> None:
         self._released.set()
         self._thread.join()
         if _read(self._path).get("id") == self._own["id"]:
-            self._path.unlink(missing_ok=True)
+            bucket.remove(self._path)
 
 
 def _named(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Any) -> dict[str, Any]:
     """The lock's holder; {} where there is none, or it is being written."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(bucket.read(path))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -1,9 +1,9 @@
 """The one train loop. A `Stage` brings what is its own; batches, steps, logs, checkpoints and signals are here."""
 
+import math
 import os
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from gptjax import bucket
 from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
@@ -194,8 +195,9 @@ def _gone_back(config: Config, checkpoints: Checkpoints, places: Any, bad: GoneB
 def _saves(places: Any, run: Path) -> str:
     """What a checkpoint takes, in words."""
     size, held = sizes(places)
-    free = shutil.disk_usage(run).free
-    return f"{size_words(size)} each, up to {size_words(held)} of host memory meanwhile; {size_words(free)} free there"
+    free = bucket.free_bytes(bucket.home(run))
+    there = f"; {size_words(free)} free there" if free < math.inf else ""
+    return f"{size_words(size)} each, up to {size_words(held)} of host memory meanwhile{there}"
 
 
 def _tell(reporter: Reporter, position: Position, bad: GoneBad, took: float) -> None:

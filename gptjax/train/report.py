@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gptjax import bucket
 from gptjax.errors import UserError
 from gptjax.train import goodput
 from gptjax.train.falls import EVENTS, interruptions
@@ -21,19 +22,20 @@ STARTED = ("time", "step", "command", "devices", "versions")  # what is shown of
 
 def report(folder: str) -> str:
     """Write RUN/report.png and RUN/report.html; returns what was written. Raises UserError without a log."""
-    run = Path(folder)
+    run = bucket.opened(folder)
     if not (run / LOG).is_file():
         raise UserError(f"{folder}: no {LOG} in it, so it is not a run folder; name one below runs/")
     records = read_log(run / LOG)
     if not _of(records, "train"):
-        raise UserError(f"{run / LOG}: no training record yet; train past train.log_interval steps")
+        raise UserError(f"{folder}/{LOG}: no training record yet; train past train.log_interval steps")
     evals, pictures = _of(records, "eval"), {"report.png": "loss and throughput over tokens"}
     _plot(run.name, _of(records, "train"), evals, run / "report.png")
     if evals and "calibration" in evals[-1]:
         _plot_calibration(evals[-1]["calibration"], run / "calibration.png")
         pictures["calibration.png"] = "calibration"
     (run / "report.html").write_text(_page(run, records, pictures), encoding="utf-8", errors="replace")
-    return "\n".join(str(run / name) for name in (*pictures, "report.html"))
+    bucket.send(run)
+    return "\n".join(str(bucket.home(run) / name) for name in (*pictures, "report.html"))
 
 
 def _of(records: list[Record], kind: str) -> list[Record]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from gptjax import bucket
 from gptjax.config import Config, PolicyConfig, RewardedConfig, from_json, to_json, validate
 from gptjax.config.fields import OnResume
 from gptjax.config.saved import Change, changes, get
@@ -30,8 +31,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.files import code_digest, read_json, write_whole
 from gptjax.train import lock
-from gptjax.train.checkpoint import FOLDER as CHECKPOINTS
-from gptjax.train.checkpoint import saved_steps
+from gptjax.train.checkpoint import folder_of, saved_steps
 from gptjax.train.metrics import LOG, read_log
 from gptjax.train.processes import is_first
 
@@ -52,7 +52,7 @@ def located(config: Config) -> Config:
     """The config with local paths made whole, so that a run goes on from whatever folder it is started in."""
 
     def whole(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path else path
+        return str(Path(path).expanduser().absolute()) if path and not bucket.is_address(path) else path
 
     def found(source: str) -> str:
         return source if source == "stdlib" or source.startswith("tfds:") else files.absolute(source)
@@ -79,8 +79,9 @@ def pinned(config: Config) -> Config:
     return located(replace(config, train=replace(config.train, ramp_multiple=multiple)))
 
 
-def base_folder(config: Config) -> Path:
-    return Path(config.run) if config.run else Path("runs") / config.name
+def base_folder(config: Config) -> Any:
+    """A Path, or the place of an address."""
+    return bucket.at(config.run) if config.run else Path("runs") / config.name
 
 
 def claim(config: Config, named: bool, warn: Any, overwrite: bool = False) -> tuple[Path, lock.RunLock]:
@@ -96,6 +97,7 @@ def claim(config: Config, named: bool, warn: Any, overwrite: bool = False) -> tu
         raise UserError(f"run {base}: cannot be made ({error.strerror}); name another with --run") from None
     held = lock.RunLock(folder, warn)
     try:
+        bucket.fetch(folder)
         if overwrite:
             _empty(folder, config.init_from)
         _require_empty(folder)
@@ -108,16 +110,20 @@ def claim(config: Config, named: bool, warn: Any, overwrite: bool = False) -> tu
 def _require_empty(folder: Path) -> None:
     inside = {path.name for path in folder.iterdir()}
     if inside - UNFINISHED:
-        remedy = f"gptjax train --resume {folder}, --overwrite, or " if CONFIG in inside else ""
-        raise UserError(f"run = {folder}: exists and is not empty; {remedy}name another")
+        name = bucket.named(folder)
+        remedy = f"gptjax train --resume {name}, --overwrite, or " if CONFIG in inside else ""
+        raise UserError(f"run = {name}: exists and is not empty; {remedy}name another")
 
 
 def _empty(folder: Path, init_from: str) -> None:
     """Remove a run, but for its lock, which is ours; CONFIG goes last, so that what is left of it is still one."""
-    if init_from and Path(init_from).resolve() == folder.resolve():
-        raise UserError(f"--overwrite: run = {folder} is also init_from, whose weights would go; name another run")
+    name = bucket.named(folder)
+    if init_from and (init_from == name or Path(init_from).resolve() == folder.resolve()):
+        raise UserError(f"--overwrite: run = {name} is also init_from, whose weights would go; name another run")
     if not (folder / CONFIG).is_file():
         return
+    if bucket.is_remote(checkpoints := folder_of(folder)):
+        bucket.clear(checkpoints)
     try:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
             if path.is_dir():
@@ -128,9 +134,11 @@ def _empty(folder: Path, init_from: str) -> None:
         raise UserError(f"--overwrite: {folder}: cannot be removed ({error.strerror}); mend that") from None
 
 
-def _exactly(folder: Path) -> Path:
+def _exactly(folder: Any) -> Path:
+    if bucket.is_remote(folder):
+        return bucket.opened(str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path(folder)
 
 
 def _first_free(base: Path) -> Path:
@@ -193,13 +201,16 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def abandon(folder: Path) -> None:
     """Take away the folder of a new run that never made a step, so that the corrected command can have its name."""
     records = read_log(folder / LOG) if (folder / LOG).exists() else []
-    if not saved_steps(folder / CHECKPOINTS) and all(record.get("kind") in ("start", "compile") for record in records):
+    if not saved_steps(folder_of(folder)) and all(record.get("kind") in ("start", "compile") for record in records):
+        if bucket.is_remote(home := bucket.home(folder)):
+            bucket.clear(home)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run(path: str) -> tuple[Path, Config]:
-    """An existing run folder and the config in force; raises UserError where it is none, or is damaged."""
-    folder = Path(path)
+    """An existing run folder, or a copy of one in a bucket, and the config in force; raises UserError where it is none,
+    or is damaged."""
+    folder = bucket.opened(path)
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"run {path}: no {CONFIG} in it, so it is not a run folder (nor a Hugging Face directory); name one below "
@@ -223,7 +234,7 @@ def going_on(saved: Config, given: Config, folder: Path) -> tuple[Config, list[C
     config = validate(located(replace(given, run=saved.run, train=ramp, optimizer=decay)))  # 0: as it was at the start
     every = [*changes(saved, config)]
     if wrong := [str(change) for change in every if change.allowed is None]:
-        raise UserError(f"--resume {folder}: this config contradicts the run: " + "; ".join(wrong))
+        raise UserError(f"--resume {bucket.named(folder)}: this config contradicts the run: " + "; ".join(wrong))
     return config, [change for change in every if change.allowed is not OnResume.FREE]
 
 
@@ -242,7 +253,8 @@ def same_weights(folder: Path, field: str, source: str, prints: dict[str, str]) 
     if path.is_file():
         if read_json(path, RESTORE).get("digest") != digest:
             raise UserError(
-                f"{field} = {source}: not the weights that {folder} was started from; put them back, or start a new run"
+                f"{field} = {source}: not the weights that {bucket.named(folder)} was started from; put them back, or "
+                "start a new run"
             )
     elif is_first():
         write_whole(path, json.dumps({"digest": digest, "source": source}, indent=2).encode())
