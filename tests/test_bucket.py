@@ -24,7 +24,7 @@ from gptjax.train import lock as locks
 from gptjax.train.checkpoint import saved_steps
 from gptjax.train.lock import RunLock
 from gptjax.train.metrics import read_log
-from gptjax.train.run import open_run
+from gptjax.train.run import open_run, run_id
 
 pytest.importorskip("gcsfs", reason="needs the extra bucket")
 from fake_gcs import Server
@@ -86,6 +86,14 @@ def test_a_copy_is_sent_back_as_it_is(place: Any, server: Server) -> None:
     bucket.write(place / "log.jsonl", b"of another process")
     bucket.fetch(run)
     assert (run / "log.jsonl").read_bytes() == b"of another process"
+
+
+def test_each_copy_is_of_one_run(place: Any) -> None:
+    """By which saves on a host's disk are found again."""
+    bucket.write(place / "meta.json", b"{}")
+    one, two = (run_id(bucket.opened(str(place))) for _ in range(2))
+    bucket.write(place / "again" / "meta.json", b"{}")
+    assert one == two != run_id(bucket.opened(str(place / "again")))
 
 
 def test_a_run_in_a_file_system_is_left_as_it_is(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def mark(folder: Path) -> str:
 
 def run_id(folder: Path) -> str:
     """A name that no other run has, nor another one that is started in this folder later, nor a copy of the folder."""
-    digest = hashlib.sha256(f"{folder.absolute()}\0".encode() + (folder / META).read_bytes())
+    digest = hashlib.sha256(f"{bucket.named(folder.absolute())}\0".encode() + (folder / META).read_bytes())
     return f"{folder.name}-{digest.hexdigest()[:12]}"
 
 
