@@ -239,7 +239,7 @@ def test_output_that_is_ascii_ends_nothing(tmp_path: Path, monkeypatch: pytest.M
     """The banner's O(T·W), and a sample of any character."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
-    reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
+    reporter = Reporter(tmp_path / "log.jsonl", 1, active=True)
     reporter.say("O(T\N{MIDDLE DOT}W)")
     reporter.done("sample", 1, 1, 1.0, 0.5, {"text": "\N{SNOWMAN} and \ud800"})
     reporter.close()

@@ -41,7 +41,7 @@ def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
     were said of a GPU. The MFU is of what a stage needs for each of these tokens."""
     monkeypatch.setattr("gptjax.train.meter.peak_flops", lambda kind: 1e6)
     config = toy_config(tiny, 3)
-    reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
+    reporter = Reporter(tmp_path / "log.jsonl", 1, active=True)
     start, clock = time.perf_counter(), Clock()
     meter = Meter(config, tmp_path, reporter, clock, Position(), 7.0)
     for step in (1, 2, 3):
@@ -59,7 +59,7 @@ def test_a_step_that_takes_as_long_to_queue_as_to_run_is_not_the_next_ones_time(
 
 def test_waiting_for_a_batch_counts_for_its_own_step(tmp_path: Path, tiny: Config) -> None:
     """A batch that is drawn between two steps takes most of the time, and never more than there is."""
-    reporter = Reporter(tmp_path / "log.jsonl", 1, tensorboard=False, active=True)
+    reporter = Reporter(tmp_path / "log.jsonl", 1, active=True)
     meter = Meter(toy_config(tiny, 3), tmp_path, reporter, Clock(), Position(), 7.0)
     for step in (1, 2, 3):
         with meter.waiting():

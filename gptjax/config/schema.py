@@ -22,6 +22,13 @@ def _window(steps: tuple[int, ...]) -> tuple[int, ...]:
     return steps
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text and not (host and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError("give an address and a port, such as 0.0.0.0:9400")
+    return text
+
+
 def _conversation(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(names) > 3:
         raise ValueError("give one field of messages or a transcript, or prompt,reply, or instruction,input,reply")
@@ -294,6 +301,11 @@ class TrainConfig:
     """On a GPU only kernels that always give the same bits, so that a resumed run is bit-identical there, too."""
     tensorboard: Annotated[bool, FREE] = True
     """Write TensorBoard event files beside the JSON-lines log."""
+    prometheus: Annotated[str, AfterValidator(_address), FREE] = ""
+    """Address at which the first process has the log's newest numbers for Prometheus, such as 0.0.0.0:9400; empty is
+    none."""
+    wandb: Annotated[str, FREE] = ""
+    """Project of Weights & Biases that is told the log's numbers, too; empty is none."""
     compile_cache: Annotated[str, FREE] = "~/.cache/gptjax/xla"
     """Persistent compilation cache; empty is off."""
 

@@ -11,8 +11,9 @@ from gptjax.evaluate.page import STYLE
 from gptjax.files import read_json, write_whole
 from gptjax.recipe.compare import REPLIES
 from gptjax.recipe.steps import EVALUATION, Recipe, writes_files
-from gptjax.train.metrics import LOG, Record, read_log
+from gptjax.train.metrics import LOG, read_log
 from gptjax.train.report import report
+from gptjax.train.sinks import Record
 
 PAGE = "report.html"
 SHOWN = 8  # questions

@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from gptjax.train.metrics import Record, Reporter, duration
+from gptjax.train.metrics import Reporter, duration
+from gptjax.train.sinks import Record
 
 PARTS = {
     "steps": "steps",

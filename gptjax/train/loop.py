@@ -43,6 +43,7 @@ from gptjax.train.pulse import Pulse
 from gptjax.train.run import run_id
 from gptjax.train.schedule import learning_rate, steps, total_steps
 from gptjax.train.signals import StopFlag, signals
+from gptjax.train.sinks import sinks
 from gptjax.train.step import (
     MICRO_BATCHES,
     Objective,
@@ -145,9 +146,9 @@ def fit(
             state = init_state(config, stage, layout)
         else:
             state = start_state(config, stage, load(places.every_param), shardings)
-        show = config.train.total_tokens, config.train.tensorboard, is_first()
+        show, openers = (config.train.total_tokens, is_first()), sinks(config, run, partial(run_id, run))
         rest = run, stop, pulse, more, local
-        with closing(Reporter(run / LOG, *show, position.step if resume else None)) as reporter:
+        with closing(Reporter(run / LOG, *show, position.step if resume else None, openers)) as reporter:
             known = facts | {"saves": _saves(places.kept, run)} | local.facts(places.kept, config.train.local_interval)
             known |= {"reads": told} if (told := in_words(places.kept)) else {}
             _announce(config, stage, layout, reporter, position, known, goodput.of_start(reporter, began))
@@ -159,7 +160,7 @@ def fit(
                 kept, position = _gone_back(config, checkpoints, places.kept, ended)
                 local.forget(position.step)
                 state = _whole_state(kept, places, load)
-            with closing(Reporter(run / LOG, *show, position.step)) as reporter:
+            with closing(Reporter(run / LOG, *show, position.step, openers)) as reporter:
                 _tell(reporter, position, ended, time.perf_counter() - fell)
                 ended = _loop(config, stage, layout, shardings, state, position, checkpoints, reporter, *rest)
         return ended

@@ -1,8 +1,8 @@
-"""What a run says while it runs: a JSON-lines log always, TensorBoard files, a progress bar or plain lines."""
+"""What a run says while it runs: a JSON-lines log, a progress bar or plain lines, and who else is told (sinks)."""
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from gptjax.files import json_text, write_whole
 from gptjax.terminal import show_anything
+from gptjax.train.sinks import BEGINS, Opener, Record, Sink
 
 LOG = "log.jsonl"
-Record = dict[str, Any]
-"""kind, step, time (ISO, UTC) and values; of all that happens after a step also its tokens, and the seconds of training
-over all starts; `took`, the seconds of what is no training; `cost`, seconds that went before a start or a rollback."""
-BEGINS = ("start", "rollback")
-"""Kinds of records that stay when a run goes back to before them."""
 SHOWN_WAIT = 0.01  # share of the time, from which it is told that data are waited for
 TOLD = ("score", "gold", "kl", "length")  # where a stage has them, beside its loss, which says little there
 
@@ -26,8 +22,16 @@ TOLD = ("score", "gold", "kl", "length")  # where a stage has them, beside its l
 class Reporter:
     """Writes records and shows them; on every process but the first it does nothing."""
 
-    def __init__(self, log: Path, total_tokens: int, tensorboard: bool, active: bool, resume_at: int | None = None):
-        """A run that goes on at the step `resume_at` keeps its records up to there."""
+    def __init__(
+        self,
+        log: Path,
+        total_tokens: int,
+        active: bool,
+        resume_at: int | None = None,
+        sinks: Sequence[Opener] = (),
+    ):
+        """A run that goes on at the step `resume_at` keeps its records up to there. Raises UserError of a sink that
+        cannot be opened."""
         self.earlier: list[Record] = []
         """The records of the starts before this one."""
         self.undone: list[Record] = []
@@ -37,13 +41,17 @@ class Reporter:
             return
         if resume_at is not None:
             self.earlier, self.undone = _cut(log, resume_at)
+        self._sinks: list[Sink] = []
+        with ExitStack() as opened:
+            for sink in sinks:
+                self._sinks.append(opened.enter_context(closing(sink(self.earlier))))
+            opened.pop_all()
         self._log = log.open("a", buffering=1, encoding="utf-8")
         self._total = total_tokens
         show_anything()
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._bar = TaskID(0)
-        self._events = _Events(log.parent / "tensorboard", self.earlier) if tensorboard else None
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:3.0f}%"))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console, expand=True)
@@ -56,13 +64,13 @@ class Reporter:
         return max((r["seconds"] for r in self.earlier if "seconds" in r), default=0.0)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record to the log, and its numbers to TensorBoard."""
+        """Append one record to the log, and tell the sinks."""
         if not self._active:
             return
         record = {"kind": kind, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
         self._log.write(json_text(record) + "\n")
-        if self._events is not None:
-            self._events.add(record)
+        for sink in self._sinks:
+            sink.add(record)
 
     def train(self, step: int, tokens: int, seconds: float, seconds_left: float, **values: Any) -> None:
         """One training record: into the log, and onto the bar or a plain line."""
@@ -99,35 +107,9 @@ class Reporter:
             return
         if self._progress is not None:
             self._progress.stop()
-        if self._events is not None:
-            self._events.close()
+        for sink in self._sinks:
+            sink.close()
         self._log.close()
-
-
-class _Events:
-    """TensorBoard's files: the numbers of the log, and nothing that is not in it. A resumed run writes them anew, since
-    a kill leaves them with steps that come again, and without the last two minutes."""
-
-    def __init__(self, folder: Path, records: Iterable[Record]):
-        from tensorboardX import SummaryWriter  # here: it costs 0.3 s, and not every run wants it
-
-        for file in folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        self._writer = SummaryWriter(str(folder), purge_step=0)  # a TensorBoard that is open forgets the old files
-        for record in records:
-            self.add(record)
-
-    def add(self, record: Record) -> None:
-        if record["kind"] in BEGINS:
-            return
-        kind, step, when = record["kind"], record["step"], datetime.fromisoformat(record["time"]).timestamp()
-        for name, value in record.items():
-            placed = name in ("step", "took") or (name in ("tokens", "seconds") and kind != "train")
-            if not placed and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(f"{kind}/{name}", value, step, walltime=when)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def read_log(log: Path) -> list[Record]:

@@ -11,8 +11,9 @@ from gptjax import bucket
 from gptjax.errors import UserError
 from gptjax.train import goodput
 from gptjax.train.falls import EVENTS, interruptions
-from gptjax.train.metrics import LOG, Record, read_log
+from gptjax.train.metrics import LOG, read_log
 from gptjax.train.run import CONFIG, META
+from gptjax.train.sinks import Record
 
 SHOWN_SAMPLES = 3
 PLACE = ("kind", "step", "time", "tokens", "seconds", "took", "cost")  # what every record of a step has
