@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -681,7 +682,9 @@ def local(fakes: Fakes, life: str) -> subprocess.Popen[str]:
     (fakes.bin / "sleep").unlink(missing_ok=True)
     words = [BASH, str(LOCAL), "--processes", "3", "--", "x.py"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, env=fakes.environment, cwd=fakes.folder, stdout=pipe, stderr=pipe, text=True)
+    heard = ["/usr/bin/env", "--default-signal=INT"]  # by what a shell starts in the background, too
+    where: dict[str, Any] = {"env": fakes.environment, "cwd": fakes.folder}
+    return subprocess.Popen([*heard, *words], stdout=pipe, stderr=pipe, text=True, **where)
 
 
 WAIT = "for i in {1..600}; do sleep 0.1; done"

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from devices import environment
 from jax.sharding import NamedSharding, PartitionSpec
-from test_processes import alone, both, file, free_port, place
+from joined import free_port, place, together
+from test_processes import alone, file
 from toy import NAN_GRADIENT, NAN_LOSS, Toy, fit, records, toy_config
 
 from gptjax.config import Config, validate
@@ -336,7 +337,7 @@ class Killed:
         for part in lost:
             shutil.rmtree(self.own / part)
         words = ["--resume", str(self.run)]
-        done = both(words, words, before=([], alone(self.run / hides) if hides else []))
+        done = together(words, words, before=[[], alone(self.run / hides) if hides else []])
         assert [status for status, _, _ in done] == [0, 0], done
         assert not self.own.exists()  # the end is safe
         return *done[0][1:], ended(self.run)
@@ -367,7 +368,7 @@ def test_a_run_that_was_killed_goes_on_from_what_is_left(layout: str, file: str,
     had no such disks."""
     degrees, plain = ["--layout.fsdp", "1", f"--layout.{layout}", "4"], tmp_path / "plain"
     left_alone = [file, "--run", str(plain), *MORE, *degrees]
-    assert [status for status, _, _ in both(left_alone, left_alone)] == [0, 0]
+    assert [status for status, _, _ in together(left_alone, left_alone)] == [0, 0]
     killed = Killed(file, tmp_path, *degrees)
     said, warned, end = killed.goes_on()
     assert "resumed at step 8, " in said and "going on from step 8 here" in said and "8: " not in warned

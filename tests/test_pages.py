@@ -120,7 +120,7 @@ def test_a_message_is_sent_and_answered(chat: Chat, script: Script) -> None:
 
 
 def test_a_reply_streams_and_stops(chat: Chat, script: Script) -> None:
-    script.pause = 0.05
+    script.pause = 0.2  # 8 s in all
     chat.write("slow")
     chat.wait_for_words("one two")
     assert chat.page.locator("#send").get_attribute("aria-label") == "Stop" and script.open == 1
@@ -128,7 +128,9 @@ def test_a_reply_streams_and_stops(chat: Chat, script: Script) -> None:
     text = chat.over()
     assert 0 < len(text) < len(REPLIES["slow"]) and REPLIES["slow"].startswith(text)
     assert chat.turn(1).locator(".state").text_content() == "stopped"
-    chat.page.wait_for_timeout(200)
+    for _ in range(40):
+        if script.open:
+            chat.page.wait_for_timeout(100)
     assert script.open == 0, "the server was not told"
     script.pause = 0
     chat.tool(1, "Regenerate")

@@ -21,9 +21,9 @@ import pytest
 from conftest import as_file
 from devices import environment
 from flax.traverse_util import flatten_dict
+from joined import together
 from ranked import MODEL, K, T, alone, decoder, one_device, write_base, write_rankings
 from rewarded import MEAN, STD, write_functions, write_prompts, write_reward
-from test_processes import both
 from toy import records
 from walks_reward import LETTERS, WORLD, gold, text
 
@@ -1003,7 +1003,7 @@ def test_two_processes_learn_what_one_does(
     file = as_file(config, tmp_path)
     assert cli.run(["train", file, "--run", str(tmp_path / "one")]) == 0
     words = [file, "--run", str(tmp_path / "two")]
-    done = both(words, words)
+    done = together(words, words)
     assert [status for status, _, _ in done] == [0, 0], done[1][2]
     told = "loss", "grad_norm", "score", "reward", "kl", "kl_coef", "length", "entropy", "value_loss", "ptx_loss"
     for one, two in zip(*(records(tmp_path / name, "train") for name in ("one", "two")), strict=True):

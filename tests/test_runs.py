@@ -463,7 +463,7 @@ def test_every_shipped_config_would_start_on_its_hardware(
     ("name", "pod", "slices", "layout", "hosts"),
     [  # what `gptjax plan` recommends
         ("gpt3_175b", "v5p-1024", 1, {"pipeline": 4, "fsdp": 8, "tensor": 16}, 128),
-        ("gpt3_13b", "v5p-128", 2, {"replica": 2, "fsdp": 64, "tensor": 1}, 32),
+        ("gpt3_13b", "v5p-128", 2, {"replica": 2, "data": 1, "fsdp": 64, "tensor": 1}, 32),
     ],
 )
 def test_a_dry_run_of_a_layout_that_the_plan_recommends(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from test_processes import both
+from joined import together
 from toy import records
 
 from gptjax import cli
@@ -438,7 +438,7 @@ def test_two_processes_learn_what_one_does_and_one_goes_on(base: Path, small: SF
     folder = _folder(tmp_path / "cut")
     run = folder / "run"
     words = [file_of(config, folder), "--run", str(run), "--train.total_steps", "2"]
-    done = both(words, words)
+    done = together(words, words)
     assert [status for status, _, _ in done] == [0, 0], done[1][2]
     assert cli.run(["train", "--resume", str(run), "--train.total_steps", "0"]) == 0
     ours, theirs = ([r["loss"] for r in records(each, "train")] for each in (run, whole))
