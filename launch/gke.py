@@ -1,6 +1,6 @@
 """Train on GKE: the JobSet of a run, made of the table of chips that the planner uses.
 
-python launch/gke.py v5p-128 --slices 2 --name gpt3 --image IMAGE --bucket my-bucket -- configs/gpt3_13b.py >gpt3.yaml
+python launch/gke.py v5p-256 --name gpt3 --image IMAGE --bucket my-bucket -- configs/gpt3_13b.py >gpt3.yaml
 kubectl apply -f gpt3.yaml
 
 The manifest begins with the commands for its node pools, and to look, stop, go on and delete. IMAGE is made by

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on N nodes of a SLURM cluster: one process a node, with all the GPUs asked for there, each under gptjax run.
 #
-#   launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 --run runs/a -- configs/gpt3_13b.py
+#   launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 --run runs/a -- configs/gpt3_6_7b.py --layout.data 2
 #
 # Submits from the current folder with the current environment, so activate gptjax's first. Whenever the job
 # starts, it resumes the run folder if there is a run in it. Before the time limit SLURM sends SIGTERM, gptjax
