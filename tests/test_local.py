@@ -19,11 +19,10 @@ from devices import environment
 from jax.sharding import NamedSharding, PartitionSpec
 from joined import free_port, place, together
 from test_processes import alone, file
-from toy import NAN_GRADIENT, NAN_LOSS, Toy, fit, records, toy_config
+from toy import NAN_GRADIENT, NAN_LOSS, Toy, crash_at, fit, records, toy_config
 
 from gptjax.config import Config, validate
 from gptjax.errors import UserError
-from gptjax.train import loop
 from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, read_meta
 from gptjax.train.copies import twins
 from gptjax.train.fingerprint import fingerprint
@@ -243,17 +242,10 @@ def test_a_crash_among_bad_steps_that_are_gone_back_over_changes_nothing(
     config = replace(config, optimizer=replace(config.optimizer, max_bad_steps=3))
     assert fit(config, Toy(bad), tmp_path / "plain") == 0
     local = replace(config, train=replace(config.train, local_dir=str(tmp_path / "disk"), local_interval=1))
-    run, plain, calls = tmp_path / "run", loop.learning_rate, [0]
+    run = tmp_path / "run"
     run.mkdir()
     (run / "meta.json").write_text("{}")
-
-    def rate(*args: Any) -> float:
-        calls[0] += 1
-        if calls[0] == call:
-            raise RuntimeError("gone")
-        return plain(*args)
-
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    crash_at(call, monkeypatch)
     with pytest.raises(RuntimeError, match="gone"):
         fit(local, Toy(bad), run)
     assert fit(local, Toy(bad), run, resume=True) == 0

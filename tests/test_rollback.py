@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from toy import NAN_GRADIENT, NAN_LOSS, STEP_TOKENS, Toy, fit, records, steps_of, toy_config
+from toy import NAN_GRADIENT, NAN_LOSS, STEP_TOKENS, Toy, crash_at, fit, records, steps_of, toy_config
 
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.train import goodput, loop
+from gptjax.train import goodput
 from gptjax.train.checkpoint import FOLDER, position_of, read_meta
 from gptjax.train.metrics import read_log
 
@@ -62,15 +62,7 @@ def test_a_crash_before_or_after_it_changes_nothing(
 ) -> None:
     """Among the bad steps, right after the way back, before and after the next checkpoint."""
     assert fit(config, Toy(BAD), tmp_path / "whole") == 0
-    plain, calls = loop.learning_rate, [0]
-
-    def rate(*args: Any) -> float:
-        calls[0] += 1
-        if calls[0] == call:
-            raise RuntimeError("gone")
-        return plain(*args)
-
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    crash_at(call, monkeypatch)
     with pytest.raises(RuntimeError, match="gone"):
         fit(config, Toy(BAD), tmp_path / "run")
     assert fit(config, Toy(BAD), tmp_path / "run", resume=True) == 0

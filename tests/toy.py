@@ -102,6 +102,19 @@ def fit(config: Config, toy: Toy, run: Path, resume: bool = False, **more: Any) 
     return loop.fit(config, toy, layout, run, resume, {}, **more)
 
 
+def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule, which each step calls once, raises at this call from now on, counted over all starts; once."""
+    plain, calls = loop.learning_rate, [0]
+
+    def rate(*args: Any) -> float:
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("gone")
+        return plain(*args)
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+
+
 def signal_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM reaches the process in this step (counted from 1), once."""
     plain, left = loop.learning_rate, [True]

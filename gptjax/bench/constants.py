@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.planner.chips import CHIPS, Topology, family_of, topology, wiring
+from gptjax.planner.chips import CHIPS, KINDS, Topology, topology, wiring
 from gptjax.planner.cost import estimate
 from gptjax.planner.place import place
 
@@ -20,7 +20,7 @@ def constants(config: Config, seconds: float, facts: dict[str, Any]) -> dict[str
     Empty where there is no such family of chips, or no slice or node of so many. The network between slices and nodes,
     which is not here, keeps its constant, and so does the share that the config does not use, of float8 or the others.
     """
-    family, count = family_of(facts["device"]), facts["count"]
+    family, count = KINDS.get(facts["device"]), facts["count"]
     here = _whole(family, facts) if family else None
     if family is None or here is None:
         return {}

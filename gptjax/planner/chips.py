@@ -139,7 +139,7 @@ KINDS = {
     "NVIDIA B200": "b200",
     "NVIDIA GB200": "gb200",
 }
-"""Families by what JAX calls a device of them."""
+"""Families by what JAX calls an attached device of them."""
 COMPILER_NAMES = {"v4": "v4", "v5e": "v5e", "v5p": "v5", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 
@@ -251,11 +251,6 @@ def _shapes(family: str) -> list[tuple[int, ...]]:
         return [*PLANES]
     sides = range(4, LONGEST + 1, 4)
     return [*SMALL_CUBES, *itertools.combinations_with_replacement(sides, 3)]
-
-
-def family_of(kind: str) -> str | None:
-    """The family of an attached device, None for one of which there is none here."""
-    return KINDS.get(kind)
 
 
 CONSTANTS = ("flops", "hbm", "hbm_rate", "link", "slow", "matmul", "price", "float8", "matmul8", "tile")
