@@ -59,7 +59,7 @@ def test_a_run_that_falls_again_and_again_ends_where_it_would_have(tiny: Config,
     for name, parts in arrays.items():
         for (begin, part), (there, other) in zip(parts, others[name], strict=True):
             assert begin == there and part.tobytes() == other.tobytes(), name
-    assert any(np.any(part) for _, part in arrays["params/embed"])
+    assert any(np.any(part) for _, part in arrays["params/embedding"])
     curves = [losses(run) for run in runs]
     assert curves[0] == curves[1] and len(curves[0]) >= chaos.STEPS
 

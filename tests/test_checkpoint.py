@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -455,6 +456,28 @@ def test_a_fingerprint_is_the_same_from_numpy_and_from_a_program(monkeypatch: py
     monkeypatch.setattr(module, "SMALL", -1)
     assert fingerprint(tree) == small
     assert small["scalar"] == "86b7389d0399d7b6"  # as runs have it on disk
+
+
+# A disk that is full
+
+
+@pytest.mark.parametrize("parts", ["save", "wait_until_finished", "close", "save wait_until_finished close"])
+def test_a_failed_write_is_raised_once(parts: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of Orbax's calls meets it, or all of them, as where the arrays and what is beside them both fail: one
+    error of one line. Orbax's manager stands in, which fails as on a full disk."""
+    checkpoints, plain = Checkpoints(tmp_path, tiny), Mock(all_steps=lambda: [])
+    checkpoints.close()
+    for part in parts.split():
+        getattr(plain, part).side_effect = OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoints, "_manager", plain)
+    said = []
+    for call in (lambda: checkpoints.save({"a": jnp.ones(2)}, Position(1, 1, None)), checkpoints.close):
+        try:
+            call()
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == 1
+    assert "cannot write (No space left on device); none is complete yet; free space and resume" in said[0]
 
 
 # Whole files

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +77,7 @@ class Checkpoints:
         self._config = config
         told = json.loads(first(lambda: json.dumps([*evaluated(run).items()]))) if config.train.keep_best else ()
         self._losses: dict[int, float] = dict(told)
+        self._failed = False
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -132,6 +133,7 @@ class Checkpoints:
         except Exception as error:
             if (system := system_error(error)) is None:
                 raise
+            self._failed = True
             safe = [step for step in self._manager.all_steps() if (self._folder / str(step)).is_dir()]
             last = f"the last complete one is step {max(safe)}" if safe else "none is complete yet"
             remedy = "free space" if system.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "mend that"
@@ -206,8 +208,11 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """End with what is being written. A failure that was raised before is not raised again: Orbax has one for each
+        part of a checkpoint."""
+        with suppress(UserError) if self._failed else nullcontext(), self._explained():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def position_of(meta: dict[str, Any]) -> Position:
