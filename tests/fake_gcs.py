@@ -114,6 +114,8 @@ def told(bucket: str, name: str, stored: Stored) -> dict[str, Any]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and data in one piece: apart, each answer waits 40 ms for the client's word of the first
+    disable_nagle_algorithm = True
     server: Server
 
     def log_message(self, *args: Any) -> None:

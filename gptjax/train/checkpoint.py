@@ -89,7 +89,10 @@ class Checkpoints:
             keep.append(policy.EveryNSteps(self._config.train.keep_every))
         options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(keep))
         together(lambda: _made_ready(self._folder))  # before Orbax, whose processes wait for each other
-        return ocp.CheckpointManager(self._folder, options=options)
+        # Compressed by Orbax's default, 1.5 GB of float32 become 8% smaller, for 20 times the work of the host's cores and
+        # a copy of the state in its memory.
+        handlers = {"state": ocp.PyTreeCheckpointHandler(use_compression=False), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def note(self, step: int, loss: float) -> None:
         """The loss of an evaluation at a step, by which the best checkpoint is found."""
@@ -116,7 +119,7 @@ class Checkpoints:
             "config": to_json(self._config),
         }
         meta["digest"] = digest(meta)
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with self._explained():
             return bool(self._manager.save(position.step, args=arguments, force=True))
 
