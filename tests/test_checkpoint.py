@@ -462,7 +462,9 @@ def test_a_fingerprint_is_the_same_from_numpy_and_from_a_program(monkeypatch: py
 
 
 @pytest.mark.parametrize("parts", ["save", "wait_until_finished", "close", "save wait_until_finished close"])
-def test_a_failed_write_is_raised_once(parts: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_is_raised_once(
+    parts: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever of Orbax's calls meets it, or all of them, as where the arrays and what is beside them both fail: one
     error of one line. Orbax's manager stands in, which fails as on a full disk."""
     checkpoints, plain = Checkpoints(tmp_path, tiny), Mock(all_steps=lambda: [])
