@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig
 from gptjax.convert.architecture import Box, assemble, boxes
-from gptjax.convert.huggingface import counterpart, open_directory, write_directory
+from gptjax.convert.huggingface import HEAD, counterpart, open_directory, write_directory
 from gptjax.convert.tensors import Outgoing, read_tensors, write_tensors
 from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.sources import build
@@ -58,7 +58,8 @@ def random_params(model: ModelConfig, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     abstract = on_device(Config("x", model), jax.devices()[0])
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract)
-    params["embedding"][model.vocab_size :] = 0
+    for name in {"embedding", "head"} & params.keys():
+        params[name][model.vocab_size :] = 0
     return params
 
 
@@ -102,7 +103,25 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     heads, head_dim, layers = draw(st.integers(1, 4)), draw(st.integers(3, 11)), draw(st.integers(3, 6))
     vocab, length = draw(st.integers(70, 300)), draw(st.integers(9, 40))
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
-    if draw(st.booleans()):
+    family = draw(st.sampled_from(["llama", "gpt2", "gpt_neo"]))
+    if family == "llama":
+        biases, shared = draw(st.booleans()), draw(st.sampled_from([h for h in (1, 2, 3, 4) if heads % h == 0]))
+        return transformers.LlamaConfig(
+            max_position_embeddings=length,
+            hidden_size=heads * head_dim,
+            intermediate_size=draw(st.integers(5, 90)),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=shared,
+            head_dim=2 * draw(st.integers(1, 6)),
+            rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+            rope_parameters={"rope_type": "default", "rope_theta": draw(st.sampled_from([10_000.0, 500_000.0]))},
+            tie_word_embeddings=draw(st.booleans()),
+            attention_bias=biases,
+            mlp_bias=biases,
+            **common,
+        )
+    if family == "gpt2":
         return transformers.GPT2Config(
             n_positions=length, n_embd=heads * head_dim, n_layer=layers, n_head=heads, **common
         )
@@ -118,7 +137,7 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     )
 
 
-@settings(max_examples=4, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
     torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -146,7 +165,8 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
     theirs = dict(peer.named_parameters())
     leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
     for box in boxes(counterpart(model), model):
-        expected = theirs[f"transformer.{box.tensor}"].grad.numpy()
+        name = box.tensor if box.tensor == HEAD else counterpart(model).prefix + box.tensor
+        expected = theirs[name].grad.numpy()
         np.testing.assert_allclose(box.tensor_of(leaves[box.leaf]), expected, atol=1e-5, err_msg=box.tensor)
 
     (folder / "back").mkdir()
@@ -159,6 +179,24 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
 def models(draw: st.DrawFn) -> ModelConfig:
     heads, unit = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     biased = draw(st.booleans())
+    if draw(st.booleans()):
+        return ModelConfig(
+            num_layers=unit,
+            num_heads=2 * heads,
+            embed_dim=draw(st.integers(1, 9)),
+            seq_len=draw(st.integers(2, 9)),
+            vocab_size=draw(st.integers(1, 300)),
+            qkv_bias=biased,
+            biases=biased,
+            num_kv_heads=draw(st.sampled_from([0, 1, 2])),
+            head_size=2 * draw(st.integers(1, 3)),
+            mlp_size=draw(st.integers(1, 9)),
+            norm="rms",
+            positions="rotary",
+            activation="swiglu",
+            tied_head=draw(st.booleans()),
+            scan_layers=draw(st.booleans()),
+        )
     kinds = st.sampled_from(["dense"] if biased else ["dense", "banded"])
     return ModelConfig(
         num_layers=unit * draw(st.integers(1, 3)),

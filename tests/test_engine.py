@@ -31,6 +31,20 @@ MODELS = {
     "banded": replace(PLAIN, attention_pattern=("banded",), window=5),
     "both": replace(PLAIN, attention_pattern=("dense", "banded"), window=7),
     "scanned": replace(PLAIN, num_layers=4, attention_pattern=("banded", "dense"), window=3, scan_layers=True),
+    "llama": replace(
+        PLAIN,
+        attention_pattern=("dense", "banded"),
+        window=7,
+        num_kv_heads=2,
+        head_size=6,
+        mlp_size=40,
+        norm="rms",
+        positions="rotary",
+        activation="swiglu",
+        qkv_bias=False,
+        biases=False,
+        tied_head=False,
+    ),
 }
 GREEDY, WARM = Sampling(0.0), Sampling(1.3, top_k=20, top_p=0.9, repetition_penalty=1.2)
 
@@ -208,16 +222,23 @@ def test_prompts_that_are_scored_from_the_middle_share_what_stands_before(
     assert sum(shared == 29 for _, shared in found) >= 4  # all but the first
 
 
-@pytest.mark.parametrize("layout", [LayoutConfig(data=2, fsdp=1, tensor=4), LayoutConfig(data=2, fsdp=2, tensor=2)])
-def test_layouts_give_the_same_text(layout: LayoutConfig) -> None:
-    config = Config(name="x", model=MODELS["both"], data=DataConfig(), layout=layout)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("both", LayoutConfig(data=2, fsdp=1, tensor=4)),
+        ("both", LayoutConfig(data=2, fsdp=2, tensor=2)),
+        ("llama", LayoutConfig(data=2, fsdp=2, tensor=2)),
+    ],
+)
+def test_layouts_give_the_same_text(name: str, layout: LayoutConfig) -> None:
+    config = Config(name="x", model=MODELS[name], data=DataConfig(), layout=layout)
     place = Layout(make_mesh(config), rule_table(layout))
     network = Network(config, "cpu", place)
     boxed = jax.eval_shape(network.init, jax.random.key(0))
-    params = jax.device_put(model("both")[1], place.shardings(boxed))
+    params = jax.device_put(model(name)[1], place.shardings(boxed))
     runner = Engine(network.decoder, params, slots=3, steps=2, chunk=16, layout=place)
     for reply in runner.run([Request(prompt(n, n), 8, how, seed=n) for n in (1, 17, 30) for how in (GREEDY, WARM)]):
-        assert_equal("both", reply)
+        assert_equal(name, reply)
 
 
 def test_other_parameters_between_two_rounds() -> None:

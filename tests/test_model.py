@@ -15,7 +15,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, LoRAConfig, ModelConfig
 from gptjax.data.store import Record
 from gptjax.data.stream import eval_batches
 from gptjax.data.tokenizers import load_tokenizer
@@ -26,12 +26,14 @@ from gptjax.model.attention import reference
 from gptjax.model.cache import At, Cache, empty_cache
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
-from gptjax.model.gpt import GPT, Parallelism, forward, look_up
+from gptjax.model.gpt import ACTIVATIONS, GPT, Parallelism, forward, look_up
+from gptjax.model.lora import is_adapter
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
 from gptjax.model.products import multiply
+from gptjax.model.rotary import rotated
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
-from gptjax.sharding.rules import Layout, rule_table
+from gptjax.sharding.rules import Layout, leaf_name, rule_table
 from gptjax.stages.pretrain import Pretrain
 
 CONFIG = ModelConfig(
@@ -449,6 +451,58 @@ def test_parameter_and_flop_counts() -> None:
     assert accounting.train_flops_per_token_palm(small) == pytest.approx(9.677e8, rel=1e-3)
 
 
+@st.composite
+def blocks(draw: st.DrawFn) -> ModelConfig:
+    """Any combination of what the block can be."""
+    flags = {name: draw(st.booleans()) for name in ("qkv_bias", "biases", "tied_head", "scan_layers")}
+    heads = draw(st.integers(1, 4))
+    return ModelConfig(
+        num_layers=2,
+        num_heads=heads,
+        embed_dim=heads * 2 * draw(st.integers(1, 3)),
+        seq_len=8,
+        vocab_size=128,
+        num_kv_heads=draw(st.sampled_from([0, *(n for n in range(1, heads + 1) if heads % n == 0)])),
+        head_size=draw(st.sampled_from([0, 2, 6])),
+        mlp_size=draw(st.integers(0, 9)),
+        norm=draw(st.sampled_from(["layer", "rms"])),
+        positions=draw(st.sampled_from(["learned", "rotary"])),
+        activation=draw(st.sampled_from([*ACTIVATIONS])),
+        **flags,
+    )
+
+
+@settings(max_examples=25)
+@given(blocks())
+def test_every_block_has_the_parameters_and_adapters_that_are_counted(config: ModelConfig) -> None:
+    lora = LoRAConfig(rank=3)
+    gpt = GPT(config, jnp.dtype("float32"), lora=lora)
+    boxed = jax.eval_shape(lambda key: gpt.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
+    sizes = {leaf_name(p): x.size for p, x in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))}
+    adapters = {name: size for name, size in sizes.items() if is_adapter(name)}
+    assert sum(sizes.values()) - sum(adapters.values()) == accounting.num_params(config)
+    assert sum(adapters.values()) == sum(accounting.adapter_params(config, lora).values())
+    held = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 3, 5, jnp.dtype("float32"))))
+    assert sum(x.size for x in held) * 4 == accounting.cache_bytes(config, 3, 5, 4)
+
+
+@given(st.integers(0, 2**20), st.integers(0, 2**20), st.integers(0, 500))
+def test_rotary_scores_depend_on_the_distance_alone(place: int, other: int, distance: int) -> None:
+    """And equal float64's, where angles in float32 are off by 2^-24 of themselves."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(1, 1, 1, 8)).astype(np.float32) for _ in range(2))
+
+    def score(at: int) -> float:
+        turned = [rotated(jnp.asarray(x), jnp.full((1, 1), p), 10_000.0) for x, p in ((q, at + distance), (k, at))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    angles = distance * 10_000.0 ** (-np.arange(4) / 4)
+    pairs = [(x[..., :4] + 1j * x[..., 4:]).ravel().astype(np.complex128) for x in (q, k)]
+    exact = np.sum(pairs[0] * np.exp(1j * angles) * pairs[1].conj()).real
+    for at in (place, other):
+        assert score(at) == pytest.approx(exact, abs=1e-5 + 1e-6 * (at + distance))
+
+
 @given(st.integers(1, 200), st.integers(1, 250))
 def test_mean_keys_counts_keys(length: int, window: int) -> None:
     positions = np.arange(length)
@@ -456,9 +510,19 @@ def test_mean_keys_counts_keys(length: int, window: int) -> None:
     assert accounting.mean_keys("banded", length, window) == pytest.approx(counted)
 
 
-def test_flops_equal_the_compilers_count() -> None:
+LATER = ModelConfig(2, 4, 128, seq_len=64, vocab_size=128, scan_layers=False, num_kv_heads=2, head_size=48)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(2, 2, 128, seq_len=64, vocab_size=128, scan_layers=False),
+        replace(LATER, mlp_size=320, norm="rms", positions="rotary", activation="swiglu", tied_head=False),
+    ],
+    ids=["gpt", "llama"],
+)
+def test_flops_equal_the_compilers_count(config: ModelConfig) -> None:
     """Unrolled, dense, no remat, and reference attention that computes all T keys: the PaLM count within 10%."""
-    config = ModelConfig(2, 2, 128, seq_len=64, vocab_size=128, scan_layers=False)
     model = GPT(config, jnp.dtype("float32"), Parallelism(reference))
     params = jax.eval_shape(
         lambda key: nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]), jax.random.key(0)

@@ -27,7 +27,7 @@ from gptjax.files import json_text
 from gptjax.infer.engine import Engine, Request
 from gptjax.infer.prepare import prepared
 from gptjax.infer.sampling import Sampling
-from gptjax.model.accounting import cache_bytes
+from gptjax.model.accounting import cache_bytes, layer_weights
 from gptjax.parallel.network import Network
 
 COMMAND = (sys.executable, "-m", "gptjax.bench.generate")
@@ -205,7 +205,7 @@ def _shares(engine: Engine, work: Work, bounds: dict[str, float]) -> Row:
     length = round(mean(p + o / 2 for p, o in work))
     itemsize = jnp.dtype(engine.model.dtype).itemsize
     size = weights + cache_bytes(config, rows, length, itemsize)
-    products = 2 * (12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim) * rows
+    products = 2 * (config.num_layers * layer_weights(config) + config.vocab_size * config.embed_dim) * rows
     return {"floor_bytes_s": size / bounds["reads"], "floor_products_s": products / bounds["flops"]}
 
 

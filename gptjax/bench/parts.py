@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from gptjax.config import Config
-from gptjax.model.accounting import Reading, adapter_params, mean_keys
+from gptjax.model.accounting import Reading, adapter_params, matrices, mean_keys
 from gptjax.planner.bill import CALLED, source, split
 from gptjax.stages import stage_class
 
@@ -125,11 +125,12 @@ def floors(config: Config, limits: dict[str, float], width: int, state_bytes: di
     LayerNorm with its residual moves 6 numbers a channel. The optimizer reads and writes the state and reads gradients.
     """
     tokens, layers, dim = config.step_tokens, config.model.num_layers, config.model.embed_dim
+    heads = (config.model.num_heads + config.model.kv_heads) * config.model.head_dim
     flops = Counter[str]()
     for reading in stage_class(config)(config, "cpu").learning:
         flops.update(_products(reading, config.updates * config.train.batch_size))
     moved = {
-        "attention": 12 * dim * layers * tokens * width,
+        "attention": 6 * heads * layers * tokens * width,
         "optimizer": 2 * sum(state_bytes.values()) + state_bytes["params"],
         "rest": 6 * dim * (2 * layers + 1) * tokens * width,
     }
@@ -141,10 +142,15 @@ def _products(reading: Reading, rows: int) -> dict[str, float]:
     c, tokens = reading.model, rows * reading.sequences * reading.model.seq_len
     keys = sum(mean_keys(kind, c.seq_len, c.window) for kind in c.layer_kinds)
     each, head, adapter = reading.products_per_weight
-    adapters, square = Counter(adapter_params(c, reading.lora)), c.num_layers * c.embed_dim**2
+    adapters = Counter(adapter_params(c, reading.lora))
+    weights = {name: c.num_layers * inner * outer for name, (inner, outer) in matrices(c).items()}
+
+    def products(*names: str) -> float:
+        return tokens * sum(each * weights[name] + adapter * adapters[name] for name in names)
+
     return {
-        "attention": reading.products_per_key * c.embed_dim * keys * tokens,
-        "projections": (each * 4 * square + adapter * (adapters["qkv"] + adapters["projection"])) * tokens,
-        "MLP": (each * 8 * square + adapter * (adapters["mlp_up"] + adapters["mlp_down"])) * tokens,
+        "attention": reading.products_per_key * c.num_heads * c.head_dim * keys * tokens,
+        "projections": products("qkv", "projection"),
+        "MLP": products("mlp_up", "mlp_down"),
         "head and loss": head * c.vocab_size * c.embed_dim * tokens,
     }

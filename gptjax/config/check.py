@@ -82,7 +82,17 @@ def _local(config: Config) -> None:
 
 def _model(config: Config) -> None:
     model = config.model
-    if model.embed_dim % model.num_heads:
+    if model.num_heads % model.kv_heads:
+        near = nearest_divisor(model.num_heads, model.kv_heads)
+        raise UserError(
+            f"model.num_kv_heads = {model.num_kv_heads}: does not divide model.num_heads = {model.num_heads}; nearest "
+            f"{near}"
+        )
+    if model.positions == "rotary" and model.head_dim % 2:
+        raise UserError(
+            f"model.head_size = {model.head_dim}: rotary positions turn pairs; nearest {model.head_dim + 1}"
+        )
+    if not model.head_size and model.embed_dim % model.num_heads:
         near = nearest_divisor(model.embed_dim, model.num_heads)
         raise UserError(
             f"model.num_heads = {model.num_heads}: does not divide model.embed_dim = {model.embed_dim}; nearest {near}"

@@ -40,14 +40,15 @@ Degree = Annotated[int, AfterValidator(_degree)]
 
 @frozen
 class ModelConfig:
-    """The GPT-3 paper's decoder (arXiv 2005.14165, section 2.1)."""
+    """The GPT-3 paper's decoder (arXiv 2005.14165, section 2.1), as the defaults say; what later decoders do otherwise
+    is said from `num_kv_heads` on."""
 
     num_layers: Positive
     """Number of blocks L."""
     num_heads: Positive
-    """Attention heads H per layer; must divide embed_dim."""
+    """Attention heads H per layer; must divide embed_dim unless head_size is given."""
     embed_dim: Positive
-    """Width D of the residual stream; the MLP is 4 D wide."""
+    """Width D of the residual stream."""
     seq_len: Positive = 2048
     """Context T in tokens."""
     vocab_size: Positive = 50257
@@ -71,6 +72,26 @@ class ModelConfig:
     """Divide attention scores by sqrt(head_dim); GPT-Neo does not."""
     qkv_bias: bool = True
     """Biases on queries, keys and values; GPT-Neo has none."""
+    biases: bool = True
+    """Biases on what attention and the MLP give; LLaMA has none."""
+    num_kv_heads: Count = 0
+    """Heads of keys and values, each shared by H / num_kv_heads heads of queries (arXiv 2305.13245); 0 is H."""
+    head_size: Count = 0
+    """Width K of a head; 0 is D / H."""
+    mlp_size: Count = 0
+    """Width F of the MLP; 0 is 4 D."""
+    norm: Literal["layer", "rms"] = "layer"
+    """layer has mean 0 and a bias (LayerNorm); rms divides by the root of the mean square alone (arXiv 1910.07467)."""
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """What is added to a norm's variance."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """learned embeddings of T positions, or queries and keys turned by where they stand (arXiv 2104.09864)."""
+    rotary_base: Annotated[float, Field(gt=1)] = 10_000.0
+    """The slowest of rotary's turns takes about 2 pi times so many tokens."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = "gelu_tanh"
+    """Of the MLP; swiglu and geglu multiply what is activated with a second product (arXiv 2002.05202)."""
+    tied_head: bool = True
+    """Whether the embedding is what scores the vocabulary, too; else the head is a table of its own."""
     scan_layers: bool = True
     """Scan over the pattern units (compile time independent of depth) or unroll them."""
     remat: Annotated[Literal["none", "dots", "full"], ROUNDING] = "none"
@@ -80,11 +101,23 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
+        """Width K of a head."""
+        return self.head_size or self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def mlp_dim(self) -> int:
-        return 4 * self.embed_dim
+        """Width F of the MLP."""
+        return self.mlp_size or 4 * self.embed_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether two products go into the MLP's activation."""
+        return self.activation in ("swiglu", "geglu")
 
     @property
     def padded_vocab_size(self) -> int:

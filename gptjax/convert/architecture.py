@@ -1,6 +1,7 @@
 """What a Hugging Face architecture is to us: a config in other words, and a table that says which part of our
 parameters each of its tensors is. The table reads and writes, whole or any slice, without knowing the model."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
 }
-"""What our model fixes and both architectures name alike: the values that are read, the first of which is written."""
+"""What GPT-2 and GPT-Neo fix and name alike: the values that are read, the first of which is written."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +62,43 @@ class Architecture:
     write: Callable[[ModelConfig], dict[str, Any]]
     block: Callable[[ModelConfig], list[Box]]
     """The tensors of one layer, names and leaves relative to it."""
+    outside: Callable[[ModelConfig], list[Box]]
+    """The tensors outside the layers, the embedding first."""
+    prefix: str = "transformer."
+    """Of the model's tensors below a language-model head, which some files leave out."""
+    layers: str = "h"
+    """Where the layers are, by number."""
+    constants: re.Pattern[str] = re.compile(r"(?!)")
+    """Tensors that older versions saved and none needs."""
 
 
 def boxes(architecture: Architecture, config: ModelConfig) -> list[Box]:
-    """Every tensor of a model, named without the `transformer.` that some files put first."""
-    vocab, dim = config.vocab_size, config.embed_dim
-    every = [
-        Box("wte.weight", (vocab, dim), "embedding", (vocab, dim)),
-        Box("wpe.weight", (config.seq_len, dim), "positions", (config.seq_len, dim)),
-        *norm("ln_f", "norm_final", dim),
-    ]
-    block = architecture.block(config)
+    """Every tensor of a model, named without the prefix of its architecture."""
+    every, block = architecture.outside(config), architecture.block(config)
     for layer in range(config.num_layers):
-        every += [_in_layer(box, layer, config) for box in block]
+        every += [_in_layer(box, f"{architecture.layers}.{layer}", layer, config) for box in block]
     return [box if box.offset else replace(box, offset=(0,) * len(box.extent)) for box in every]
 
 
-def _in_layer(box: Box, layer: int, config: ModelConfig) -> Box:
+def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:
     unit, position = divmod(layer, len(config.attention_pattern))
-    tensor, leaf = f"h.{layer}.{box.tensor}", f"block_{position}/{box.leaf}"
+    tensor, leaf = f"{name}.{box.tensor}", f"block_{position}/{box.leaf}"
     if not config.scan_layers:
         return replace(box, tensor=tensor, leaf=f"unit_{unit}/{leaf}")
     offset = box.offset or (0,) * len(box.extent)
     return replace(
         box, tensor=tensor, leaf=f"units/{leaf}", offset=(unit, *offset), extent=(1, *box.extent)
     )  # stacked over the units
+
+
+def of_gpt(config: ModelConfig) -> list[Box]:
+    """The tensors outside the layers of GPT-2 and GPT-Neo."""
+    vocab, dim = config.vocab_size, config.embed_dim
+    return [
+        Box("wte.weight", (vocab, dim), "embedding", (vocab, dim)),
+        Box("wpe.weight", (config.seq_len, dim), "positions", (config.seq_len, dim)),
+        *norm("ln_f", "norm_final", dim),
+    ]
 
 
 def norm(tensor: str, leaf: str, dim: int) -> list[Box]:
@@ -132,6 +145,14 @@ def rate(values: dict[str, Any], name: str, where: str) -> float:
     value = values.get(name, 0.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"{where}: {name} = {value!r}: expected a rate in [0, 1)")
+    return float(value)
+
+
+def above_zero(values: dict[str, Any], name: str, where: str) -> float:
+    """A number of config.json. Raises UserError where it is missing or not above zero."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{where}: {name} = {value!r}: expected a number above 0")
     return float(value)
 
 

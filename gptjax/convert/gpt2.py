@@ -1,9 +1,10 @@
 """GPT-2 in `transformers`: kernels are [in, out], and one matrix holds queries, keys and values."""
 
+import re
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, rate, whole
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, rate, whole
 
 
 def _read(values: dict[str, Any], where: str) -> ModelConfig:
@@ -61,4 +62,12 @@ def _block(config: ModelConfig) -> list[Box]:
     ]
 
 
-GPT2 = Architecture("gpt2", ("GPT2LMHeadModel", "GPT2Model"), _read, _write, _block)
+GPT2 = Architecture(
+    "gpt2",
+    ("GPT2LMHeadModel", "GPT2Model"),
+    _read,
+    _write,
+    _block,
+    of_gpt,
+    constants=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
+)

@@ -1,10 +1,11 @@
 """GPT-Neo in `transformers`: kernels are [out, in]; queries, keys and values are apart and have no biases; scores
 are not scaled; layers are global (dense) or local (banded)."""
 
+import re
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, rate, whole
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, rate, whole
 from gptjax.errors import UserError
 
 Kind = Literal["dense", "banded"]
@@ -101,4 +102,12 @@ def _block(config: ModelConfig) -> list[Box]:
     ]
 
 
-GPT_NEO = Architecture("gpt_neo", ("GPTNeoForCausalLM", "GPTNeoModel"), _read, _write, _block)
+GPT_NEO = Architecture(
+    "gpt_neo",
+    ("GPTNeoForCausalLM", "GPTNeoModel"),
+    _read,
+    _write,
+    _block,
+    of_gpt,
+    constants=re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)"),
+)

@@ -1,7 +1,6 @@
 """A directory that `transformers` loads and writes: its config as ours, its tensors onto our mesh, and back."""
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from gptjax.config.fields import explain
 from gptjax.convert.architecture import Architecture, Box, assemble, boxes
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
+from gptjax.convert.llama import LLAMA
 from gptjax.convert.tensors import (
     AGAIN,
     DTYPES,
@@ -35,9 +35,20 @@ from gptjax.files import read_json
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
-ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO)}
-PREFIX = "transformer."  # of the model's tensors below a language-model head
-MASKS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)")  # constants that older versions saved
+ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA)}
+HEAD = "lm_head.weight"  # which stands beside the model, not below its prefix
+PLAIN = ModelConfig(1, 1, 1)
+LATER = (
+    *("biases", "num_kv_heads", "head_size", "mlp_size", "norm", "norm_eps", "positions", "activation", "tied_head"),
+)
+"""Fields in which a model that is neither GPT-2 nor GPT-Neo differs from both."""
+LLAMA_FIELDS: dict[str, Any] = {
+    "norm": "rms",
+    "positions": "rotary",
+    "activation": "swiglu",
+    "attention_pattern": ("dense",),
+    "scale_scores": True,
+}
 UNROLLED_LAYERS = 12  # as in configs/: unrolled is faster, but deeper models would compile for long
 
 
@@ -55,7 +66,7 @@ def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
     values = read_json(file, AGAIN)
     name = values.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{file}: model_type = {name!r}: gptjax converts {' and '.join(ARCHITECTURES)}")
+        raise UserError(f"{file}: model_type = {name!r}: gptjax converts {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     for given in values.get("architectures") or ():
         if given not in architecture.classes:
@@ -102,12 +113,13 @@ def open_directory(folder: Path) -> Directory:
     """
     architecture, model = read_model(folder)
     found = read_tensors(folder)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    prefix = architecture.prefix
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     if len(tensors) < len(found):
-        twice = next(name for name in found if PREFIX + name in found)
-        raise UserError(f"{folder}: both {twice} and {PREFIX}{twice}")
-    tensors = {name: tensor for name, tensor in tensors.items() if not MASKS.fullmatch(name)}
-    head = tensors.pop("lm_head.weight", None)
+        twice = next(name for name in found if prefix + name in found)
+        raise UserError(f"{folder}: both {twice} and {prefix}{twice}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not architecture.constants.fullmatch(name)}
+    head = tensors.pop(HEAD, None) if model.tied_head else None
     if model.num_layers > len(tensors):  # before a table of so many layers is made
         raise UserError(f"{folder / CONFIG}: {model.num_layers} layers, and only {len(tensors)} tensors beside it")
     table = {box.tensor: box for box in boxes(architecture, model)}
@@ -118,10 +130,11 @@ def open_directory(folder: Path) -> Directory:
     if unexpected := tensors.keys() - table.keys():
         raise UserError(f"{folder}: unexpected tensor {min(unexpected)}; {CONFIG} has no place for it")
     if head is not None:
-        _check(head, table["wte.weight"].shape)
-        pairs = zip(chunks(head.open()), chunks(tensors["wte.weight"].open()), strict=True)
+        embedding = next(iter(table))
+        _check(head, table[embedding].shape)
+        pairs = zip(chunks(head.open()), chunks(tensors[embedding].open()), strict=True)
         if not all(np.array_equal(a, b) for a, b in pairs):
-            raise UserError(f"{folder}: lm_head.weight differs from wte.weight; gptjax has only tied embeddings")
+            raise UserError(f"{folder}: {HEAD} differs from {embedding}; {CONFIG} says that the embedding is the head")
     return Directory(architecture, model, tensors)
 
 
@@ -136,6 +149,9 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def counterpart(model: ModelConfig) -> Architecture:
     """The architecture that computes what a model computes. Raises UserError where there is none."""
+    later = {name: getattr(model, name) for name in LATER if getattr(model, name) != getattr(PLAIN, name)}
+    if later:
+        return _later(model, later)
     if not model.qkv_bias:
         return GPT_NEO
     if "banded" in model.attention_pattern:
@@ -144,6 +160,24 @@ def counterpart(model: ModelConfig) -> Architecture:
             "GPT-Neo alone, without biases on q, k and v; train a model to export with --model.qkv_bias false"
         )
     return GPT2
+
+
+def _later(model: ModelConfig, given: dict[str, Any]) -> Architecture:
+    """LLaMA, where a model is one, of whose fields these are not GPT's."""
+    wanted = LLAMA_FIELDS | {"biases": model.qkv_bias}
+    for name, value in wanted.items():
+        if getattr(model, name) != value:
+            shown = " ".join(f"--model.{field} {_typed(each)}" for field, each in given.items())
+            raise UserError(
+                f"model.{name} = {_typed(getattr(model, name))}: no architecture that gptjax writes for Hugging Face "
+                f"has it beside {shown}; LLaMA has --model.{name} {_typed(value)}"
+            )
+    return LLAMA
+
+
+def _typed(value: Any) -> str:
+    """As it is typed on the command line."""
+    return ",".join(value) if isinstance(value, tuple) else str(value).lower()
 
 
 def write_directory(
@@ -169,7 +203,8 @@ def write_directory(
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def outgoing(box: Box) -> Outgoing:
-        return Outgoing(PREFIX + box.tensor, box.shape, lambda: box.tensor_of(np.asarray(leaves[box.leaf])))
+        name = box.tensor if box.tensor == HEAD else architecture.prefix + box.tensor
+        return Outgoing(name, box.shape, lambda: box.tensor_of(np.asarray(leaves[box.leaf])))
 
     return write_tensors(folder, map(outgoing, boxes(architecture, model)), np.dtype(dtype), shard_bytes)
 

@@ -4,24 +4,44 @@ from dataclasses import dataclass
 
 from gptjax.config import LoRAConfig, ModelConfig
 
-SIDES = {"qkv": 4, "projection": 2, "mlp_up": 5, "mlp_down": 5}
-"""Width in and out of each of a layer's matrices, together, in D."""
+MATRICES = ("qkv", "projection", "mlp_up", "mlp_down")
+
+
+def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Width in and out of each of a layer's matrices; those that read the same (queries, keys and values; an MLP's
+    gate and what it gates) are one. Of GPT-3 they have 12 D² numbers."""
+    dim, heads, mlp = config.embed_dim, config.num_heads * config.head_dim, config.mlp_dim
+    keys = config.kv_heads * config.head_dim
+    sides = (dim, heads + 2 * keys), (heads, dim), (dim, (1 + config.gated) * mlp), (mlp, dim)
+    return dict(zip(MATRICES, sides, strict=True))
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Numbers in a layer's matrices."""
+    return sum(inner * outer for inner, outer in matrices(config).values())
 
 
 def num_params(config: ModelConfig) -> int:
-    """N = 12 L D² + 13 L D + (V + T) D + 2 D: weights, biases and two LayerNorms per layer, the tied
-    embedding, the learned positions and the final LayerNorm. 174,604,259,328 for GPT-3 175B. Without biases on
-    q, k and v 10 L D instead of 13."""
-    layers, dim = config.num_layers, config.embed_dim
-    vectors = 13 if config.qkv_bias else 10
-    return layers * (12 * dim**2 + vectors * dim) + (config.vocab_size + config.seq_len) * dim + 2 * dim
+    """N, for GPT-3 12 L D² + 13 L D + (V + T) D + 2 D: weights, biases and two norms per layer, the tied embedding, the
+    learned positions and the final norm; 174,604,259,328 for 175B. An RMSNorm has one vector, a LayerNorm two; rotary
+    positions have no numbers; a head of its own has V D."""
+    dim, sides = config.embed_dim, matrices(config)
+    of_norm = dim * (2 if config.norm == "layer" else 1)
+    vectors = 2 * of_norm + config.qkv_bias * sides["qkv"][1]
+    vectors += config.biases * sum(sides[name][1] for name in MATRICES if name != "qkv")
+    tables = config.vocab_size * (1 if config.tied_head else 2)
+    tables += config.seq_len if config.positions == "learned" else 0
+    return config.num_layers * (layer_weights(config) + vectors) + tables * dim + of_norm
 
 
 def adapter_params(config: ModelConfig, lora: LoRAConfig | None) -> dict[str, int]:
-    """Matrix -> numbers in its adapters, r (in + out) in each layer, r (V + D) for the embedding; none without."""
+    """Matrix -> numbers in its adapters, r (in + out) in each layer, r (V + D) for the embedding; none without. Queries
+    that have more heads than keys have an adapter of their own, and so has a gate."""
     if lora is None:
         return {}
-    layers = {name: config.num_layers * config.embed_dim * sides for name, sides in SIDES.items()}
+    apart = {"qkv": 1 + (config.kv_heads < config.num_heads), "mlp_up": 1 + config.gated}
+    sides = {name: apart.get(name, 1) * inner + outer for name, (inner, outer) in matrices(config).items()}
+    layers = {name: config.num_layers * each for name, each in sides.items()}
     sizes = layers | {"embedding": config.vocab_size + config.embed_dim}
     return {name: lora.rank * size for name, size in sizes.items() if name in lora.matrices}
 
@@ -39,10 +59,10 @@ def mean_keys(kind: str, seq_len: int, window: int) -> float:
 
 
 def cache_bytes(config: ModelConfig, rows: int, capacity: int, itemsize: int) -> int:
-    """Of keys and values of so many texts of up to `capacity` tokens: 2 D for each token that a layer keeps, all of
-    them where it is dense, the last W where it is banded."""
+    """Of keys and values of so many texts of up to `capacity` tokens: 2 K for each of their heads and each token that a
+    layer keeps, all of them where it is dense, the last W where it is banded."""
     kept = (min(config.window, capacity) if kind == "banded" else capacity for kind in config.layer_kinds)
-    return 2 * rows * config.embed_dim * sum(kept) * itemsize
+    return 2 * rows * config.kv_heads * config.head_dim * sum(kept) * itemsize
 
 
 def train_flops_per_token(config: ModelConfig, lora: LoRAConfig | None = None, predicts: bool = True) -> float:
@@ -74,18 +94,18 @@ class Reading:
     def flops_per_token(self) -> float:
         """Model FLOPs, counting causality and the band exactly.
 
-        6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count. Where
-        adapters are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term: frozen
-        matrices are multiplied going forward and for the gradient of what went in, not for one of their own. 6 V D
-        again with an adapter for the embedding, whose gradient is that of the whole table. Attention has no weights,
+        For GPT-3 6 (12 L D² + V D) + 12 D sum over layers of mean_keys; rematerialisation and padding do not count.
+        Where adapters are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term:
+        frozen matrices are multiplied going forward and for the gradient of what went in, not for one of their own. 6 V
+        D again with an adapter for the embedding, whose gradient is that of the whole table. Attention has no weights,
         and costs what it did. A model that does not predict, such as a reward model, has no term in V D. Forward alone
         is a third of what is trained whole.
         """
         c, (layer, head, adapter) = self.model, self.products_per_weight
-        matrices = layer * 12 * c.num_layers * c.embed_dim**2 + head * c.vocab_size * c.embed_dim
+        weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim
         keys = sum(mean_keys(kind, c.seq_len, c.window) for kind in c.layer_kinds)
-        adapters = sum(size for name, size in adapter_params(c, self.lora).items() if name in SIDES)
-        return matrices + adapter * adapters + self.products_per_key * c.embed_dim * keys
+        adapters = sum(size for name, size in adapter_params(c, self.lora).items() if name in MATRICES)
+        return weights + adapter * adapters + self.products_per_key * c.num_heads * c.head_dim * keys
 
     @property
     def products_per_weight(self) -> tuple[int, int, int]:
@@ -104,10 +124,10 @@ class Reading:
 
 def train_flops_per_token_palm(config: ModelConfig) -> float:
     """The PaLM and Megatron convention, for comparison with older papers: every layer attends to all T keys."""
-    matrices = 12 * config.num_layers * config.embed_dim**2 + config.vocab_size * config.embed_dim
-    return 6 * matrices + 12 * config.embed_dim * config.num_layers * config.seq_len
+    weights = config.num_layers * layer_weights(config) + config.vocab_size * config.embed_dim
+    return 6 * weights + 12 * config.num_heads * config.head_dim * config.num_layers * config.seq_len
 
 
 def train_flops_per_token_6n(config: ModelConfig) -> float:
     """6 N + 12 L T D, which nanoGPT and llm.c count by (N with the embeddings; all T keys)."""
-    return 6 * num_params(config) + 12 * config.num_layers * config.seq_len * config.embed_dim
+    return 6 * num_params(config) + 12 * config.num_layers * config.seq_len * config.num_heads * config.head_dim

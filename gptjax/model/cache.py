@@ -41,10 +41,10 @@ def ring_size(config: ModelConfig, kind: str, capacity: int) -> int:
 
 
 def cache_shapes(config: ModelConfig, rows: int, capacity: int) -> list[tuple[int, ...]]:
-    """[U, N, H, R, K] of the keys, and of the values, of each block of the pattern."""
+    """[U, N, H/G, R, K] of the keys, and of the values, of each block of the pattern."""
     units = config.num_layers // len(config.attention_pattern)
     sizes = [ring_size(config, kind, capacity) for kind in config.attention_pattern]
-    return [(units, rows, config.num_heads, size, config.head_dim) for size in sizes]
+    return [(units, rows, config.kv_heads, size, config.head_dim) for size in sizes]
 
 
 def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
@@ -66,8 +66,9 @@ def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
 def attend_cached(
     q: Array, k: Array, v: Array, cache: tuple[Array, Array], unit: Any, at: At, mask: Mask, scale: float, read: int
 ) -> tuple[Array, tuple[Array, Array]]:
-    """T new tokens a row attend to their past and to each other, and become a part of it: q, k, v [B, T, H, K] ->
-    ([B, T, H, K], cache).
+    """T new tokens a row attend to their past and to each other, and become a part of it: q [B, T, H, K], k and v
+    [B, T, H/G, K] -> ([B, T, H, K], cache). The G heads of queries that share keys stand one after another, as G times
+    as many queries.
 
     `unit` says whose keys and values of the stacked ones. `read` is how many slots to read, at least those that are
     occupied (a program for each); 0, for CPUs, reads what is occupied by the longest of the rows, in a loop (one
@@ -78,23 +79,25 @@ def attend_cached(
     first = at.start[:, None]  # [B, 1]
     here = first + jnp.arange(q.shape[1])  # [B, T]
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q * scale, k, v))  # [B, H, T, K]
+    shape, group = q.shape, q.shape[1] // k.shape[1]
+    q, asking = q.reshape(len(q), k.shape[1], -1, q.shape[3]), jnp.tile(here, (1, group))  # [B, H/G, G T, K], [B, G T]
 
     def join(soft: "_Softmax", some: tuple[Any, ...], offset: Any, width: int, fresh: Any = 0) -> "_Softmax":
         """With `width` slots from `offset` on, of which the ones before `fresh` have been seen, of some of the rows."""
-        q, first, here, rows = some
+        q, first, asking, rows = some
         index = offset + jnp.arange(width)
         place = (first - 1) - (first - 1 - index) % size  # the last that went into each slot: [B, width]
         seen = (place >= 0) & (index >= fresh)
-        seen = seen[:, None] & _within(mask, here[:, :, None] - place[:, None])  # [B, T, width]
+        seen = seen[:, None] & _within(mask, asking[:, :, None] - place[:, None])  # [B, G T, width]
         old_k, old_v = (_slots(leaf, unit, rows, len(q), offset, width) for leaf in (keys, values))
         return soft.join(q, old_k, old_v, seen)
 
-    distance = here[:, :, None] - here[:, None]
+    distance = asking[:, :, None] - here[:, None]
     soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance))
     if read:
-        soft = join(soft, (q, first, here, at.rows), 0, min(read, size))
+        soft = join(soft, (q, first, asking, at.rows), 0, min(read, size))
     else:
-        every = q, first, here, jnp.arange(len(q)) if at.rows is None else at.rows
+        every = q, first, asking, jnp.arange(len(q)) if at.rows is None else at.rows
         width = min(BLOCK, size)
         blocks = (jnp.minimum(jnp.where(at.num_new > 0, at.start, 0), size) + width - 1) // width  # [B]
 
@@ -108,7 +111,7 @@ def attend_cached(
             return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i, 0), soft, own)
 
         soft = jax.lax.fori_loop(0, len(q), one_row, soft)
-    out = jnp.moveaxis(soft.value / soft.total[..., None], 1, 2).astype(q.dtype)
+    out = jnp.moveaxis((soft.value / soft.total[..., None]).reshape(shape), 1, 2).astype(q.dtype)
     # What is read is read before it is written: without this dependence, which always holds, the compiler would copy
     # the whole cache to be sure.
     at = at._replace(num_new=jnp.where(jnp.min(soft.total) > 0, at.num_new, 0))

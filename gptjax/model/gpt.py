@@ -1,7 +1,9 @@
-"""GPT-3's decoder as Flax Linen modules used functionally: `init` and `apply` on plain pytrees.
+"""GPT-3's decoder as Flax Linen modules used functionally: `init` and `apply` on plain pytrees. What LLaMA's does
+otherwise is data of the same block: see `num_kv_heads` and the fields after it in config.ModelConfig.
 
 Every parameter names its logical axes; `Parallelism` is the only trace of a mesh, of which the model knows nothing.
-Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab, L layers, U pattern units.
+Letters: B batch, T length, D embed, H heads, K head_dim, F mlp, V' padded vocab, L layers, U pattern units, G heads
+of queries to each of keys and values.
 """
 
 from collections.abc import Callable
@@ -22,11 +24,20 @@ from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.kernels import blockwise
 from gptjax.model.lora import NAME as ADAPTER
 from gptjax.model.lora import LowRank, LowRankTable
+from gptjax.model.norms import Norm
 from gptjax.model.products import Axes, Product
+from gptjax.model.rotary import rotated
 
 Constrain = Callable[[Array, Axes], Array]
 RESIDUAL: Axes = ("batch", "residual_length", None)
 OUTSIDE: Axes = ("rows", "residual_length", None)
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": jax.nn.gelu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+}
 # What each remat policy keeps for the backward pass; `full` keeps only the inputs of a unit.
 SAVED_NAMES = {"dots": ("qkv", KEPT, "projection", "mlp_up"), "full": ()}
 
@@ -62,49 +73,6 @@ def named(init: Any, axes: Axes) -> Any:
     return nn.with_logical_partitioning(init, axes)
 
 
-@jax.custom_vjp
-def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    """Normalise the last axis in at least float32, eps 1e-5 as in GPT-2. The gradient keeps the input, the mean and
-    the deviation alone and is 7% of a step of width 256 faster on CPU than autodiff's."""
-    return _layer_norm_forward(x, scale, bias)[0]
-
-
-@partial(jax.jit, inline=True)  # traced once for all layers, as if it were written out in each
-def _layer_norm_forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    wide = x.astype(scale.dtype)
-    mean = wide.mean(-1, keepdims=True)
-    # Of the deviations: the mean of squares less the square of the mean loses all digits where the mean is large.
-    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-    # Behind a barrier the GPU compiler reads them in the backward pass, where it would make them again and write the
-    # normalised input out in float32: 20% of the traffic of all LayerNorms of GPT-2 124M.
-    mean, inverse = jax.lax.optimization_barrier((mean, jax.lax.rsqrt(variance + 1e-5)))
-    return ((wide - mean) * inverse * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
-
-
-def _layer_norm_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale = saved
-    grad_out = grad.astype(scale.dtype)
-    normal = (x.astype(scale.dtype) - mean) * inverse
-    inner = grad_out * scale
-    grad_x = inner - inner.mean(-1, keepdims=True) - normal * (inner * normal).mean(-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    return (grad_x * inverse).astype(x.dtype), (grad_out * normal).sum(rows), grad_out.sum(rows)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-class LayerNorm(nn.Module):
-    """`layer_norm` over D with float32 parameters."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        dim = x.shape[-1]
-        scale = self.param("scale", named(nn.initializers.ones, ("embed",)), (dim,))
-        bias = self.param("bias", named(nn.initializers.zeros, ("embed",)), (dim,))
-        return layer_norm(x, scale, bias)
-
-
 def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, product: Product) -> Array:
     """The product in the dtype of x, plus the bias [*out]."""
     out = product(x, kernel.astype(x.dtype), num_in)
@@ -120,6 +88,7 @@ class Linear(nn.Module):
     axes: Axes
     num_in: int
     std: float
+    has_bias: bool
     product: Product
     lora: LoRAConfig | None
 
@@ -128,7 +97,7 @@ class Linear(nn.Module):
         shape, axes = self.product.lie(self.shape, self.axes, self.num_in)
         kernel = self.param("kernel", named(nn.initializers.normal(self.std), axes), shape)
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
-        bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
+        bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape) if self.has_bias else None
         out = affine(x, kernel, bias, self.num_in, self.product)
         if self.lora:
             out += LowRank(self.lora, self.shape, self.axes, self.num_in, self.product, name=ADAPTER)(x)
@@ -136,9 +105,11 @@ class Linear(nn.Module):
 
 
 class Heads(nn.Module):
-    """x [B, T, D] -> queries, keys and values [B, T, H, K]: one array of weights, and a product for each, since a GPU's
-    attention kernel would need copies of the three parts of one; or one product where the layout says so."""
+    """x [B, T, D] -> `parts` of queries, keys and values, each [B, T, H, K]: one array of weights, and a product for
+    each, since a GPU's attention kernel would need copies of the parts of one; or one product where the layout says
+    so."""
 
+    parts: int
     num_heads: int
     head_dim: int
     has_bias: bool
@@ -148,27 +119,27 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
-        out_shape, out_axes = (3, self.num_heads, self.head_dim), (None, "heads", "head_dim")
+        out_shape, out_axes = (self.parts, self.num_heads, self.head_dim), (None, "heads", "head_dim")
         shape, axes = (x.shape[-1], *out_shape), ("embed", *out_axes)
         size, names = self.product.lie(shape, axes, 1)
         kernel = self.param("kernel", named(nn.initializers.normal(0.02), names), size)
-        biases: Any = (None,) * 3
+        biases: Any = (None,) * self.parts
         if self.has_bias:
             biases = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
         if self.merged:
             out = self.product(x, kernel.astype(x.dtype), 1)
             out = out + biases.astype(x.dtype) if self.has_bias else out
-            qkv = [out[:, :, 0], out[:, :, 1], out[:, :, 2]]
+            made = [out[:, :, i] for i in range(self.parts)]
         else:
-            qkv = [affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(3)]
+            made = [affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(self.parts)]
         if self.lora:
             more = LowRank(self.lora, shape, axes, 1, self.product, name=ADAPTER)(x)
-            qkv = [part + more[:, :, i] for i, part in enumerate(qkv)]
-        return tuple(qkv)
+            made = [part + more[:, :, i] for i, part in enumerate(made)]
+        return tuple(made)
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x)) (pre-LayerNorm)."""
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     config: ModelConfig
     kind: str
@@ -177,50 +148,72 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: Cache, unit: Any, at: At | None, segments: Any, noise: Any, layer: Any
+        self, x: Array, cache: Cache, unit: Any, at: At | None, segments: Any, noise: Any, places: Any, layer: Any
     ) -> tuple[Array, Cache]:
         """x [B, T, D]; cache and at only in decoding: (keys, values) of all units, and where x stands; noise [B, T]
-        only with dropout: the tokens' keys; unit, layer: which of the U and of the L this is."""
+        only with dropout: the tokens' keys; places [B, T] only with rotary positions: where each token stands; unit,
+        layer: which of the U and of the L this is."""
         c, constrain = self.config, self.parallelism.constrain
         product = Product(self.parallelism.merge_rows, c.fp8, self.parallelism.outputs_first)
 
         def linear(shape: tuple[int, ...], axes: Axes, num_in: int, std: float, name: str) -> Linear:
-            return Linear(shape, axes, num_in, std, product, _beside(self.lora, name), name=name)
+            return Linear(shape, axes, num_in, std, c.biases, product, _beside(self.lora, name), name=name)
 
-        heads, head_dim = c.num_heads, c.head_dim
+        def heads_of(parts: int, heads: int, name: str) -> Heads:
+            about = product, self.parallelism.merge_qkv, _beside(self.lora, "qkv")
+            return Heads(parts, heads, c.head_dim, c.qkv_bias, *about, name=name)
+
         residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
         mask = layer_mask(c, self.kind)
-        scale = head_dim**-0.5 if c.scale_scores else 1.0
+        scale = c.head_dim**-0.5 if c.scale_scores else 1.0
 
-        h = constrain(LayerNorm(name="norm_attention")(x), ("batch", "length", None))
-        adapter = _beside(self.lora, "qkv")
-        qkv = Heads(heads, head_dim, c.qkv_bias, product, self.parallelism.merge_qkv, adapter, name="qkv")(h)
-        q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in qkv)
+        h = constrain(norm(c, "norm_attention")(x), ("batch", "length", None))
+        if c.kv_heads == c.num_heads:
+            q, k, v = heads_of(3, c.num_heads, "qkv")(h)
+        else:
+            q, k, v = *heads_of(1, c.num_heads, "q")(h), *heads_of(2, c.kv_heads, "kv")(h)
+        if places is not None:
+            q, k = (rotated(part, places, c.rotary_base) for part in (q, k))
+        q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in (q, k, v))
         with jax.named_scope("attention"):
             if at is None:
+                k, v = (_shared(part, c.num_heads) for part in (k, v))
                 h = self.parallelism.attend(q, k, v, mask, scale, segments)
             else:
                 h, cache = attend_cached(q, k, v, cache, unit, at, mask, scale, self.parallelism.read)
         h = constrain(h, ("batch", "length", "heads", None))
-        out_shape, out_axes = (heads, head_dim, c.embed_dim), ("heads", "head_dim", "embed")
+        out_shape, out_axes = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
         x = constrain(x + dropout(h, c.dropout, noise, 2 * layer + 1), RESIDUAL)
 
-        h = constrain(LayerNorm(name="norm_mlp")(x), ("batch", "length", None))
+        h = constrain(norm(c, "norm_mlp")(x), ("batch", "length", None))
         with jax.named_scope("mlp"):
-            h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
+            ways = ("mlp_gate", "mlp_up") if c.gated else ("mlp_up",)
+            made = [linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name=name)(h) for name in ways]
             # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
-            gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=not c.scan_layers)
-            h = checkpoint_name(constrain(h, ("batch", "length", "mlp")), "mlp_up")
+            activate = jax.checkpoint(ACTIVATIONS[c.activation], prevent_cse=not c.scan_layers)
+            made = [checkpoint_name(constrain(part, ("batch", "length", "mlp")), "mlp_up") for part in made]
             # XLA would make GELU part of the float8 product and fail on what its gradient needs (jaxlib 0.10.2).
-            h = gelu(jax.lax.optimization_barrier(h) if c.fp8 else h)
+            first, *gated = jax.lax.optimization_barrier(made) if c.fp8 else made
+            h = activate(first) * gated[0] if gated else activate(first)
             h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
         return constrain(x + dropout(h, c.dropout, noise, 2 * layer + 2), RESIDUAL), cache
 
 
+def norm(config: ModelConfig, name: str) -> Norm:
+    """The model's norm under a name."""
+    return Norm(config.norm, config.norm_eps, name=name)
+
+
+def _shared(x: Array, num_heads: int) -> Array:
+    """Keys or values [B, T, H/G, K] for each head of queries [B, T, H, K]."""
+    group = num_heads // x.shape[2]
+    return x if group == 1 else jnp.repeat(x, group, axis=2)
+
+
 def _beside(config: LoRAConfig | None, name: str) -> LoRAConfig | None:
-    """The adapter of one of the matrices, if it has one."""
-    return config if config and name in config.matrices else None
+    """The adapter of one of the matrices, if it has one; an MLP's gate is a part of what goes up."""
+    return config if config and {"mlp_gate": "mlp_up"}.get(name, name) in config.matrices else None
 
 
 class Unit(nn.Module):
@@ -232,7 +225,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Cache], at: Any, segments: Any, noise: Any, number: Any
+        self, carry: tuple[Array, Cache], at: Any, segments: Any, noise: Any, places: Any, number: Any
     ) -> tuple[tuple[Array, Cache], None]:
         """carry: x and, in decoding, the whole cache, so that each layer writes into it and none copies it; the rest as
         for Block; number: which of the U units this is."""
@@ -240,7 +233,7 @@ class Unit(nn.Module):
         caches = list(cache) if cache is not None else [None] * len(pattern)
         for i, kind in enumerate(pattern):
             block = Block(self.config, kind, self.parallelism, self.lora, name=f"block_{i}")
-            x, caches[i] = block(x, caches[i], number, at, segments, noise, number * len(pattern) + i)
+            x, caches[i] = block(x, caches[i], number, at, segments, noise, places, number * len(pattern) + i)
         return (x, None if cache is None else tuple(caches)), None
 
 
@@ -277,7 +270,7 @@ def _positions(places: Array, shape: tuple[int, ...], positions: Any, own: Any) 
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, U units, a final LayerNorm. The tied head lives in `loss.logits`."""
+    """Token and position embeddings, U units, a final norm. The product with the head is in `loss.logits`."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -296,7 +289,8 @@ class GPT(nn.Module):
         at: At | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Array, Array, Cache]:
-        """tokens [B, T] -> hidden [B, T, D], embedding [V', D] (both in the compute dtype), cache.
+        """tokens [B, T] -> hidden [B, T, D], head [V', D] (both in the compute dtype), cache. The head is the embedding
+        unless it is a table of its own.
 
         positions [T]: where the tokens stand, 0..T-1 unless given (`attend` must then expect that order);
         segments [B, T]: a token attends only to its own number; restarted [B, T]: each token's position in its own
@@ -305,24 +299,32 @@ class GPT(nn.Module):
         """
         c, constrain = self.config, self.parallelism.constrain
         table = named(nn.initializers.normal(0.02), ("vocab", "embed"))
-        places = named(nn.initializers.normal(0.02), (None, "embed"))
         embedding = self.param("embedding", table, (c.padded_vocab_size, c.embed_dim))
         if beside := _beside(self.lora, "embedding"):
             embedding += LowRankTable(beside, (c.padded_vocab_size, c.embed_dim), name=ADAPTER)()
-        embedding = embedding.astype(self.dtype)
-        places = self.param("positions", places, (c.seq_len, c.embed_dim)).astype(self.dtype)
         # Gathered over fsdp once, here: a lookup in a table split over fsdp would reshard every token instead.
-        embedding = constrain(embedding, ("vocab", None))
+        embedding = constrain(embedding.astype(self.dtype), ("vocab", None))
+        head = embedding
+        if not c.tied_head:
+            own_head = self.param("head", table, (c.padded_vocab_size, c.embed_dim))
+            head = constrain(own_head.astype(self.dtype), ("vocab", None))
         length = tokens.shape[1]
         # The head splits the vocabulary over tensor; a lookup in a split vocabulary would gather the whole of it.
         lookup = constrain(embedding, (None, "lookup"))
         own = restarted
         if at is not None:  # beyond the last position stands only what leaves no trace
             own = jnp.minimum(at.start[:, None] + jnp.arange(length), c.seq_len - 1)
-        if own is not None:  # cut as the embedding is: the sum is gathered then, and not each part of it
-            places = constrain(places, (None, "lookup"))
-        here = _positions(places, tokens.shape, positions, own)
-        x = constrain(look_up(lookup, tokens) + here, OUTSIDE)
+        x, places = look_up(lookup, tokens), None
+        if c.positions == "learned":
+            init = named(nn.initializers.normal(0.02), (None, "embed"))
+            learned = self.param("positions", init, (c.seq_len, c.embed_dim)).astype(self.dtype)
+            if own is not None:  # cut as the embedding is: the sum is gathered then, and not each part of it
+                learned = constrain(learned, (None, "lookup"))
+            x = x + _positions(learned, tokens.shape, positions, own)
+        else:
+            stands = (jnp.arange(length) if positions is None else jnp.asarray(positions)) if own is None else own
+            places = jnp.broadcast_to(stands, tokens.shape)
+        x = constrain(x, OUTSIDE)
         noise = None
         if dropout_key is not None and c.dropout:
             noise = token_keys(dropout_key, len(tokens), jnp.arange(length) if positions is None else positions)
@@ -340,32 +342,33 @@ class GPT(nn.Module):
             def apply(weights: Any, number: Array, x: Array, beside: Any) -> Array:
                 return one_unit.apply({"params": weights}, (x, None), None, *beside, number)[0][0]
 
-            x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, (segments, noise))
+            x = self.parallelism.pipeline(apply, self.variables["params"]["units"], x, (segments, noise, places))
         elif c.scan_layers:
             scanned = nn.scan(
                 unit,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=units,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            (x, cache), _ = scanned(*settings, name="units")((x, cache), at, segments, noise, jnp.arange(units))
+            every = scanned(*settings, name="units")
+            (x, cache), _ = every((x, cache), at, segments, noise, places, jnp.arange(units))
         elif at is not None:  # traced once for all units, which is most of what the start of an engine takes
             one_unit = Unit(*settings, parent=None)
 
             @jax.jit
-            def go(weights: Any, x: Array, cache: Cache, at: At, number: Any) -> tuple[Array, Cache]:
-                return one_unit.apply({"params": weights}, (x, cache), at, None, None, number)[0]
+            def go(weights: Any, x: Array, cache: Cache, at: At, places: Any, number: Any) -> tuple[Array, Cache]:
+                return one_unit.apply({"params": weights}, (x, cache), at, None, None, places, number)[0]
 
             for i in range(units):
-                x, cache = go(self.variables["params"][f"unit_{i}"], x, cache, at, i)
+                x, cache = go(self.variables["params"][f"unit_{i}"], x, cache, at, places, i)
         else:
             for i in range(units):
-                (x, cache), _ = unit(*settings, name=f"unit_{i}")((x, cache), at, segments, noise, i)
-        x = LayerNorm(name="norm_final")(constrain(x, OUTSIDE))
+                (x, cache), _ = unit(*settings, name=f"unit_{i}")((x, cache), at, segments, noise, places, i)
+        x = norm(c, "norm_final")(constrain(x, OUTSIDE))
         # The head splits the vocabulary over tensor, so a length split over it is gathered: here, and not per chunk.
-        return constrain(x, ("rows", "length", None)), embedding, cache
+        return constrain(x, ("rows", "length", None)), head, cache
 
 
 def layer_mask(config: ModelConfig, kind: str) -> Mask:

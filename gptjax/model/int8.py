@@ -1,7 +1,7 @@
 """Weights in 8 bits, for inference alone: a quarter of float32's bytes, of which a decoding step reads every one.
 
-Each output channel of a matrix, and each row of the embedding, has a scale of its own, its largest value over 127
-(LLM.int8(), arXiv 2208.07339, section 2.1, without the split by outliers). Activations stay as they are.
+Each output channel of a matrix, and each row of the embedding and of a head, has a scale of its own, its largest value
+over 127 (LLM.int8(), arXiv 2208.07339, section 2.1, without the split by outliers). Activations stay as they are.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jax import Array
 from gptjax.model.lora import is_adapter
 from gptjax.sharding.rules import leaf_name
 
-INPUTS = {"qkv": 1, "projection": 2, "mlp_up": 1, "mlp_down": 1}
+INPUTS = {"qkv": 1, "q": 1, "kv": 1, "projection": 2, "mlp_gate": 1, "mlp_up": 1, "mlp_down": 1}
 """Leading axes of each matrix that a product sums over."""
 
 
@@ -33,12 +33,12 @@ class Int8:
 
 
 def quantised(params: Any) -> Any:
-    """Parameters with the layers' matrices and the embedding as Int8."""
+    """Parameters with the layers' matrices, the embedding and the head as Int8."""
 
     def one(path: Any, leaf: Array) -> Any:
         name = leaf_name(path)
         words = name.split("/")
-        if name == "embedding":
+        if name in ("embedding", "head"):
             return _rounded(leaf, (1,))
         if words[-1] != "kernel" or is_adapter(name):
             return leaf

@@ -96,12 +96,17 @@ def saved(place: Place, remat: str | None = None) -> float:
     remat = remat or model.remat
     if remat == "full":
         return 0.0
-    whole = place.tokens * model.embed_dim * place.width  # [rows, length, D]
+    token = place.tokens * place.width
+    whole = token * model.embed_dim  # [rows, length, D]
     shared = whole / place.length * place.residual_length
     normaliser = place.tokens * model.num_heads / tensor * FLOAT
-    heads = whole * place.padding
-    if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner product
-        return (heads + (3 + 4) * whole) / tensor + normaliser + shared
-    # q, k and v, attention's output as it leaves the kernel and as the projection takes it, the MLP's inner product and
-    # its activation; both norms' inputs and outputs. Only what leaves attention's kernel is padded.
-    return (2 * heads + (3 + 4 + 4) * whole) / tensor + normaliser + 2 * whole + 2 * shared
+    qkv, up = (token * place.products[name].outer for name in ("qkv", "mlp_up"))  # what tensor leaves of them
+    queries = token * place.attention_width / tensor
+    heads = queries * place.padding
+    if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner products
+        return heads + qkv + up + normaliser + shared
+    # q, k and v for each head of queries, attention's output as it leaves the kernel and as the projection takes it,
+    # the MLP's inner products and what goes down; both norms' inputs and outputs. Only what leaves attention's kernel
+    # is padded.
+    down = token * place.products["mlp_down"].inner * (1 + model.gated)
+    return 2 * heads + 3 * queries + up + down + normaliser + 2 * whole + 2 * shared

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.config import Config, ModelConfig
 from gptjax.hardware import require_float8
-from gptjax.model.accounting import Reading
+from gptjax.model.accounting import Reading, matrices
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
@@ -150,14 +150,19 @@ class Place:
     @cached_property
     def products(self) -> dict[str, Product]:
         """Of a layer's matrices with a micro-batch, as one device computes them."""
-        dim, part = self.model.embed_dim, self.model.embed_dim / self.mesh["tensor"]
-        sides = {
-            "qkv": (dim, 3 * part),
-            "projection": (part, dim),
-            "mlp_up": (dim, 4 * part),
-            "mlp_down": (4 * part, dim),
-        }
-        return {name: Product(self.tokens, *each) for name, each in sides.items()}
+        tensor, sides = self.mesh["tensor"], matrices(self.model)
+
+        def cut(name: str, inner: int, outer: int) -> Product:
+            if name in ("projection", "mlp_down"):
+                return Product(self.tokens, inner / tensor, outer)
+            return Product(self.tokens, inner, outer / tensor)
+
+        return {name: cut(name, *each) for name, each in sides.items()}
+
+    def share_of(self, name: str) -> float:
+        """Of a layer's weights that are those of one of its products."""
+        own = self.products[name]
+        return own.inner * own.outer * self.width / self.matrices
 
     @property
     def recomputed(self) -> dict[str, float]:
@@ -171,14 +176,16 @@ class Place:
     @property
     def attention_width(self) -> int:
         """Of queries over all heads."""
-        return self.model.embed_dim
+        return self.model.num_heads * self.model.head_dim
 
     @property
     def between(self) -> float:
         """Numbers that a layer's forward pass reads and writes between its products, a token: 12 D of the residual
-        stream, 27 D of what tensor splits."""
-        dim = self.model.embed_dim
-        return 12 * dim * self.residual_length / self.length + 27 * dim / self.mesh["tensor"]
+        stream; of what tensor splits 7 times attention's width and five passes over the MLP's, of which a gate adds
+        half."""
+        model = self.model
+        inside = 7 * self.attention_width + 5 * model.mlp_dim * (1 + model.gated / 2)
+        return 12 * model.embed_dim * self.residual_length / self.length + inside / self.mesh["tensor"]
 
     @property
     def matrices(self) -> float:

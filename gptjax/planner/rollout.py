@@ -52,7 +52,7 @@ def rollout(place: Place) -> Rollout | None:
     weights = place.matrices * model.num_layers + place.embedding
     context = prompt + reply // 2  # in the mean
     keys = sum(min(model.window, context) if kind == "banded" else context for kind in model.layer_kinds)
-    flops = 2 * rows * (weights / place.width + 2 * model.embed_dim * keys / tensor)
+    flops = 2 * rows * (weights / place.width + 2 * place.attention_width * keys / tensor)
     residual = 2 * model.num_layers * rows * model.embed_dim * place.width  # summed twice a layer
     sent = (("all-gather", ("pipeline", "fsdp"), weights), ("all-reduce", ("tensor",), residual))
     parts = {

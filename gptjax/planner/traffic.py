@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gptjax.model.accounting import SIDES
+from gptjax.model.accounting import MATRICES
 from gptjax.planner.arithmetic import computation
 from gptjax.planner.bill import Collective
 from gptjax.planner.chips import wiring
@@ -99,8 +99,10 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
         add("all-gather", ("fsdp",), "weights", weights + split, 0.0)
     else:
         # Forward, backward, and under full remat once more but for what the backward pass needs right after: the
-        # last layer's projection and both its MLP matrices, 9 of a unit's 12 n D². A CPU's compiler keeps all of them.
-        again = (12 * unit - 9) / (12 * unit) if full and place.topology.chip.platform != "cpu" else 0.0
+        # last layer's projection and its MLP's matrices, 9 of a unit's 12 n D² in GPT-3. A CPU's compiler keeps all of
+        # them.
+        kept = (1 - place.share_of("qkv")) / unit
+        again = 1 - kept if full and place.topology.chip.platform != "cpu" else 0.0
         add("all-gather", ("fsdp",), "weights", (weights + split) * (1 + trained * (1 + again)), 1.0)
     fsdp = mesh["fsdp"]
     copies = ("context",) if _apart(place, micro) else (*COPIES, "context")
@@ -115,9 +117,10 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup. The
     # positions' gradient is a product, and goes as those of matrices; where positions are looked up, it is as the
     # embedding's.
-    positions = model.seq_len * model.embed_dim * place.width
+    positions = model.seq_len * model.embed_dim * place.width if model.positions == "learned" else 0
     others = ("pipeline", *copies)
-    add("all-gather", ("fsdp",), "embedding", place.embedding + positions)
+    tables = place.embedding * (1 if model.tied_head else 2)
+    add("all-gather", ("fsdp",), "embedding", tables + positions)
     looked_up = place.embedding * FLOAT / place.width
     scored = place.embedding if reading.predicts else 0.0
     add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (scored + looked_up) * micro)
@@ -135,7 +138,7 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     residual = place.residual * place.layers * micro * place.stretch
     ends = place.residual / stages * micro
     # What goes into the second half of an adapter is summed with what its matrix sums.
-    sums = residual * (1 + (len(adapted & SIDES.keys()) * lora.rank / (4 * model.embed_dim) if lora else 0))
+    sums = residual * (1 + (len(adapted.intersection(MATRICES)) * lora.rank / (4 * model.embed_dim) if lora else 0))
     recomputed = (2 * unit - 1) / unit if full else 0.0  # a unit's last sum is not needed again
     summed = 2 + trained * (2 + recomputed)
     add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + table * micro))
@@ -178,7 +181,8 @@ def _context_bytes(place: Place) -> float:
     model, ways, trained = place.model, place.mesh["context"], place.reading.trained
     if ways == 1:
         return 0.0
-    pair = 2 * place.rows * model.embed_dim / place.mesh["tensor"]  # keys and values of one position
+    heads = model.num_heads * model.head_dim  # keys and values go to each head of queries before they travel
+    pair = 2 * place.rows * heads / place.mesh["tensor"]  # keys and values of one position
     passes = 1 + trained * (2 if model.remat == "full" else 1)  # forward, once more, and backward
     # Gradients go one step further: home.
     ring = pair * place.length * (passes * (ways - 1) * place.width + trained * ways * FLOAT)

@@ -51,6 +51,16 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         raise UserError(
             f"layout.tensor = {mesh['tensor']}: does not divide model.num_heads = {model.num_heads}; nearest {near}"
         )
+    if model.kv_heads % mesh["tensor"]:
+        near = nearest_divisor(model.kv_heads, mesh["tensor"])
+        raise UserError(
+            f"layout.tensor = {mesh['tensor']}: does not divide model.num_kv_heads = {model.kv_heads}; nearest {near}"
+        )
+    if model.mlp_dim % mesh["tensor"]:
+        near = nearest_divisor(model.mlp_dim, mesh["tensor"])
+        raise UserError(
+            f"layout.tensor = {mesh['tensor']}: does not divide model.mlp_size = {model.mlp_dim}; nearest {near}"
+        )
     if model.embed_dim % mesh["fsdp"]:
         near = nearest_divisor(model.embed_dim, mesh["fsdp"])
         raise UserError(

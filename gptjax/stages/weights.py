@@ -28,8 +28,12 @@ from gptjax.train.run import open_run, same_weights, saved_tokenizer
 from gptjax.train.step import placed
 
 SHAPE = ("num_layers", "num_heads", "embed_dim", "seq_len", "vocab_size")
-SAME = (*SHAPE, "attention_pattern", "scale_scores", "qkv_bias")
-EMBEDDING = "embedding"
+BLOCK = (
+    *("attention_pattern", "scale_scores", "qkv_bias", "biases", "num_kv_heads", "head_size", "mlp_size"),
+    *("norm", "norm_eps", "positions", "rotary_base", "activation", "tied_head"),
+)
+SAME = (*SHAPE, *BLOCK)
+TABLES = ("embedding", "head")  # whose rows are ids; the head only where it is a table of its own
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,23 @@ class Weights:
                 )
 
     def start(self, model: ModelConfig, places: Any, see: Callable[[Any], None] = lambda params: None) -> Any:
-        """Parameters of a model that may have more ids: each of those gets the mean row of the embedding, so that none
-        is likelier than an id that says nothing. Laid out, and in the dtypes, as `places` says. `see` is shown what was
+        """Parameters of a model that may have more ids: each of those gets the mean row of each table, so that none is
+        likelier than an id that says nothing. Laid out, and in the dtypes, as `places` says. `see` is shown what was
         loaded before anything is made of it."""
         size, theirs = self.config.model.vocab_size, replace(model, vocab_size=self.config.model.vocab_size)
         wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), places)
         if model.vocab_size > size:
             rows = theirs.padded_vocab_size, model.embed_dim
-            narrow = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=wide[EMBEDDING].sharding)
-            wide = wide | {EMBEDDING: narrow}
+            narrow = {
+                name: jax.ShapeDtypeStruct(rows, jnp.float32, sharding=wide[name].sharding)
+                for name in TABLES
+                if name in wide
+            }
+            wide = wide | narrow
 
         def finish(params: Any) -> Any:
             if model.vocab_size > size:
-                params = params | {EMBEDDING: _grown(params[EMBEDDING], size, model)}
+                params = params | {name: _grown(params[name], size, model) for name in TABLES if name in params}
             return jax.tree.map(lambda p, place: p.astype(place.dtype), params, places)
 
         loaded = self.load(theirs, wide)

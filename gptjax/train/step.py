@@ -185,16 +185,13 @@ def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float] = NO_RATE
 def muon_axes(name: str) -> "MuonDimensionNumbers | None":
     """Input and output axes of a layer's matrix, the others count matrices; None for what Adam updates.
 
-    Counted from the end, since scanned layers are stacked in front. Queries, keys and values are three matrices.
+    Counted from the end, since scanned layers are stacked in front. Queries, keys and values are matrices each.
     """
     from optax.contrib import MuonDimensionNumbers
 
-    axes = {
-        "qkv": MuonDimensionNumbers(-4, (-2, -1)),  # [D, 3, H, K]
-        "projection": MuonDimensionNumbers((-3, -2), -1),  # [H, K, D]
-        "mlp_up": MuonDimensionNumbers(-2, -1),
-        "mlp_down": MuonDimensionNumbers(-2, -1),
-    }
+    heads, plain = MuonDimensionNumbers(-4, (-2, -1)), MuonDimensionNumbers(-2, -1)  # [D, parts, H, K]
+    axes = dict.fromkeys(("qkv", "q", "kv"), heads) | dict.fromkeys(("mlp_gate", "mlp_up", "mlp_down"), plain)
+    axes["projection"] = MuonDimensionNumbers((-3, -2), -1)  # [H, K, D]
     parts = name.split("/")
     return next((axes[part] for part in parts if part in axes), None) if "kernel" in parts else None
 

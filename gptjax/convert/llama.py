@@ -1,0 +1,121 @@
+"""LLaMA in `transformers`: kernels are [out, in], apart for queries, keys and values; rotary positions turn halves of a
+head, as ours do; RMSNorm, a gated MLP, no biases, and most often a head of its own."""
+
+import re
+from typing import Any
+
+from gptjax.config import ModelConfig
+from gptjax.convert.architecture import Architecture, Box, above_zero, expect, whole
+from gptjax.errors import UserError
+
+NORMS = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp"}
+
+
+def _read(values: dict[str, Any], where: str) -> ModelConfig:
+    heads, width = whole(values, "num_attention_heads", where), whole(values, "hidden_size", where)
+    both = (False, True)
+    expect(values, where, hidden_act=("silu",), attention_bias=both, mlp_bias=both, tie_word_embeddings=both)
+    expect(values, where, mlp_bias=(bool(values.get("attention_bias")),))
+    shared = whole(values, "num_key_value_heads", where) if values.get("num_key_value_heads") else heads
+    size = whole(values, "head_dim", where) if values.get("head_dim") else width // heads
+    mlp = whole(values, "intermediate_size", where)
+    return ModelConfig(
+        num_layers=whole(values, "num_hidden_layers", where),
+        num_heads=heads,
+        embed_dim=width,
+        seq_len=whole(values, "max_position_embeddings", where),
+        vocab_size=whole(values, "vocab_size", where),
+        num_kv_heads=0 if shared == heads else shared,
+        head_size=0 if size * heads == width else size,
+        mlp_size=0 if mlp == 4 * width else mlp,
+        norm="rms",
+        norm_eps=above_zero({"rms_norm_eps": 1e-6} | values, "rms_norm_eps", where),
+        positions="rotary",
+        rotary_base=_base(values, where),
+        activation="swiglu",
+        qkv_bias=bool(values.get("attention_bias")),
+        biases=bool(values.get("attention_bias")),
+        tied_head=bool(values.get("tie_word_embeddings")),
+    )
+
+
+def _base(values: dict[str, Any], where: str) -> float:
+    """Of rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = values.get(name) or {}
+        kind = given.get("rope_type", given.get("type", "default")) if isinstance(given, dict) else given
+        if kind != "default":
+            raise UserError(f"{where}: {name} = {given!r}: gptjax has only 'default'; it cannot convert this model")
+    given = {"rope_theta": 10_000.0} | values | (values.get("rope_parameters") or {})
+    return above_zero(given, "rope_theta", where)
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rotary_base,  # before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.biases,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied_head,
+    }
+
+
+def _outside(config: ModelConfig) -> list[Box]:
+    vocab, dim = config.vocab_size, config.embed_dim
+    head = [] if config.tied_head else [Box("lm_head.weight", (vocab, dim), "head", (vocab, dim))]
+    return [
+        Box("embed_tokens.weight", (vocab, dim), "embedding", (vocab, dim)),
+        Box("norm.weight", (dim,), "norm_final/scale", (dim,)),
+        *head,
+    ]
+
+
+def _block(config: ModelConfig) -> list[Box]:
+    dim, mlp, heads, size = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
+
+    def linear(tensor: str, leaf: str, extent: tuple[int, ...], num_in: int, num_out: int) -> list[Box]:
+        bias = [Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,))] if config.biases else []
+        return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
+
+    def part(name: str, leaf: str, number: int, count: int) -> list[Box]:
+        tensor, about = f"self_attn.{name}_proj", (1, count, size)
+        bias = Box(f"{tensor}.bias", (count * size,), f"{leaf}/bias", about, (number, 0, 0))
+        shape, offset = (count * size, dim), (0, number, 0, 0)
+        kernel = Box(f"{tensor}.weight", shape, f"{leaf}/kernel", (dim, *about), offset, transposed=True)
+        return [kernel, bias] if config.qkv_bias else [kernel]
+
+    if config.kv_heads == heads:
+        qkv = [box for i, name in enumerate("qkv") for box in part(name, "qkv", i, heads)]
+    else:
+        qkv = [*part("q", "q", 0, heads), *part("k", "kv", 0, config.kv_heads), *part("v", "kv", 1, config.kv_heads)]
+    return [
+        *(Box(f"{tensor}.weight", (dim,), f"{leaf}/scale", (dim,)) for tensor, leaf in NORMS.items()),
+        *qkv,
+        *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim),
+        *linear("mlp.gate_proj", "mlp_gate", (dim, mlp), dim, mlp),
+        *linear("mlp.up_proj", "mlp_up", (dim, mlp), dim, mlp),
+        *linear("mlp.down_proj", "mlp_down", (mlp, dim), mlp, dim),
+    ]
+
+
+LLAMA = Architecture(
+    "llama",
+    ("LlamaForCausalLM", "LlamaModel"),
+    _read,
+    _write,
+    _block,
+    _outside,
+    prefix="model.",
+    layers="layers",
+    constants=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+)
