@@ -38,14 +38,19 @@ class Box:
     transposed: bool = False
     scale: float = 1.0
     """What the block is multiplied by when it is written."""
+    swapped: tuple[int, int] = (0, 0)
+    """Two axes of the block that stand in each other's place in the tensor."""
 
     def block(self, tensor: np.ndarray) -> np.ndarray:
         """The tensor as our block, a view."""
-        return (tensor.T if self.transposed else tensor).reshape(self.extent)
+        extent, (a, b) = list(self.extent), self.swapped
+        extent[a], extent[b] = extent[b], extent[a]
+        return (tensor.T if self.transposed else tensor).reshape(extent).swapaxes(a, b)
 
     def tensor_of(self, leaf: np.ndarray) -> np.ndarray:
-        """The inverse: the tensor cut out of the leaf, a view unless it is scaled."""
+        """The inverse: the tensor cut out of the leaf, a view unless it is scaled or axes are swapped."""
         block = leaf[tuple(slice(o, o + e) for o, e in zip(self.offset, self.extent, strict=True))]
+        block = block.swapaxes(*self.swapped)
         matrix = block.reshape(self.shape[::-1]).T if self.transposed else block.reshape(self.shape)
         return matrix if self.scale == 1 else matrix * np.float32(self.scale)
 
@@ -85,10 +90,11 @@ def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:
     tensor, leaf = f"{name}.{box.tensor}", f"block_{position}/{box.leaf}"
     if not config.scan_layers:
         return replace(box, tensor=tensor, leaf=f"unit_{unit}/{leaf}")
-    offset = box.offset or (0,) * len(box.extent)
-    return replace(
-        box, tensor=tensor, leaf=f"units/{leaf}", offset=(unit, *offset), extent=(1, *box.extent)
-    )  # stacked over the units
+    offset, (a, b) = box.offset or (0,) * len(box.extent), box.swapped
+    swapped = (a + 1, b + 1)
+    return replace(  # stacked over the units
+        box, tensor=tensor, leaf=f"units/{leaf}", offset=(unit, *offset), extent=(1, *box.extent), swapped=swapped
+    )
 
 
 def of_gpt(config: ModelConfig) -> list[Box]:

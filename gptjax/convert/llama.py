@@ -87,23 +87,32 @@ def _block(config: ModelConfig) -> list[Box]:
         bias = [Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,))] if config.biases else []
         return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
 
-    def part(name: str, leaf: str, number: int, count: int) -> list[Box]:
-        tensor, about = f"self_attn.{name}_proj", (1, count, size)
-        bias = Box(f"{tensor}.bias", (count * size,), f"{leaf}/bias", about, (number, 0, 0))
-        shape, offset = (count * size, dim), (0, number, 0, 0)
-        kernel = Box(f"{tensor}.weight", shape, f"{leaf}/kernel", (dim, *about), offset, transposed=True)
+    group = heads // config.kv_heads
+
+    def part(name: str, number: int, count: int) -> list[Box]:
+        """`count` of the G + 2 parts of qkv; here the heads of one group stand side by side."""
+        tensor, about, out = f"self_attn.{name}_proj", (count, config.kv_heads, size), count * config.kv_heads * size
+        bias = Box(f"{tensor}.bias", (out,), "qkv/bias", about, (number, 0, 0), swapped=(0, 1))
+        extent, offset = (dim, *about), (0, number, 0, 0)
+        kernel = Box(f"{tensor}.weight", (out, dim), "qkv/kernel", extent, offset, transposed=True, swapped=(1, 2))
         return [kernel, bias] if config.qkv_bias else [kernel]
 
-    if config.kv_heads == heads:
-        qkv = [box for i, name in enumerate("qkv") for box in part(name, "qkv", i, heads)]
-    else:
-        qkv = [*part("q", "q", 0, heads), *part("k", "kv", 0, config.kv_heads), *part("v", "kv", 1, config.kv_heads)]
+    def gate(name: str, number: int) -> list[Box]:
+        """One of the two parts of what goes up."""
+        tensor, leaf = f"mlp.{name}_proj", "mlp_gate_up"
+        bias = Box(f"{tensor}.bias", (mlp,), f"{leaf}/bias", (1, mlp), (number, 0))
+        extent, offset = (dim, 1, mlp), (0, number, 0)
+        kernel = Box(f"{tensor}.weight", (mlp, dim), f"{leaf}/kernel", extent, offset, transposed=True)
+        return [kernel, bias] if config.biases else [kernel]
+
     return [
         *(Box(f"{tensor}.weight", (dim,), f"{leaf}/scale", (dim,)) for tensor, leaf in NORMS.items()),
-        *qkv,
+        *part("q", 0, group),
+        *part("k", group, 1),
+        *part("v", group + 1, 1),
         *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim),
-        *linear("mlp.gate_proj", "mlp_gate", (dim, mlp), dim, mlp),
-        *linear("mlp.up_proj", "mlp_up", (dim, mlp), dim, mlp),
+        *gate("gate", 0),
+        *gate("up", 1),
         *linear("mlp.down_proj", "mlp_down", (mlp, dim), mlp, dim),
     ]
 

@@ -35,13 +35,10 @@ def num_params(config: ModelConfig) -> int:
 
 
 def adapter_params(config: ModelConfig, lora: LoRAConfig | None) -> dict[str, int]:
-    """Matrix -> numbers in its adapters, r (in + out) in each layer, r (V + D) for the embedding; none without. Queries
-    that have more heads than keys have an adapter of their own, and so has a gate."""
+    """Matrix -> numbers in its adapters, r (in + out) in each layer, r (V + D) for the embedding; none without."""
     if lora is None:
         return {}
-    apart = {"qkv": 1 + (config.kv_heads < config.num_heads), "mlp_up": 1 + config.gated}
-    sides = {name: apart.get(name, 1) * inner + outer for name, (inner, outer) in matrices(config).items()}
-    layers = {name: config.num_layers * each for name, each in sides.items()}
+    layers = {name: config.num_layers * sum(sides) for name, sides in matrices(config).items()}
     sizes = layers | {"embedding": config.vocab_size + config.embed_dim}
     return {name: lora.rank * size for name, size in sizes.items() if name in lora.matrices}
 

@@ -105,12 +105,16 @@ class Linear(nn.Module):
 
 
 class Heads(nn.Module):
-    """x [B, T, D] -> `parts` of queries, keys and values, each [B, T, H, K]: one array of weights, and a product for
-    each, since a GPU's attention kernel would need copies of the parts of one; or one product where the layout says
-    so."""
+    """x [B, T, D] -> queries [B, T, H, K], keys and values [B, T, H/G, K]: one array of weights, and a product for
+    each, since a GPU's attention kernel would need copies of the three parts of one; or one product where the layout
+    says so.
 
-    parts: int
+    The weights are [D, G+2, H/G, K]: of each group of heads that share keys the G queries, the keys and the values. So
+    `tensor` cuts all of them between groups.
+    """
+
     num_heads: int
+    kv_heads: int
     head_dim: int
     has_bias: bool
     product: Product
@@ -119,22 +123,28 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
-        out_shape, out_axes = (self.parts, self.num_heads, self.head_dim), (None, "heads", "head_dim")
+        group = self.num_heads // self.kv_heads
+        out_shape, out_axes = (group + 2, self.kv_heads, self.head_dim), (None, "heads", "head_dim")
         shape, axes = (x.shape[-1], *out_shape), ("embed", *out_axes)
         size, names = self.product.lie(shape, axes, 1)
         kernel = self.param("kernel", named(nn.initializers.normal(0.02), names), size)
-        biases: Any = (None,) * self.parts
+        biases: Any = None
         if self.has_bias:
             biases = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape)
+        parts = (slice(group) if group > 1 else 0, group, group + 1)
         if self.merged:
             out = self.product(x, kernel.astype(x.dtype), 1)
             out = out + biases.astype(x.dtype) if self.has_bias else out
-            made = [out[:, :, i] for i in range(self.parts)]
+            made = [out[:, :, part] for part in parts]
         else:
-            made = [affine(x, kernel[:, i], biases[i], 1, self.product) for i in range(self.parts)]
+            made = [
+                affine(x, kernel[:, part], biases[part] if self.has_bias else None, 1, self.product) for part in parts
+            ]
         if self.lora:
             more = LowRank(self.lora, shape, axes, 1, self.product, name=ADAPTER)(x)
-            made = [part + more[:, :, i] for i, part in enumerate(made)]
+            made = [own + more[:, :, part] for own, part in zip(made, parts, strict=True)]
+        if group > 1:  # queries [B, T, G, H/G, K], whose groups come first
+            made[0] = made[0].swapaxes(2, 3).reshape(*x.shape[:2], self.num_heads, self.head_dim)
         return tuple(made)
 
 
@@ -159,19 +169,13 @@ class Block(nn.Module):
         def linear(shape: tuple[int, ...], axes: Axes, num_in: int, std: float, name: str) -> Linear:
             return Linear(shape, axes, num_in, std, c.biases, product, _beside(self.lora, name), name=name)
 
-        def heads_of(parts: int, heads: int, name: str) -> Heads:
-            about = product, self.parallelism.merge_qkv, _beside(self.lora, "qkv")
-            return Heads(parts, heads, c.head_dim, c.qkv_bias, *about, name=name)
-
         residual_std = 0.02 * (2 * c.num_layers) ** -0.5  # GPT-2, section 2.3
         mask = layer_mask(c, self.kind)
         scale = c.head_dim**-0.5 if c.scale_scores else 1.0
 
         h = constrain(norm(c, "norm_attention")(x), ("batch", "length", None))
-        if c.kv_heads == c.num_heads:
-            q, k, v = heads_of(3, c.num_heads, "qkv")(h)
-        else:
-            q, k, v = *heads_of(1, c.num_heads, "q")(h), *heads_of(2, c.kv_heads, "kv")(h)
+        about = product, self.parallelism.merge_qkv, _beside(self.lora, "qkv")
+        q, k, v = Heads(c.num_heads, c.kv_heads, c.head_dim, c.qkv_bias, *about, name="qkv")(h)
         if places is not None:
             q, k = (rotated(part, places, c.rotary_base) for part in (q, k))
         q, k, v = (checkpoint_name(constrain(part, ("batch", "length", "heads", None)), "qkv") for part in (q, k, v))
@@ -188,14 +192,18 @@ class Block(nn.Module):
 
         h = constrain(norm(c, "norm_mlp")(x), ("batch", "length", None))
         with jax.named_scope("mlp"):
-            ways = ("mlp_gate", "mlp_up") if c.gated else ("mlp_up",)
-            made = [linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name=name)(h) for name in ways]
+            if c.gated:  # [B, T, 2, F]: one product, whose gradient is summed over tensor once
+                h = linear((c.embed_dim, 2, c.mlp_dim), ("embed", None, "mlp"), 1, 0.02, name="mlp_gate_up")(h)
+            else:
+                h = linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, 0.02, name="mlp_up")(h)
             # Its gradient from its input: autodiff would keep four more arrays of this size in every scanned layer.
-            activate = jax.checkpoint(ACTIVATIONS[c.activation], prevent_cse=not c.scan_layers)
-            made = [checkpoint_name(constrain(part, ("batch", "length", "mlp")), "mlp_up") for part in made]
+            activate = jax.checkpoint(partial(_activated, c), prevent_cse=not c.scan_layers)
+            axes = ("batch", "length", None, "mlp") if c.gated else ("batch", "length", "mlp")
+            h = checkpoint_name(constrain(h, axes), "mlp_up")
             # XLA would make GELU part of the float8 product and fail on what its gradient needs (jaxlib 0.10.2).
-            first, *gated = jax.lax.optimization_barrier(made) if c.fp8 else made
-            h = activate(first) * gated[0] if gated else activate(first)
+            h = activate(jax.lax.optimization_barrier(h) if c.fp8 else h)
+            if c.gated:  # else the gradients of the two parts travel over tensor (CPU compiler, sequence_sharding)
+                h = constrain(h, ("batch", "length", "mlp"))
             h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
         return constrain(x + dropout(h, c.dropout, noise, 2 * layer + 2), RESIDUAL), cache
 
@@ -203,6 +211,12 @@ class Block(nn.Module):
 def norm(config: ModelConfig, name: str) -> Norm:
     """The model's norm under a name."""
     return Norm(config.norm, config.norm_eps, name=name)
+
+
+def _activated(config: ModelConfig, x: Array) -> Array:
+    """What goes down again of an MLP's [B, T, F], or [B, T, 2, F] with a gate."""
+    activation = ACTIVATIONS[config.activation]
+    return activation(x[:, :, 0]) * x[:, :, 1] if config.gated else activation(x)
 
 
 def _shared(x: Array, num_heads: int) -> Array:
@@ -213,7 +227,7 @@ def _shared(x: Array, num_heads: int) -> Array:
 
 def _beside(config: LoRAConfig | None, name: str) -> LoRAConfig | None:
     """The adapter of one of the matrices, if it has one; an MLP's gate is a part of what goes up."""
-    return config if config and {"mlp_gate": "mlp_up"}.get(name, name) in config.matrices else None
+    return config if config and name.replace("gate_", "") in config.matrices else None
 
 
 class Unit(nn.Module):

@@ -14,7 +14,7 @@ from jax import Array
 from gptjax.model.lora import is_adapter
 from gptjax.sharding.rules import leaf_name
 
-INPUTS = {"qkv": 1, "q": 1, "kv": 1, "projection": 2, "mlp_gate": 1, "mlp_up": 1, "mlp_down": 1}
+INPUTS = {"qkv": 1, "projection": 2, "mlp_up": 1, "mlp_gate_up": 1, "mlp_down": 1}
 """Leading axes of each matrix that a product sums over."""
 
 

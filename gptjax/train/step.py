@@ -185,13 +185,18 @@ def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float] = NO_RATE
 def muon_axes(name: str) -> "MuonDimensionNumbers | None":
     """Input and output axes of a layer's matrix, the others count matrices; None for what Adam updates.
 
-    Counted from the end, since scanned layers are stacked in front. Queries, keys and values are matrices each.
+    Counted from the end, since scanned layers are stacked in front. Queries, keys and values are matrices each,
+    queries that share keys G of them.
     """
     from optax.contrib import MuonDimensionNumbers
 
-    heads, plain = MuonDimensionNumbers(-4, (-2, -1)), MuonDimensionNumbers(-2, -1)  # [D, parts, H, K]
-    axes = dict.fromkeys(("qkv", "q", "kv"), heads) | dict.fromkeys(("mlp_gate", "mlp_up", "mlp_down"), plain)
-    axes["projection"] = MuonDimensionNumbers((-3, -2), -1)  # [H, K, D]
+    axes = {
+        "qkv": MuonDimensionNumbers(-4, (-2, -1)),  # [D, G+2, H/G, K]
+        "projection": MuonDimensionNumbers((-3, -2), -1),  # [H, K, D]
+        "mlp_up": MuonDimensionNumbers(-2, -1),
+        "mlp_gate_up": MuonDimensionNumbers(-3, -1),  # [D, 2, F]
+        "mlp_down": MuonDimensionNumbers(-2, -1),
+    }
     parts = name.split("/")
     return next((axes[part] for part in parts if part in axes), None) if "kernel" in parts else None
 
