@@ -34,7 +34,7 @@ SLOTS = 8
 
 
 def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto", slots: int = SLOTS) -> "Model":
-    """The model of a run folder, or of a Hugging Face directory with GPT-2 or GPT-Neo.
+    """The model of a run folder, or of a Hugging Face directory with GPT-2, GPT-Neo or LLaMA.
 
     layout: how it lies on the attached devices; None is the only one, or of several the heads over as many as divide
     them; one without a -1 takes the first so many, so that LayoutConfig(fsdp=1) is a single one. weights: auto (the
@@ -59,7 +59,7 @@ def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto"
 
 
 def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:
-    devices, heads = jax.devices(), config.model.num_heads
+    devices, heads = jax.devices(), config.model.kv_heads
     if layout is None:
         layout = LayoutConfig(data=-1, fsdp=1, tensor=math.gcd(len(devices), heads))
     degrees = [getattr(layout, name) for name in MESH_AXES]

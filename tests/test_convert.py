@@ -20,6 +20,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gptjax
 from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig
 from gptjax.convert.architecture import Box, assemble, boxes
@@ -29,6 +30,8 @@ from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
+from gptjax.infer.engine import Request
+from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import forward
 from gptjax.model.loss import cross_entropy, logits
 from gptjax.parallel.network import Network
@@ -498,7 +501,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no weights; expected model.safetensors"),
     "shard elsewhere": (shard_elsewhere, r"\.\./other/model.safetensors is not a file of this folder"),
     "lost shard": (lost_shard, r"model-00002-of-00002.safetensors: not a whole safetensors file"),
-    "unknown architecture": (lambda f: configure(f, model_type="llama"), r"model_type = 'llama': gptjax converts gpt2"),
+    "unknown architecture": (lambda f: configure(f, model_type="mamba"), r"model_type = 'mamba': gptjax converts gpt2"),
     "another head": (lambda f: configure(f, architectures=["GPT2ForTokenClassification"]), r"gptjax converts GPT2LM"),
     "activation": (lambda f: configure(f, activation_function="relu"), r"activation_function = 'relu': .* 'gelu_new'"),
     "inner": (lambda f: configure(f, n_inner=77), r"n_inner = 77: gptjax has only None or 128"),
@@ -554,6 +557,75 @@ def test_bad_gpt_neo_configs(tmp_path: Path, changes: dict[str, Any], message: s
     configure(source, **changes)
     with pytest.raises(UserError, match=message):
         open_directory(source)
+
+
+LLAMA = ModelConfig(
+    num_layers=2,
+    num_heads=4,
+    embed_dim=32,
+    seq_len=24,
+    vocab_size=261,
+    num_kv_heads=2,
+    head_size=6,
+    mlp_size=40,
+    norm="rms",
+    positions="rotary",
+    activation="swiglu",
+    qkv_bias=False,
+    biases=False,
+    tied_head=False,
+    scan_layers=False,
+)
+NEO = replace(SMALL, num_layers=2, attention_pattern=("dense", "banded"), window=5, qkv_bias=False, seq_len=24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': gptjax has only 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias = True: gptjax has only False"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = .*'llama3'.* only 'default'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*'linear'.* only 'default'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps = 0: expected a number above 0"),
+        ({"num_key_value_heads": 3}, "model.num_kv_heads = 3: does not divide model.num_heads = 4; nearest"),
+        ({"head_dim": 7}, "model.head_size = 7: rotary positions turn pairs; nearest 8"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from embed_tokens.weight"),
+    ],
+)
+def test_bad_llama_configs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    source = directory(tmp_path / "source", LLAMA)
+    configure(source, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        open_directory(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "model.activation = relu: no architecture .* LLaMA has --model.activation swiglu"),
+        ({"positions": "learned"}, "model.positions = learned: no architecture .* --model.positions rotary"),
+        ({"attention_pattern": ("banded",)}, "model.attention_pattern = banded: .* --model.attention_pattern dense"),
+    ],
+)
+def test_what_no_architecture_computes_is_not_written(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        counterpart(replace(LLAMA, **change))
+
+
+@pytest.mark.parametrize("model", [SMALL, NEO, LLAMA], ids=["gpt2", "gpt_neo", "llama"])
+def test_the_engines_greedy_text_is_that_of_transformers(
+    model: ModelConfig, torch: Any, transformers: Any, tmp_path: Path
+) -> None:
+    model = replace(model, seq_len=24)
+    folder = directory(tmp_path / "peer", model)
+    peer, ours = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), gptjax.load(str(folder))
+    for length in (1, 7):
+        prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
+        (reply,) = ours.engine.run([Request(prompt, 15, Sampling(0.0))])
+        ids = torch.tensor([prompt])
+        theirs = peer.generate(ids, max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert reply.tokens == theirs[0, length:].tolist()
 
 
 @settings(max_examples=100)
