@@ -106,7 +106,7 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     heads, head_dim, layers = draw(st.integers(1, 4)), draw(st.integers(3, 11)), draw(st.integers(3, 6))
     vocab, length = draw(st.integers(70, 300)), draw(st.integers(9, 40))
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
-    family = draw(st.sampled_from(["llama", "gpt2", "gpt_neo"]))
+    family = draw(st.sampled_from(["falcon", "llama", "gpt2", "gpt_neo"]))
     if family == "llama":
         biases, shared = draw(st.booleans()), draw(st.sampled_from([h for h in (1, 2, 3, 4) if heads % h == 0]))
         return transformers.LlamaConfig(
@@ -122,6 +122,22 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
             tie_word_embeddings=draw(st.booleans()),
             attention_bias=biases,
             mlp_bias=biases,
+            **common,
+        )
+    if family == "falcon":
+        later = draw(st.booleans())
+        return transformers.FalconConfig(
+            max_position_embeddings=length,
+            hidden_size=2 * heads * head_dim,
+            ffn_hidden_size=draw(st.integers(5, 90)),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_kv_heads=draw(st.sampled_from([h for h in (1, 2, 3, 4) if heads % h == 0])) if later else None,
+            new_decoder_architecture=later,
+            num_ln_in_parallel_attn=draw(st.sampled_from([None, 1, 2])) if later else None,
+            multi_query=draw(st.booleans()),
+            parallel_attn=later or draw(st.booleans()),
+            bias=draw(st.booleans()),
             **common,
         )
     if family == "gpt2":
@@ -140,7 +156,7 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     )
 
 
-@settings(max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
     torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -603,9 +619,13 @@ def test_bad_llama_configs(tmp_path: Path, changes: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "relu"}, "model.activation = relu: no architecture .* LLaMA has --model.activation swiglu"),
-        ({"positions": "learned"}, "model.positions = learned: no architecture .* --model.positions rotary"),
+        ({"activation": "relu"}, "model.activation = relu: LlamaForCausalLM, .* has swiglu; .* --model.activation swi"),
+        ({"positions": "learned"}, "model.biases = false: GPTNeoForCausalLM, which is nearest .* --model.biases true"),
         ({"attention_pattern": ("banded",)}, "model.attention_pattern = banded: .* --model.attention_pattern dense"),
+        (
+            {"norm": "layer", "num_kv_heads": 0},
+            "model.activation = swiglu: FalconForCausalLM, .* --model.activation gelu",
+        ),
     ],
 )
 def test_what_no_architecture_computes_is_not_written(change: dict[str, Any], message: str) -> None:
@@ -613,7 +633,15 @@ def test_what_no_architecture_computes_is_not_written(change: dict[str, Any], me
         counterpart(replace(LLAMA, **change))
 
 
-@pytest.mark.parametrize("model", [SMALL, NEO, LLAMA], ids=["gpt2", "gpt_neo", "llama"])
+LATER = replace(SMALL, positions="rotary", activation="gelu", biases=False, qkv_bias=False)
+FALCONS = (
+    replace(LATER, parallel_mlp="one_norm", num_kv_heads=1),
+    replace(LATER, parallel_mlp="two_norms", num_kv_heads=2),
+)
+FAMILIES = {"gpt2": SMALL, "gpt_neo": NEO, "llama": LLAMA, "falcon_7b": FALCONS[0], "falcon_40b": FALCONS[1]}
+
+
+@pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 def test_the_engines_greedy_text_is_that_of_transformers(
     model: ModelConfig, torch: Any, transformers: Any, tmp_path: Path
 ) -> None:

@@ -116,36 +116,43 @@ def test_layout_equals_single_device(name: str, steady: Config, single: tuple[np
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, single[1])
 
 
-@pytest.fixture(scope="module")
-def llama(steady: Config) -> Config:
-    """What a LLaMA has that GPT-3 has not, with the band."""
-    shapes = replace(steady.model, num_kv_heads=4, head_size=6, mlp_size=48, tied_head=False)
-    block = replace(shapes, norm="rms", positions="rotary", activation="swiglu", qkv_bias=False, biases=False)
-    return replace(steady, model=block)
+LATER: dict[str, Any] = {"num_kv_heads": 4, "head_size": 6, "mlp_size": 48, "positions": "rotary"}
+LATER |= {"qkv_bias": False, "biases": False}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": LATER | {"norm": "rms", "activation": "swiglu", "tied_head": False},
+    "falcon": LATER | {"activation": "gelu", "parallel_mlp": "two_norms"},
+}
+"""What these have that GPT-3 has not; with its band."""
 
 
 @pytest.fixture(scope="module")
-def llama_single(llama: Config) -> tuple[np.ndarray, dict]:
-    return run(llama, 1)
+def families(steady: Config) -> dict[str, tuple[Config, np.ndarray, dict]]:
+    """Config, losses and parameters of each on one device."""
+    configs = {name: replace(steady, model=replace(steady.model, **block)) for name, block in FAMILIES.items()}
+    return {name: (config, *run(config, 1)) for name, config in configs.items()}
 
 
-LLAMA_LAYOUTS = (
-    "fsdp2_tp4_sequence",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp8", "fsdp2_context4", "pipeline2_fsdp4")),
-    pytest.param("fsdp2_context2_tp2_sequence", marks=pytest.mark.whole),
-    pytest.param("pipeline2_fsdp2_tp2_sequence", marks=pytest.mark.whole),
-    pytest.param("dp2_fsdp2_tp2", marks=pytest.mark.whole),
-)
+FAMILY_LAYOUTS = [
+    ("llama", "fsdp2_tp4_sequence"),
+    *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("fsdp8", "fsdp2_context4", "pipeline2_fsdp4")),
+    *(pytest.param("falcon", name, marks=pytest.mark.slow) for name in ("dp2_fsdp2_tp2", "pipeline2_fsdp4")),
+    *(
+        pytest.param("llama", name, marks=pytest.mark.whole)
+        for name in ("fsdp2_context2_tp2_sequence", "pipeline2_fsdp2_tp2_sequence", "dp2_fsdp2_tp2")
+    ),
+    *(pytest.param("falcon", name, marks=pytest.mark.whole) for name in ("fsdp2_context4", "fsdp2_tp4_sequence")),
+]
 
 
-@pytest.mark.parametrize("name", LLAMA_LAYOUTS)
-def test_a_llama_on_a_layout_equals_single_device(
-    name: str, llama: Config, llama_single: tuple[np.ndarray, dict]
+@pytest.mark.parametrize(("family", "name"), FAMILY_LAYOUTS)
+def test_later_decoders_on_a_layout_equal_a_single_device(
+    family: str, name: str, families: dict[str, tuple[Config, np.ndarray, dict]]
 ) -> None:
-    losses, params = run(replace(llama, layout=LAYOUTS[name]), 8)
-    assert llama_single[0][-1] < llama_single[0][0] - 0.5
-    np.testing.assert_allclose(losses, llama_single[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), params, llama_single[1])
+    config, losses, params = families[family]
+    spread, spread_params = run(replace(config, layout=LAYOUTS[name]), 8)
+    assert losses[-1] < losses[0] - 0.5
+    np.testing.assert_allclose(spread, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), spread_params, params)
 
 
 COUNTED = (0, 1, 7, 60)  # of the 64 targets in each quarter of a batch

@@ -468,6 +468,7 @@ def blocks(draw: st.DrawFn) -> ModelConfig:
         norm=draw(st.sampled_from(["layer", "rms"])),
         positions=draw(st.sampled_from(["learned", "rotary"])),
         activation=draw(st.sampled_from([*ACTIVATIONS])),
+        parallel_mlp=draw(st.sampled_from(["no", "one_norm", "two_norms"])),
         **flags,
     )
 

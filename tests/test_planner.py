@@ -58,9 +58,11 @@ TUNING = SFTConfig(
 LAYERS = LoRAConfig(rank=8, matrices=("qkv", "projection", "mlp_up", "mlp_down"))
 LATER = replace(SMALL.model, num_heads=16, num_kv_heads=8, head_size=16, mlp_size=512, tied_head=False)
 LLAMA = replace(LATER, norm="rms", positions="rotary", activation="swiglu", qkv_bias=False, biases=False)
+FALCON = replace(LATER, positions="rotary", activation="gelu", parallel_mlp="one_norm", tied_head=True)
 KINDS = {
     "pretrain": SMALL,
     "llama": replace(SMALL, model=LLAMA),
+    "falcon": replace(SMALL, model=FALCON),
     "sft": TUNING,
     "lora": replace(TUNING, lora=LoRAConfig(rank=8)),
     "lora of layers": replace(TUNING, lora=LAYERS),
@@ -283,6 +285,7 @@ PRETRAINED = [("pretrain", layout) for layout in BILLED if layout != "context"]
 TUNED = [("sft", layout) for layout in ("fsdp", "fsdp_tensor", "context", "pipeline_fsdp")]
 ADAPTED = [("lora", layout) for layout in ("fsdp", "data", "tensor", "fsdp_tensor_sequence", "pipeline_fsdp")]
 LATER_ONES = [("llama", layout) for layout in BILLED if "replica" not in layout]
+LATER_ONES += [("falcon", layout) for layout in ("fsdp_tensor", "fsdp_tensor_sequence")]
 COVERED = [("lora", layout) for layout in ("fsdp_tensor", "replica_fsdp", "pipeline_tensor")]
 """Of the parts of others: the network's axes as without adapters, and what adapters add on the axes above."""
 
@@ -299,7 +302,7 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     lowered, mesh = lower(config, CPU)
     compiled, here = lowered.compile(), place(config, CPU)
     held = 4 * (here.local_trained + here.local_moments) + here.local_frozen
-    batch = 4 * (2 if kind in ("pretrain", "llama") else 4) * 32 // here.ways("batch") * 256
+    batch = 4 * (2 if kind in ("pretrain", "llama", "falcon") else 4) * 32 // here.ways("batch") * 256
     assert compiled.memory_analysis().argument_size_in_bytes - batch == pytest.approx(held, rel=1e-3)
     # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
     program = read(compiled.as_text(), mesh, config.max_accumulation)

@@ -90,6 +90,9 @@ class ModelConfig:
     """The slowest of rotary's turns takes about 2 pi times so many tokens."""
     activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = "gelu_tanh"
     """Of the MLP; swiglu and geglu multiply what is activated with a second product (arXiv 2002.05202)."""
+    parallel_mlp: Literal["no", "one_norm", "two_norms"] = "no"
+    """Whether the MLP reads what attention reads, and both are added at once: through the norm of attention, as in
+    Falcon 7B, or one of its own, as in Falcon 40B (arXiv 2311.16867)."""
     tied_head: bool = True
     """Whether the embedding is what scores the vocabulary, too; else the head is a table of its own."""
     scan_layers: bool = True

@@ -67,6 +67,8 @@ class Architecture:
     write: Callable[[ModelConfig], dict[str, Any]]
     block: Callable[[ModelConfig], list[Box]]
     """The tensors of one layer, names and leaves relative to it."""
+    fixed: Callable[[ModelConfig], dict[str, tuple[Any, ...]]]
+    """Of a model that is to be written, the values that fields of its config may have."""
     outside: Callable[[ModelConfig], list[Box]]
     """The tensors outside the layers, the embedding first."""
     prefix: str = "transformer."
@@ -95,6 +97,18 @@ def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:
     return replace(  # stacked over the units
         box, tensor=tensor, leaf=f"units/{leaf}", offset=(unit, *offset), extent=(1, *box.extent), swapped=swapped
     )
+
+
+def dense(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    """Of those without a band; see Architecture.fixed."""
+    return {"attention_pattern": (("dense",) * len(config.attention_pattern),)}
+
+
+def plain(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    """Of GPT-2 and GPT-Neo, whose block is that of the defaults."""
+    names = ("biases", "num_kv_heads", "head_size", "mlp_size", "norm", "norm_eps", "activation", "parallel_mlp")
+    usual = ModelConfig(1, config.num_heads, config.embed_dim)
+    return {name: (getattr(usual, name),) for name in (*names, "tied_head")}
 
 
 def of_gpt(config: ModelConfig) -> list[Box]:
@@ -152,6 +166,24 @@ def rate(values: dict[str, Any], name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"{where}: {name} = {value!r}: expected a rate in [0, 1)")
     return float(value)
+
+
+def rotary_base(values: dict[str, Any], where: str) -> float:
+    """Of rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before. Raises
+    UserError for any but the plain kind."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = values.get(name) or {}
+        kind = given.get("rope_type", given.get("type", "default")) if isinstance(given, dict) else given
+        if kind != "default":
+            raise UserError(f"{where}: {name} = {given!r}: gptjax has only 'default'; it cannot convert this model")
+    given = {"rope_theta": 10_000.0} | values | (values.get("rope_parameters") or {})
+    return above_zero(given, "rope_theta", where)
+
+
+def of_rotary(config: ModelConfig) -> dict[str, Any]:
+    """The same as it is written, for older versions, too."""
+    base = config.rotary_base
+    return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
 def above_zero(values: dict[str, Any], name: str, where: str) -> float:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, rate, whole
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, plain, rate, whole
 
 
 def _read(values: dict[str, Any], where: str) -> ModelConfig:
@@ -68,6 +68,7 @@ GPT2 = Architecture(
     _read,
     _write,
     _block,
+    plain,
     of_gpt,
     constants=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
 )

@@ -5,7 +5,7 @@ import re
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, rate, whole
+from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, plain, rate, whole
 from gptjax.errors import UserError
 
 Kind = Literal["dense", "banded"]
@@ -108,6 +108,7 @@ GPT_NEO = Architecture(
     _read,
     _write,
     _block,
+    plain,
     of_gpt,
     constants=re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)"),
 )

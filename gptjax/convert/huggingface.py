@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
 from gptjax.config.fields import explain
 from gptjax.convert.architecture import Architecture, Box, assemble, boxes
+from gptjax.convert.falcon import FALCON
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
 from gptjax.convert.llama import LLAMA
@@ -35,20 +36,8 @@ from gptjax.files import read_json
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
-ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA)}
+ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA, FALCON)}
 HEAD = "lm_head.weight"  # which stands beside the model, not below its prefix
-PLAIN = ModelConfig(1, 1, 1)
-LATER = (
-    *("biases", "num_kv_heads", "head_size", "mlp_size", "norm", "norm_eps", "positions", "activation", "tied_head"),
-)
-"""Fields in which a model that is neither GPT-2 nor GPT-Neo differs from both."""
-LLAMA_FIELDS: dict[str, Any] = {
-    "norm": "rms",
-    "positions": "rotary",
-    "activation": "swiglu",
-    "attention_pattern": ("dense",),
-    "scale_scores": True,
-}
 UNROLLED_LAYERS = 12  # as in configs/: unrolled is faster, but deeper models would compile for long
 
 
@@ -149,30 +138,24 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def counterpart(model: ModelConfig) -> Architecture:
     """The architecture that computes what a model computes. Raises UserError where there is none."""
-    later = {name: getattr(model, name) for name in LATER if getattr(model, name) != getattr(PLAIN, name)}
-    if later:
-        return _later(model, later)
-    if not model.qkv_bias:
-        return GPT_NEO
-    if "banded" in model.attention_pattern:
-        raise UserError(
-            f"model.attention_pattern = {','.join(model.attention_pattern)}: Hugging Face has local attention in "
-            "GPT-Neo alone, without biases on q, k and v; train a model to export with --model.qkv_bias false"
-        )
-    return GPT2
-
-
-def _later(model: ModelConfig, given: dict[str, Any]) -> Architecture:
-    """LLaMA, where a model is one, of whose fields these are not GPT's."""
-    wanted = LLAMA_FIELDS | {"biases": model.qkv_bias}
-    for name, value in wanted.items():
-        if getattr(model, name) != value:
-            shown = " ".join(f"--model.{field} {_typed(each)}" for field, each in given.items())
+    if model.positions == "learned":
+        near = GPT2 if model.qkv_bias else GPT_NEO
+        if near is GPT2 and "banded" in model.attention_pattern:
             raise UserError(
-                f"model.{name} = {_typed(getattr(model, name))}: no architecture that gptjax writes for Hugging Face "
-                f"has it beside {shown}; LLaMA has --model.{name} {_typed(value)}"
+                f"model.attention_pattern = {','.join(model.attention_pattern)}: Hugging Face has local attention in "
+                "GPT-Neo alone, without biases on q, k and v; train a model to export with --model.qkv_bias false"
             )
-    return LLAMA
+    else:
+        near = LLAMA if model.norm == "rms" else FALCON
+    for name, values in near.fixed(model).items():
+        given = getattr(model, name)
+        if given not in values:
+            shown = " or ".join(map(_typed, values))
+            raise UserError(
+                f"model.{name} = {_typed(given)}: {near.classes[0]}, which is nearest of what gptjax writes for "
+                f"Hugging Face, has {shown}; train a model to export with --model.{name} {_typed(values[0])}"
+            )
+    return near
 
 
 def _typed(value: Any) -> str:

@@ -5,8 +5,7 @@ import re
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import Architecture, Box, above_zero, expect, whole
-from gptjax.errors import UserError
+from gptjax.convert.architecture import Architecture, Box, above_zero, dense, expect, of_rotary, rotary_base, whole
 
 NORMS = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp"}
 
@@ -31,23 +30,12 @@ def _read(values: dict[str, Any], where: str) -> ModelConfig:
         norm="rms",
         norm_eps=above_zero({"rms_norm_eps": 1e-6} | values, "rms_norm_eps", where),
         positions="rotary",
-        rotary_base=_base(values, where),
+        rotary_base=rotary_base(values, where),
         activation="swiglu",
         qkv_bias=bool(values.get("attention_bias")),
         biases=bool(values.get("attention_bias")),
         tied_head=bool(values.get("tie_word_embeddings")),
     )
-
-
-def _base(values: dict[str, Any], where: str) -> float:
-    """Of rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
-    for name in ("rope_parameters", "rope_scaling"):
-        given = values.get(name) or {}
-        kind = given.get("rope_type", given.get("type", "default")) if isinstance(given, dict) else given
-        if kind != "default":
-            raise UserError(f"{where}: {name} = {given!r}: gptjax has only 'default'; it cannot convert this model")
-    given = {"rope_theta": 10_000.0} | values | (values.get("rope_parameters") or {})
-    return above_zero(given, "rope_theta", where)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -61,12 +49,20 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rotary_base,  # before transformers 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        **of_rotary(config),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.biases,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tied_head,
+    }
+
+
+def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    return dense(config) | {
+        "activation": ("swiglu",),
+        "parallel_mlp": ("no",),
+        "scale_scores": (True,),
+        "biases": (config.qkv_bias,),
     }
 
 
@@ -123,6 +119,7 @@ LLAMA = Architecture(
     _read,
     _write,
     _block,
+    _fixed,
     _outside,
     prefix="model.",
     layers="layers",

@@ -27,7 +27,7 @@ def num_params(config: ModelConfig) -> int:
     positions have no numbers; a head of its own has V D."""
     dim, sides = config.embed_dim, matrices(config)
     of_norm = dim * (2 if config.norm == "layer" else 1)
-    vectors = 2 * of_norm + config.qkv_bias * sides["qkv"][1]
+    vectors = (1 if config.parallel_mlp == "one_norm" else 2) * of_norm + config.qkv_bias * sides["qkv"][1]
     vectors += config.biases * sum(sides[name][1] for name in MATRICES if name != "qkv")
     tables = config.vocab_size * (1 if config.tied_head else 2)
     tables += config.seq_len if config.positions == "learned" else 0

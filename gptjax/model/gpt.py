@@ -149,7 +149,7 @@ class Heads(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); or both at once."""
 
     config: ModelConfig
     kind: str
@@ -173,7 +173,7 @@ class Block(nn.Module):
         mask = layer_mask(c, self.kind)
         scale = c.head_dim**-0.5 if c.scale_scores else 1.0
 
-        h = constrain(norm(c, "norm_attention")(x), ("batch", "length", None))
+        h = read = constrain(norm(c, "norm_attention")(x), ("batch", "length", None))
         about = product, self.parallelism.merge_qkv, _beside(self.lora, "qkv")
         q, k, v = Heads(c.num_heads, c.kv_heads, c.head_dim, c.qkv_bias, *about, name="qkv")(h)
         if places is not None:
@@ -188,9 +188,11 @@ class Block(nn.Module):
         h = constrain(h, ("batch", "length", "heads", None))
         out_shape, out_axes = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
         h = checkpoint_name(linear(out_shape, out_axes, 2, residual_std, name="projection")(h), "projection")
-        x = constrain(x + dropout(h, c.dropout, noise, 2 * layer + 1), RESIDUAL)
+        attended = dropout(h, c.dropout, noise, 2 * layer + 1)
+        if c.parallel_mlp == "no":
+            x = constrain(x + attended, RESIDUAL)
 
-        h = constrain(norm(c, "norm_mlp")(x), ("batch", "length", None))
+        h = read if c.parallel_mlp == "one_norm" else constrain(norm(c, "norm_mlp")(x), ("batch", "length", None))
         with jax.named_scope("mlp"):
             if c.gated:  # [B, T, 2, F]: one product, whose gradient is summed over tensor once
                 h = linear((c.embed_dim, 2, c.mlp_dim), ("embed", None, "mlp"), 1, 0.02, name="mlp_gate_up")(h)
@@ -205,7 +207,8 @@ class Block(nn.Module):
             if c.gated:  # else the gradients of the two parts travel over tensor (CPU compiler, sequence_sharding)
                 h = constrain(h, ("batch", "length", "mlp"))
             h = linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, residual_std, name="mlp_down")(h)
-        return constrain(x + dropout(h, c.dropout, noise, 2 * layer + 2), RESIDUAL), cache
+        h = dropout(h, c.dropout, noise, 2 * layer + 2)
+        return constrain(x + (h if c.parallel_mlp == "no" else attended + h), RESIDUAL), cache
 
 
 def norm(config: ModelConfig, name: str) -> Norm:

@@ -145,9 +145,12 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     add("all-gather", ("tensor",), "tokens looked up", ends)
     add("all-reduce", ("tensor",), "the loss's gradient", trained * ends)
     if layout.sequence_sharding:
+        # What attention and the MLP read, and the gradient of what they give: once where both read, or give, the same.
         # No policy but none keeps what a matrix read, whole along the length. Of an adapter's gradient, once more what
         # its matrix needs of the residual's.
-        gathers = 2 + trained * (2 if model.remat == "none" else 4) + len({"projection", "mlp_down"} & adapted)
+        reads, gives = 1 if model.parallel_mlp == "one_norm" else 2, 2 if model.parallel_mlp == "no" else 1
+        gathers = reads + trained * (gives + (0 if model.remat == "none" else reads))
+        gathers += len({"projection", "mlp_down"} & adapted)
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
         add("reduce-scatter", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
     else:
