@@ -5,7 +5,7 @@
 22 layers of 2048, 32 heads of queries that share 4 of keys and values, a gated MLP of 5632, rotary positions; 3T tokens
 in batches of 2M, cosine to a tenth. DIR is a folder with LLaMA's tokenizer.json or tokenizer.model.
 
-Compiled for v5p-32: 1.00 GB a device.
+Compiled for v5p-32: 67.39 GB a device.
 """
 
 from gptjax.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig

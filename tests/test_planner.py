@@ -761,9 +761,11 @@ def target(path: Path) -> tuple[str, float]:
     return found[1], float(found[2])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("gpt3_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("gpt3_*.py"), CONFIGS / "llama_1b.py"]), ids=lambda path: path.stem
+)
 def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
-    """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512."""
+    """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512, and a LLaMA."""
     where, peak = target(path)
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
