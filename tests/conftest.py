@@ -7,6 +7,8 @@ from devices import FAST
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Two workers may describe a TPU's topology at once; the first alone would be let in. And no host is asked what it is.
+os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # else the command line starts its process once more
 
 # Every worker and every process that a test starts: what one has compiled the others read. A folder of the tests' own,
