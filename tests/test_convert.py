@@ -101,14 +101,13 @@ def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tupl
 
 
 @st.composite
-def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
+def peer_configs(draw: st.DrawFn, transformers: Any, family: str) -> Any:
     """Random `transformers` configs of odd sizes; a local window is shorter than the sequence."""
     heads, head_dim, layers = draw(st.integers(1, 4)), draw(st.integers(3, 11)), draw(st.integers(3, 6))
     vocab, length = draw(st.integers(70, 300)), draw(st.integers(9, 40))
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
-    family = draw(st.sampled_from(["falcon", "llama", "gpt2", "gpt_neo"]))
     if family == "llama":
-        biases, shared = draw(st.booleans()), draw(st.sampled_from([h for h in (1, 2, 3, 4) if heads % h == 0]))
+        biases, heads, shared = draw(st.booleans()), 2 * heads, draw(st.sampled_from([2, 1, 2 * heads]))
         return transformers.LlamaConfig(
             max_position_embeddings=length,
             hidden_size=heads * head_dim,
@@ -125,7 +124,7 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
             **common,
         )
     if family == "falcon":
-        later = draw(st.booleans())
+        later = draw(st.sampled_from([True, False]))  # the first of what is drawn is the simplest
         return transformers.FalconConfig(
             max_position_embeddings=length,
             hidden_size=2 * heads * head_dim,
@@ -156,14 +155,15 @@ def peer_configs(draw: st.DrawFn, transformers: Any) -> Any:
     )
 
 
-@settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama", "falcon"])
+@settings(max_examples=2, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
-    torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    torch: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("peer")
     torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(data.draw(peer_configs(transformers))).eval()
+    peer = transformers.AutoModelForCausalLM.from_config(data.draw(peer_configs(transformers, family))).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +128,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def families(steady: Config) -> dict[str, tuple[Config, np.ndarray, dict]]:
-    """Config, losses and parameters of each on one device."""
-    configs = {name: replace(steady, model=replace(steady.model, **block)) for name, block in FAMILIES.items()}
-    return {name: (config, *run(config, 1)) for name, config in configs.items()}
+def families(steady: Config) -> Callable[[str], tuple[Config, np.ndarray, dict]]:
+    """Of a family config, losses and parameters on one device."""
+
+    @cache
+    def single(name: str) -> tuple[Config, np.ndarray, dict]:
+        config = replace(steady, model=replace(steady.model, **FAMILIES[name]))
+        return config, *run(config, 1)
+
+    return single
 
 
 FAMILY_LAYOUTS = [
@@ -146,9 +153,9 @@ FAMILY_LAYOUTS = [
 
 @pytest.mark.parametrize(("family", "name"), FAMILY_LAYOUTS)
 def test_later_decoders_on_a_layout_equal_a_single_device(
-    family: str, name: str, families: dict[str, tuple[Config, np.ndarray, dict]]
+    family: str, name: str, families: Callable[[str], tuple[Config, np.ndarray, dict]]
 ) -> None:
-    config, losses, params = families[family]
+    config, losses, params = families(family)
     spread, spread_params = run(replace(config, layout=LAYOUTS[name]), 8)
     assert losses[-1] < losses[0] - 0.5
     np.testing.assert_allclose(spread, losses, rtol=1e-5)
