@@ -117,7 +117,7 @@ def test_json_round_trip() -> None:
     assert c.from_json(c.to_json(BASE)) == BASE
     text = c.to_json(BASE)
     for wrong, message in {
-        text.replace('"dropout"', '"colour"'): "model.colour = 0.0: no such field; did you mean model.dropout?",
+        text.replace('"dropout"', '"dropuot"'): "model.dropuot = 0.0: no such field; did you mean model.dropout?",
         text[: len(text) // 2]: "not whole JSON",
         text.replace('"adamw"', '"adam"'): "optimizer.kind = adam: choose from adamw, muon",
         text.replace("0.95", "NaN"): "optimizer.b2 = nan: must be a finite number",

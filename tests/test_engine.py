@@ -263,17 +263,18 @@ def test_other_parameters_between_two_rounds() -> None:
 
 
 @pytest.mark.slow
-def test_weights_in_8_and_16_bits_are_near() -> None:
+@pytest.mark.parametrize("name", ["scanned", "llama"])
+def test_weights_in_8_and_16_bits_are_near(name: str) -> None:
     """Each in a type of its own, and stacked layers laid apart."""
-    config = MODELS["scanned"]
-    gpt, params = model("scanned")
+    config = MODELS[name]
+    gpt, params = model(name)
     flat = gpt.clone(config=replace(config, scan_layers=False))
     request = Request(prompt(20, 5), 1, GREEDY, tops=5)
-    (want,) = engine("scanned").run([request])
-    for name, near in (("float32", 1e-5), ("bfloat16", 0.2), ("int8", 0.2)):
-        held = prepared(apart(params, config), name, jnp.dtype("float32"))
+    (want,) = engine(name).run([request])
+    for kind, near in (("float32", 1e-5), ("bfloat16", 0.2), ("int8", 0.2)):
+        held = prepared(apart(params, config), kind, jnp.dtype("float32"))
         (got,) = Engine(flat, held, slots=1, steps=2, chunk=16).run([request])
-        assert got.tops[0][0][1] == pytest.approx(want.tops[0][0][1], abs=near), name
+        assert got.tops[0][0][1] == pytest.approx(want.tops[0][0][1], abs=near), kind
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
     assert size < 0.4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
