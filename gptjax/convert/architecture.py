@@ -121,6 +121,20 @@ def of_gpt(config: ModelConfig) -> list[Box]:
     ]
 
 
+def linear(
+    tensor: str, leaf: str, extent: tuple[int, ...], num_in: int, num_out: int, has_bias: bool = True
+) -> list[Box]:
+    """A kernel [out, in], and its bias if it has one."""
+    bias = [Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,))] if has_bias else []
+    return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
+
+
+def own_head(config: ModelConfig) -> list[Box]:
+    """The head where it is a table of its own."""
+    shape = config.vocab_size, config.embed_dim
+    return [] if config.tied_head else [Box("lm_head.weight", shape, "head", shape)]
+
+
 def norm(tensor: str, leaf: str, dim: int) -> list[Box]:
     """A LayerNorm's two vectors."""
     return [

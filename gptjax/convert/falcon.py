@@ -10,8 +10,10 @@ from gptjax.convert.architecture import (
     above_zero,
     dense,
     expect,
+    linear,
     norm,
     of_rotary,
+    own_head,
     rate,
     rotary_base,
     whole,
@@ -96,11 +98,10 @@ def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
 
 def _outside(config: ModelConfig) -> list[Box]:
     vocab, dim = config.vocab_size, config.embed_dim
-    head = [] if config.tied_head else [Box("lm_head.weight", (vocab, dim), "head", (vocab, dim))]
     return [
         Box("word_embeddings.weight", (vocab, dim), "embedding", (vocab, dim)),
         *norm("ln_f", "norm_final", dim),
-        *head,
+        *own_head(config),
     ]
 
 
@@ -108,10 +109,6 @@ def _block(config: ModelConfig) -> list[Box]:
     dim, mlp, heads, size = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
     parts, groups = heads // config.kv_heads + 2, config.kv_heads
     out = parts * groups * size
-
-    def linear(tensor: str, leaf: str, extent: tuple[int, ...], num_in: int, num_out: int) -> list[Box]:
-        bias = [Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,))] if config.biases else []
-        return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
 
     norms = {
         "no": {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp"},
@@ -124,9 +121,9 @@ def _block(config: ModelConfig) -> list[Box]:
         *(box for tensor, leaf in norms.items() for box in norm(tensor, leaf, dim)),
         Box(f"{name}.weight", (out, dim), "qkv/kernel", extent, transposed=True, swapped=(1, 2)),
         *([bias] if config.qkv_bias else []),
-        *linear("self_attention.dense", "projection", (heads, size, dim), heads * size, dim),
-        *linear("mlp.dense_h_to_4h", "mlp_up", (dim, mlp), dim, mlp),
-        *linear("mlp.dense_4h_to_h", "mlp_down", (mlp, dim), mlp, dim),
+        *linear("self_attention.dense", "projection", (heads, size, dim), heads * size, dim, config.biases),
+        *linear("mlp.dense_h_to_4h", "mlp_up", (dim, mlp), dim, mlp, config.biases),
+        *linear("mlp.dense_4h_to_h", "mlp_down", (mlp, dim), mlp, dim, config.biases),
     ]
 
 

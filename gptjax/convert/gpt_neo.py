@@ -5,7 +5,19 @@ import re
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import COMMON, Architecture, Box, common, expect, norm, of_gpt, plain, rate, whole
+from gptjax.convert.architecture import (
+    COMMON,
+    Architecture,
+    Box,
+    common,
+    expect,
+    linear,
+    norm,
+    of_gpt,
+    plain,
+    rate,
+    whole,
+)
 from gptjax.errors import UserError
 
 Kind = Literal["dense", "banded"]
@@ -74,12 +86,6 @@ def _block(config: ModelConfig) -> list[Box]:
     dim, mlp, heads = config.embed_dim, config.mlp_dim, (config.num_heads, config.head_dim)
     # GPT-Neo divides nothing by sqrt(K), so our division goes into the queries.
     scales = (config.head_dim**-0.5 if config.scale_scores else 1.0, 1.0, 1.0)
-
-    def linear(tensor: str, leaf: str, extent: tuple[int, ...], num_in: int, num_out: int) -> list[Box]:
-        return [
-            Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True),
-            Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,)),
-        ]
 
     return [
         *norm("ln_1", "norm_attention", dim),

@@ -5,7 +5,18 @@ import re
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.convert.architecture import Architecture, Box, above_zero, dense, expect, of_rotary, rotary_base, whole
+from gptjax.convert.architecture import (
+    Architecture,
+    Box,
+    above_zero,
+    dense,
+    expect,
+    linear,
+    of_rotary,
+    own_head,
+    rotary_base,
+    whole,
+)
 
 NORMS = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp"}
 
@@ -68,20 +79,15 @@ def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
 
 def _outside(config: ModelConfig) -> list[Box]:
     vocab, dim = config.vocab_size, config.embed_dim
-    head = [] if config.tied_head else [Box("lm_head.weight", (vocab, dim), "head", (vocab, dim))]
     return [
         Box("embed_tokens.weight", (vocab, dim), "embedding", (vocab, dim)),
         Box("norm.weight", (dim,), "norm_final/scale", (dim,)),
-        *head,
+        *own_head(config),
     ]
 
 
 def _block(config: ModelConfig) -> list[Box]:
     dim, mlp, heads, size = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
-
-    def linear(tensor: str, leaf: str, extent: tuple[int, ...], num_in: int, num_out: int) -> list[Box]:
-        bias = [Box(f"{tensor}.bias", (num_out,), f"{leaf}/bias", (num_out,))] if config.biases else []
-        return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
 
     group = heads // config.kv_heads
 
@@ -106,10 +112,10 @@ def _block(config: ModelConfig) -> list[Box]:
         *part("q", 0, group),
         *part("k", group, 1),
         *part("v", group + 1, 1),
-        *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim),
+        *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim, config.biases),
         *gate("gate", 0),
         *gate("up", 1),
-        *linear("mlp.down_proj", "mlp_down", (mlp, dim), mlp, dim),
+        *linear("mlp.down_proj", "mlp_down", (mlp, dim), mlp, dim, config.biases),
     ]
 
 
