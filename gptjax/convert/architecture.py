@@ -101,7 +101,7 @@ def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:
 
 def dense(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """Of those without a band; see Architecture.fixed."""
-    return {"attention_pattern": (("dense",) * len(config.attention_pattern),)}
+    return {"attention_pattern": (("dense",),)} if "banded" in config.attention_pattern else {}
 
 
 def plain(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
