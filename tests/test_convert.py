@@ -633,20 +633,29 @@ def test_what_no_architecture_computes_is_not_written(change: dict[str, Any], me
         counterpart(replace(LLAMA, **change))
 
 
-LATER = replace(SMALL, positions="rotary", activation="gelu", biases=False, qkv_bias=False)
+LATER = replace(SMALL, seq_len=24, positions="rotary", activation="gelu", biases=False, qkv_bias=False)
 FALCONS = (
     replace(LATER, parallel_mlp="one_norm", num_kv_heads=1),
     replace(LATER, parallel_mlp="two_norms", num_kv_heads=2),
 )
-FAMILIES = {"gpt2": SMALL, "gpt_neo": NEO, "llama": LLAMA, "falcon_7b": FALCONS[0], "falcon_40b": FALCONS[1]}
+FAMILIES = {
+    "gpt2": replace(SMALL, seq_len=24),
+    "gpt_neo": NEO,
+    "llama": LLAMA,
+    "falcon_7b": FALCONS[0],
+    "falcon_40b": FALCONS[1],
+}
 
 
 @pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 def test_the_engines_greedy_text_is_that_of_transformers(
-    model: ModelConfig, torch: Any, transformers: Any, tmp_path: Path
+    model: ModelConfig, torch: Any, transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = replace(model, seq_len=24)
     folder = directory(tmp_path / "peer", model)
+    assert cli.run(["convert", str(folder), str(tmp_path / "run")]) == 0
+    assert cli.run(["convert", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    assert "folded into q" not in capsys.readouterr().out
+    assert same_bytes(bytes_of(folder), bytes_of(tmp_path / "again"))
     peer, ours = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), gptjax.load(str(folder))
     for length in (1, 7):
         prompt = np.random.default_rng(length).integers(0, 256, length).tolist()

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 
 from gptjax.config import Config, LayoutConfig
+from gptjax.convert.architecture import Architecture
+from gptjax.convert.gpt_neo import GPT_NEO
 from gptjax.convert.huggingface import counterpart, finetune_config, is_huggingface, open_directory, write_directory
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.tokenizers import load_tokenizer
@@ -47,15 +49,18 @@ def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     lines = [
         f"{target}: {architecture.classes[0]}, {size / 1e6:,.1f} MB of {dtype}",
         *([f"note: {note}"] if note else []),
-        *(["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"] * _folds(config)),
+        *(
+            ["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"]
+            * _folds(config, architecture)
+        ),
         f"  sample  gptjax sample {where} --prompt 'def '",
         f"  python  transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
     ]
     return "\n".join(lines)
 
 
-def _folds(config: Config) -> bool:
-    return config.model.scale_scores and not config.model.qkv_bias
+def _folds(config: Config, architecture: Architecture) -> bool:
+    return config.model.scale_scores and architecture is GPT_NEO
 
 
 def _to_run(source: str, target: Path, dtype: str) -> str:
