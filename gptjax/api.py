@@ -34,7 +34,7 @@ SLOTS = 8
 
 
 def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto", slots: int = SLOTS) -> "Model":
-    """The model of a run folder, or of a Hugging Face directory with GPT-2, GPT-Neo or LLaMA.
+    """The model of a run folder, or of a Hugging Face directory with GPT-2, GPT-Neo, LLaMA or Falcon.
 
     layout: how it lies on the attached devices; None is the only one, or of several the heads over as many as divide
     them; one without a -1 takes the first so many, so that LayoutConfig(fsdp=1) is a single one. weights: auto (the

@@ -129,6 +129,16 @@ def linear(
     return [Box(f"{tensor}.weight", (num_out, num_in), f"{leaf}/kernel", extent, transposed=True), *bias]
 
 
+def heads_of(tensor: str, config: ModelConfig, first: int, count: int) -> list[Box]:
+    """`count` of the G + 2 parts of qkv, from one tensor in which those of a group of heads stand side by side."""
+    about, out = (count, config.kv_heads, config.head_dim), count * config.kv_heads * config.head_dim
+    extent, offset = (config.embed_dim, *about), (0, first, 0, 0)
+    shape = out, config.embed_dim
+    kernel = Box(f"{tensor}.weight", shape, "qkv/kernel", extent, offset, transposed=True, swapped=(1, 2))
+    bias = Box(f"{tensor}.bias", (out,), "qkv/bias", about, (first, 0, 0), swapped=(0, 1))
+    return [kernel, bias] if config.qkv_bias else [kernel]
+
+
 def own_head(config: ModelConfig) -> list[Box]:
     """The head where it is a table of its own."""
     shape = config.vocab_size, config.embed_dim

@@ -10,6 +10,7 @@ from gptjax.convert.architecture import (
     above_zero,
     dense,
     expect,
+    heads_of,
     linear,
     norm,
     of_rotary,
@@ -84,16 +85,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     some = {"num_kv_heads": (0, 1, config.num_heads)} if config.parallel_mlp == "no" else {}
-    return (
-        dense(config)
-        | some
-        | {
-            "activation": ("gelu",),
-            "head_size": (0, config.embed_dim // config.num_heads),
-            "scale_scores": (True,),
-            "biases": (config.qkv_bias,),
-        }
-    )
+    fixed = {"activation": ("gelu",), "scale_scores": (True,), "biases": (config.qkv_bias,)}
+    return dense(config) | some | fixed | {"head_size": (0, config.embed_dim // config.num_heads)}
 
 
 def _outside(config: ModelConfig) -> list[Box]:
@@ -107,20 +100,15 @@ def _outside(config: ModelConfig) -> list[Box]:
 
 def _block(config: ModelConfig) -> list[Box]:
     dim, mlp, heads, size = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
-    parts, groups = heads // config.kv_heads + 2, config.kv_heads
-    out = parts * groups * size
-
+    parts = heads // config.kv_heads + 2
     norms = {
         "no": {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp"},
         "one_norm": {"input_layernorm": "norm_attention"},
         "two_norms": {"ln_attn": "norm_attention", "ln_mlp": "norm_mlp"},
     }[config.parallel_mlp]
-    extent, name = (dim, parts, groups, size), "self_attention.query_key_value"
-    bias = Box(f"{name}.bias", (out,), "qkv/bias", extent[1:], swapped=(0, 1))
     return [
         *(box for tensor, leaf in norms.items() for box in norm(tensor, leaf, dim)),
-        Box(f"{name}.weight", (out, dim), "qkv/kernel", extent, transposed=True, swapped=(1, 2)),
-        *([bias] if config.qkv_bias else []),
+        *heads_of("self_attention.query_key_value", config, 0, parts),
         *linear("self_attention.dense", "projection", (heads, size, dim), heads * size, dim, config.biases),
         *linear("mlp.dense_h_to_4h", "mlp_up", (dim, mlp), dim, mlp, config.biases),
         *linear("mlp.dense_4h_to_h", "mlp_down", (mlp, dim), mlp, dim, config.biases),

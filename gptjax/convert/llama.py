@@ -11,6 +11,7 @@ from gptjax.convert.architecture import (
     above_zero,
     dense,
     expect,
+    heads_of,
     linear,
     of_rotary,
     own_head,
@@ -91,14 +92,6 @@ def _block(config: ModelConfig) -> list[Box]:
 
     group = heads // config.kv_heads
 
-    def part(name: str, number: int, count: int) -> list[Box]:
-        """`count` of the G + 2 parts of qkv; here the heads of one group stand side by side."""
-        tensor, about, out = f"self_attn.{name}_proj", (count, config.kv_heads, size), count * config.kv_heads * size
-        bias = Box(f"{tensor}.bias", (out,), "qkv/bias", about, (number, 0, 0), swapped=(0, 1))
-        extent, offset = (dim, *about), (0, number, 0, 0)
-        kernel = Box(f"{tensor}.weight", (out, dim), "qkv/kernel", extent, offset, transposed=True, swapped=(1, 2))
-        return [kernel, bias] if config.qkv_bias else [kernel]
-
     def gate(name: str, number: int) -> list[Box]:
         """One of the two parts of what goes up."""
         tensor, leaf = f"mlp.{name}_proj", "mlp_gate_up"
@@ -109,9 +102,9 @@ def _block(config: ModelConfig) -> list[Box]:
 
     return [
         *(Box(f"{tensor}.weight", (dim,), f"{leaf}/scale", (dim,)) for tensor, leaf in NORMS.items()),
-        *part("q", 0, group),
-        *part("k", group, 1),
-        *part("v", group + 1, 1),
+        *heads_of("self_attn.q_proj", config, 0, group),
+        *heads_of("self_attn.k_proj", config, group, 1),
+        *heads_of("self_attn.v_proj", config, group + 1, 1),
         *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim, config.biases),
         *gate("gate", 0),
         *gate("up", 1),

@@ -10,7 +10,6 @@ from gptjax.planner.arithmetic import passes
 from gptjax.planner.chips import Topology, topology
 from gptjax.planner.cost import times
 from gptjax.planner.place import Place
-from gptjax.planner.products import Product
 from gptjax.planner.published import SHAPES, Name, Run, Shape
 from gptjax.planner.search import named
 from gptjax.planner.traffic import traffic
@@ -30,33 +29,9 @@ class Guest(Place):
     again: tuple[Name, ...] = ()
     attention_again: bool = True
 
-    @cached_property
-    def products(self) -> dict[str, Product]:
-        tensor, s = self.mesh["tensor"], self.shape
-        heads, mlp = s.attention / tensor, s.mlp / tensor
-        sides = {
-            "qkv": (s.width, heads * (1 + 2 / s.shared)),
-            "projection": (heads, s.width),
-            "mlp_up": (s.width, (1 + s.gated) * mlp),
-            "mlp_down": (mlp, s.width),
-        }
-        return {name: Product(self.tokens, *each) for name, each in sides.items()}
-
     @property
     def recomputed(self) -> dict[str, float]:
         return dict.fromkeys(self.again, 1.0) | {"attention": float(self.attention_again)}
-
-    @property
-    def attention_width(self) -> int:
-        return self.shape.attention
-
-    @property
-    def between(self) -> float:
-        """12 D of the residual stream; of the 27 D of our block 7 are attention's and 20 the MLP's, five passes over
-        its width, of which a gate adds half."""
-        s = self.shape
-        inside = 7 * s.attention + 5 * s.mlp * (1 + s.gated / 2)
-        return 12 * s.width * self.residual_length / self.length + inside / self.mesh["tensor"]
 
     @cached_property
     def local_trained(self) -> float:
@@ -79,8 +54,20 @@ def guest(run: Run, pod: Topology) -> Guest:
     s = run.shape
     size = round(run.batch * pod.num_devices)
     remat: Literal["dots", "full"] = "full" if "projection" in run.again else "dots"
-    heads = s.width // 128
-    model = ModelConfig(s.layers, heads, s.width, s.length, s.vocab, fp8=run.bits == 8, remat=remat)
+    heads = s.attention // 128
+    model = ModelConfig(
+        s.layers,
+        heads,
+        s.width,
+        s.length,
+        s.vocab,
+        num_kv_heads=heads // s.shared,
+        head_size=128,
+        mlp_size=s.mlp,
+        activation="swiglu" if s.gated else "gelu_tanh",
+        fp8=run.bits == 8,
+        remat=remat,
+    )
     plain = Config("published", model, train=TrainConfig(batch_size=size, micro_batch_size=size))
     config = named(plain, run.layout)
     mesh = dict(zip(MESH_AXES, degrees(config.layout, pod.num_devices), strict=True))
