@@ -7,7 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from gptjax.config.fields import FREE, ROUNDING, SAME_CONTENT, Count, Positive, Seed, frozen
+from gptjax.config.data import DataConfig, DialogueConfig, LabelledConfig, PairConfig, PromptConfig, RankingConfig
+from gptjax.config.fields import FREE, ROUNDING, Count, Positive, Seed, frozen
+from gptjax.config.model import LoRAConfig, ModelConfig
 
 
 def _degree(value: int) -> int:
@@ -29,221 +31,7 @@ def _address(text: str) -> str:
     return text
 
 
-def _conversation(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(names) > 3:
-        raise ValueError("give one field of messages or a transcript, or prompt,reply, or instruction,input,reply")
-    return names
-
-
 Degree = Annotated[int, AfterValidator(_degree)]
-
-
-@frozen
-class ModelConfig:
-    """The GPT-3 paper's decoder (arXiv 2005.14165, section 2.1), as the defaults say; what later decoders do otherwise
-    is said from `num_kv_heads` on."""
-
-    num_layers: Positive
-    """Number of blocks L."""
-    num_heads: Positive
-    """Attention heads H per layer; must divide embed_dim unless head_size is given."""
-    embed_dim: Positive
-    """Width D of the residual stream."""
-    seq_len: Positive = 2048
-    """Context T in tokens."""
-    vocab_size: Positive = 50257
-    """Vocabulary V before padding; at least what the tokenizer can make of a text. Ids beyond it are never sampled."""
-    attention_pattern: Annotated[tuple[Literal["dense", "banded"], ...], Field(min_length=1)] = ("dense",)
-    """The unit that repeats over the layers, such as dense,banded; its length divides num_layers."""
-    window: Positive = 256
-    """Keys W that a query of a banded layer sees, itself included."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout rate on embeddings and residual branches; 0 for pretraining."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Weights are float32."""
-    fp8: bool = False
-    """Products of the layers in float8, one scale a tensor from the tensor itself (arXiv 2209.05433): e4m3 forward,
-    e5m2 gradients. Embedding, head and attention stay in the compute dtype; CPUs emulate it."""
-    separate_documents: bool = False
-    """A token attends only within its own document; GPT-3 lets it see the whole packed row."""
-    attention: Annotated[Literal["auto", "blockwise", "cudnn", "splash", "reference"], ROUNDING] = "auto"
-    """Attention backend; auto picks by device and prints its choice."""
-    scale_scores: bool = True
-    """Divide attention scores by sqrt(head_dim); GPT-Neo does not."""
-    qkv_bias: bool = True
-    """Biases on queries, keys and values; GPT-Neo has none."""
-    biases: bool = True
-    """Biases on what attention and the MLP give; LLaMA has none."""
-    num_kv_heads: Count = 0
-    """Heads of keys and values, each shared by H / num_kv_heads heads of queries (arXiv 2305.13245); 0 is H."""
-    head_size: Count = 0
-    """Width K of a head; 0 is D / H."""
-    mlp_size: Count = 0
-    """Width F of the MLP; 0 is 4 D."""
-    norm: Literal["layer", "rms"] = "layer"
-    """layer has mean 0 and a bias (LayerNorm); rms divides by the root of the mean square alone (arXiv 1910.07467)."""
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """What is added to a norm's variance."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """learned embeddings of T positions, or queries and keys turned by where they stand (arXiv 2104.09864)."""
-    rotary_base: Annotated[float, Field(gt=1)] = 10_000.0
-    """The slowest of rotary's turns takes about 2 pi times so many tokens."""
-    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = "gelu_tanh"
-    """Of the MLP; swiglu and geglu multiply what is activated with a second product (arXiv 2002.05202)."""
-    parallel_mlp: Literal["no", "one_norm", "two_norms"] = "no"
-    """Whether the MLP reads what attention reads, and both are added at once: through the norm of attention, as in
-    Falcon 7B, or one of its own, as in Falcon 40B (arXiv 2311.16867)."""
-    tied_head: bool = True
-    """Whether the embedding is what scores the vocabulary, too; else the head is a table of its own."""
-    scan_layers: bool = True
-    """Scan over the pattern units (compile time independent of depth) or unroll them."""
-    remat: Annotated[Literal["none", "dots", "full"], ROUNDING] = "none"
-    """What the backward pass recomputes: nothing, all but the matrix products, or whole units."""
-    loss_chunk: Annotated[Positive, ROUNDING] = 256
-    """Positions per sequence whose logits are in memory at once."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width K of a head."""
-        return self.head_size or self.embed_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def mlp_dim(self) -> int:
-        """Width F of the MLP."""
-        return self.mlp_size or 4 * self.embed_dim
-
-    @property
-    def gated(self) -> bool:
-        """Whether two products go into the MLP's activation."""
-        return self.activation in ("swiglu", "geglu")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """V rounded up to a multiple of 128, the lane width of TPUs and a tile of tensor cores."""
-        return -(-self.vocab_size // 128) * 128
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The attention kind of each of the L layers."""
-        return self.attention_pattern * (self.num_layers // len(self.attention_pattern))
-
-
-@frozen
-class SourceConfig:
-    """Where records come from, whatever they hold."""
-
-    source: Annotated[str, Field(min_length=1), SAME_CONTENT]
-    """tfds:NAME, or files, folders and globs with commas between: .jsonl .ndjson .json .csv .tsv .parquet .arrow, each
-    also .gz .zst .xz .bz2."""
-    format: Annotated[Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
-    """How files are read; auto goes by their endings."""
-    train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
-    """Part to train on, such as train[:95%]; tfds:NAME has other splits, too."""
-    eval_split: Annotated[str, Field(min_length=1)] = "train[95%:]"
-    """Part to evaluate on."""
-    cache_dir: Annotated[str, Field(min_length=1), FREE] = "~/.cache/gptjax"
-    """Where built datasets live."""
-    tokenizer: Annotated[str, Field(min_length=1), SAME_CONTENT] = "bytes"
-    """bytes; sentencepiece:N, a vocabulary of N made of the training text and kept in cache_dir; DIR or gpt2:DIR, a
-    folder with a Hugging Face tokenizer (tokenizer.json, or GPT-2's vocab.json and merges.txt, or encoder.json and
-    vocab.bpe) or with tokenizer.model alone; or a SentencePiece .model file."""
-    seed: Seed = 0
-    """Seed of the global shuffle."""
-    threads: Annotated[Positive, FREE] = 1
-    """Reading and tokenising threads per process; more where the log's data_wait says that steps wait for text."""
-
-    @property
-    def made_pieces(self) -> int:
-        """N of a tokenizer sentencepiece:N; 0 for one that is there already."""
-        kind, _, size = self.tokenizer.partition(":")
-        return int(size) if kind == "sentencepiece" else 0
-
-
-@frozen
-class DataConfig(SourceConfig):
-    """Where text comes from and how it becomes rows of tokens."""
-
-    source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
-    """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
-    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
-    text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
-    """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
-    max_chars: Positive = 65536
-    """Longer documents are stored as consecutive records of this many characters."""
-    split_by: Literal["document", "position"] = "document"
-    """What those parts hold: whole documents, by a hash of each one's text, or a stretch of every document by position,
-    for a text of one document or a few."""
-    lanes: Positive = 1
-    """Independent packed streams that fill a batch side by side; divides the micro-batch. A
-    process reads only the lanes of its rows."""
-    fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of documents that are learned with their middle last, half of them in each of the orders PSM and SPM, so
-    that the model can fill in between two texts (arXiv 2207.14255); three more ids of model.vocab_size. 0 is none."""
-
-
-@frozen
-class DialogueConfig(SourceConfig):
-    """Where conversations come from, which fields of a record hold them, and how they become rows of tokens."""
-
-    split_by: ClassVar[str] = "document"
-    lanes: ClassVar[int] = 1
-
-    format: Annotated[Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
-    """How files are read; auto goes by their endings."""
-    tokenizer: Annotated[str, SAME_CONTENT] = ""
-    """bytes; DIR or gpt2:DIR, a folder with a Hugging Face tokenizer; or a SentencePiece .model file; empty is that of
-    init_from."""
-    fields: Annotated[tuple[str, ...], AfterValidator(_conversation), SAME_CONTENT] = ()
-    """Fields that hold the conversation: one of messages or of a transcript; prompt,reply; or instruction,input,reply.
-    A dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found:
-    messages; conversations; instruction,input,output; prompt,completion; prompt,response; question,answer; chosen."""
-    too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of a conversation that is longer than the context: its beginning is cut off, or it is left out."""
-    packing: bool = True
-    """Several conversations to a row, of which none sees another; else one a row, and the rest of it empty."""
-    invalid: Literal["refuse", "drop"] = "refuse"
-    """What becomes of a record that is no conversation to learn from: the build ends with its place and the reason, or
-    the record is left out and counted by reason."""
-
-
-@frozen
-class RankingConfig(DialogueConfig):
-    """Where ranked replies come from: prompt, replies, ranks (1 is best, equal ranks are ties), or chosen, rejected and
-    perhaps a prompt of their own."""
-
-    max_replies: Annotated[int, Field(ge=2, le=9)] = 2
-    """Replies K that a prompt has at most; each of them takes a sequence of the batch, whether it is there or not."""
-    too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of a prompt with a reply that together are longer than the context: the beginning is cut off, or the
-    prompt is left out."""
-    invalid: Literal["refuse", "drop"] = "drop"
-    """What becomes of a record that is no ranking to learn from: the build ends with its place and the reason, or the
-    record is left out and counted by reason."""
-
-
-@frozen
-class PromptConfig(DialogueConfig):
-    """Where prompts come from that a policy is to answer, perhaps with an answer to compare its reply with. Of whole
-    conversations and of ranked replies the prompt is taken, without what the assistant says at its end."""
-
-    fields: Annotated[tuple[str, ...], AfterValidator(_conversation), SAME_CONTENT] = ()
-    """Fields that hold the prompt, as messages, a transcript or text; prompt,answer; or instruction,input,answer. A
-    dotted one, such as instances.0.output, reaches into nested records and lists. Empty takes the first form found that
-    is not null: messages; conversations; instruction,input; prompt; question; chosen; and the field answer beside it,
-    if there is one."""
-    max_prompt_tokens: Count = 0
-    """Tokens that a prompt has at most, those of the chat format included; 0 is half the context. What is left of the
-    context is the reply's."""
-    too_long: Literal["cut", "drop"] = "drop"
-    """What becomes of a prompt that is longer: its beginning is cut off, or it is left out and counted."""
-    invalid: Literal["refuse", "drop"] = "drop"
-    """What becomes of a record that has no prompt to answer: the build ends with its place and the reason, or the
-    record is left out and counted by reason."""
 
 
 @frozen
@@ -255,6 +43,9 @@ class OptimizerConfig:
     Adam. Its updates have the size of Adam's (arXiv 2502.16982), so that one learning rate serves both."""
     learning_rate: Annotated[float, Field(gt=0)] = 6e-4
     """Peak learning rate."""
+    decay: Literal["cosine", "linear", "root"] = "cosine"
+    """How the rate falls after the warm-up: to final_ratio of the peak at decay_tokens, or (root) with the square root
+    of the tokens, warmup_tokens / tokens, without an end, as in the Transformer of 2017 and T5."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate after the decay, as a share of the peak."""
     warmup_tokens: Count = 375_000_000
@@ -344,24 +135,6 @@ class TrainConfig:
     """Project of Weights & Biases that is told the log's numbers, too; empty is none."""
     compile_cache: Annotated[str, FREE] = "~/.cache/gptjax/xla"
     """Persistent compilation cache; empty is off."""
-
-
-@frozen
-class LoRAConfig:
-    """Low-rank adapters beside the layers' matrices (LoRA, arXiv 2106.09685)."""
-
-    rank: Count = 0
-    """Rank of each adapter, which alone are trained then; 0 trains all parameters."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """What an adapter adds is scaled by alpha / rank."""
-    matrices: Annotated[
-        tuple[Literal["qkv", "projection", "mlp_up", "mlp_down", "embedding"], ...], Field(min_length=1)
-    ] = ("qkv", "projection", "mlp_up", "mlp_down", "embedding")
-    """Which matrices have one. Queries, keys and values are one; the embedding's is what chat tokens are learned by."""
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 @frozen
@@ -693,7 +466,151 @@ class GroupPolicyConfig(RewardedConfig):
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
 
+@frozen
+class MaskingConfig:
+    """Which tokens of a text are hidden, and whether sentences are to be told apart (BERT, arXiv 1810.04805)."""
+
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are asked for. Of these 80% are replaced by [MASK], 10% by a random one, 10% stay."""
+    unit: Literal["tokens", "words", "spans"] = "tokens"
+    """What is hidden as one: tokens, whole words, or spans of words of about 4 words (SpanBERT, arXiv 1907.10529)."""
+    next_sentence: bool = True
+    """Rows of two texts, [CLS] A [SEP] B [SEP], and the question whether B follows A, as it does in half of them; else
+    rows are filled with texts (RoBERTa, arXiv 1907.11692)."""
+
+
+@frozen
+class DistillConfig:
+    """What a small model learns from a large one (DistilBERT, arXiv 1910.01108)."""
+
+    teacher: str = ""
+    """The run folder or Hugging Face directory of a masked model with the same vocabulary and width; empty is none."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Divides the scores of both before they are compared."""
+    soft_weight: Annotated[float, Field(ge=0)] = 5.0
+    """Of the cross-entropy to the teacher's probabilities, times temperature squared."""
+    masked_weight: Annotated[float, Field(ge=0)] = 2.0
+    """Of the masked tokens' own loss."""
+    cosine_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of 1 - the cosine between the last hidden states of both."""
+
+
+OF_TEXT = ("model.separate_documents", "data.lanes", "data.fim_rate", "train.sample_interval", "train.sample_prompt")
+OF_EXAMPLES = ("model.separate_documents", "data.packing", "train.sample_interval", "train.sample_prompt")
+
+
+@frozen
+class MaskedConfig(Config):
+    """An encoder that learns the words which are hidden from it, and which sentences follow each other."""
+
+    stage: ClassVar[str] = "masked"
+    unused: ClassVar[tuple[str, ...]] = OF_TEXT
+
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    @property
+    def separates(self) -> bool:
+        return True
+
+
+@frozen
+class LabelsConfig:
+    """What is told of a text."""
+
+    names: tuple[str, ...] = ("0", "1")
+    """The values that the label field has, one a class; empty for a number (regression)."""
+
+
+@frozen
+class ClassifyConfig(Config):
+    """An encoder that tells classes of texts, or a number, by what it makes of the first token."""
+
+    stage: ClassVar[str] = "classify"
+    unused: ClassVar[tuple[str, ...]] = OF_EXAMPLES
+
+    data: LabelledConfig  # type: ignore[assignment]
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+
+    @property
+    def separates(self) -> bool:
+        return True
+
+    @property
+    def predicts(self) -> bool:
+        return False
+
+
+@frozen
+class EncoderDecoderConfig(Config):
+    """A decoder, the section model, that looks at what an encoder made of a text."""
+
+    encoder: ModelConfig = field(kw_only=True)
+
+    @property
+    def separates(self) -> bool:
+        return True
+
+    @property
+    def row_tokens(self) -> int:
+        return self.encoder.seq_len + self.model.seq_len
+
+
+@frozen
+class NoiseConfig:
+    """What becomes of a text that is to be restored."""
+
+    kind: Literal["spans", "ul2", "infill"] = "spans"
+    """spans of tokens become sentinels (T5, arXiv 1910.10683); ul2 mixes short, long and many spans and the end of the
+    text (arXiv 2205.05131); infill puts one mask for each span and shuffles sentences (BART, arXiv 1910.13461)."""
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that is taken out; of ul2 that of its short spans. BART has 0.3."""
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    """Tokens of a span in the mean; of ul2 that of its short spans."""
+
+
+@frozen
+class DenoiseConfig(EncoderDecoderConfig):
+    """An encoder-decoder that restores text."""
+
+    stage: ClassVar[str] = "denoise"
+    unused: ClassVar[tuple[str, ...]] = OF_TEXT
+
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+
+@frozen
+class WritingConfig:
+    """How the second text of a pair is learned, and written where it is compared."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a target's probability that is spread over the vocabulary; the Transformer of 2017 has 0.1."""
+    beams: Positive = 1
+    """Of the beam search that writes the texts of an evaluation; 1 takes the likeliest token each time."""
+    length_penalty: float = 1.0
+    """A text's log-probability is divided by its length to this power before texts are compared."""
+
+
+@frozen
+class Seq2SeqConfig(EncoderDecoderConfig):
+    """An encoder-decoder that writes the second text of a pair for the first: translations, summaries."""
+
+    stage: ClassVar[str] = "seq2seq"
+    unused: ClassVar[tuple[str, ...]] = OF_EXAMPLES
+
+    data: PairConfig  # type: ignore[assignment]
+    writing: WritingConfig = field(default_factory=WritingConfig)
+
+
 STAGES: dict[str, type[Config]] = {
-    each.stage: each for each in (Config, SFTConfig, RewardConfig, PreferenceConfig, PolicyConfig, GroupPolicyConfig)
+    each.stage: each
+    for each in (
+        Config,
+        SFTConfig,
+        RewardConfig,
+        PreferenceConfig,
+        PolicyConfig,
+        GroupPolicyConfig,
+    )
 }
 """The class of each stage's config."""

@@ -9,14 +9,18 @@ from gptjax.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, tokens: int) -> float:
-    """Linear warm-up from 0, cosine to final_ratio of the peak at decay_tokens, constant afterwards."""
+    """Linear warm-up from 0, then down to final_ratio of the peak at decay_tokens, by a cosine or a line, and constant
+    afterwards; or with the root of the tokens for good (arXiv 1706.03762, equation 3)."""
     peak, floor = config.learning_rate, config.learning_rate * config.final_ratio
     if tokens < config.warmup_tokens:
         return peak * tokens / config.warmup_tokens
+    if config.decay == "root":
+        return peak * math.sqrt(max(config.warmup_tokens, 1) / max(tokens, 1))
     if tokens >= config.decay_tokens:
         return floor
     progress = (tokens - config.warmup_tokens) / (config.decay_tokens - config.warmup_tokens)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * left
 
 
 def batch_size(config: Config, tokens: int) -> int:
