@@ -20,7 +20,8 @@ from gptjax.infer.look import Look, require_room
 from gptjax.infer.prepare import DTYPES, apart, held, unrolled
 from gptjax.infer.sampling import Sampling
 from gptjax.model.attention import Mask, visible
-from gptjax.model.gpt import GPT, Parallelism, forward, layer_mask
+from gptjax.model.block import Parallelism, layer_mask
+from gptjax.model.gpt import GPT, forward
 from gptjax.model.int8 import widened
 from gptjax.model.loss import logits
 from gptjax.parallel.network import Network
@@ -217,8 +218,8 @@ class Model:
         stage, size = self.stage, self.stage.config.model.vocab_size
 
         def whole(params: Any, ids: Any) -> Any:
-            hidden, embedding, _ = forward(stage.network.decoder, widened(params, stage.network.decoder.dtype), ids)
-            return logits(hidden, embedding, size)
+            hidden, head, _ = forward(stage.network.decoder, widened(params, stage.network.decoder.dtype), ids)
+            return logits(hidden, head, size)
 
         return jax.jit(whole)
 

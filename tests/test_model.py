@@ -23,14 +23,15 @@ from gptjax.errors import UserError
 from gptjax.hardware import require_float8
 from gptjax.model import accounting, gpt
 from gptjax.model.attention import reference
+from gptjax.model.block import ACTIVATIONS, Parallelism
 from gptjax.model.cache import At, Cache, empty_cache
 from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
-from gptjax.model.gpt import ACTIVATIONS, GPT, Parallelism, forward, look_up
+from gptjax.model.gpt import GPT, forward, look_up
 from gptjax.model.lora import is_adapter
 from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
+from gptjax.model.positions import rotated
 from gptjax.model.products import multiply
-from gptjax.model.rotary import rotated
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, leaf_name, rule_table

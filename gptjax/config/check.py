@@ -1,12 +1,18 @@
 """Do the fields of a config agree with each other? What one field alone can have wrong stands on the field."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gptjax import bucket
 from gptjax.config.fields import every_leaf
+from gptjax.config.model import ModelConfig
 from gptjax.config.schema import (
+    ClassifyConfig,
     Config,
+    EncoderDecoderConfig,
     GroupPolicyConfig,
+    MaskedConfig,
     PolicyConfig,
     PreferenceConfig,
     RankedConfig,
@@ -27,7 +33,10 @@ def validate(config: Config) -> Config:
     _unused(config)
     _paths(config)
     _local(config)
-    _model(config)
+    for section, model in config.models.items():
+        with in_section(section):
+            _model(model)
+    _side(config)
     _batch(config)
     _vocabulary(config)
     if isinstance(config, SFTConfig):
@@ -80,8 +89,62 @@ def _local(config: Config) -> None:
         )
 
 
-def _model(config: Config) -> None:
-    model = config.model
+@contextmanager
+def in_section(name: str) -> Iterator[None]:
+    """Says of another section what is said of `model`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("model.", f"{name}.")) from None
+
+
+def _model(model: ModelConfig) -> None:
+    _shape(model)
+    _agreeing(model)
+
+
+def _agreeing(model: ModelConfig) -> None:
+    """What no family has together, and the block does not compute."""
+    relative, band = model.positions == "relative", "banded" in model.attention_pattern
+    exact = model.position_buckets // (2 if model.causal else 4)
+    for wrong, name, why, remedy in (
+        (not model.causal and band, "attention_pattern", "a band sees the past alone, an encoder all", "dense"),
+        (model.norm_place == "after" and model.parallel_mlp != "no", "parallel_mlp", "its norm comes before", "no"),
+        (model.norm == "rms" and not model.norm_bias, "norm_bias", "an RMSNorm has none to leave out", "true"),
+        (model.positions != "learned" and model.position_offset, "position_offset", "is of learned positions", "0"),
+        (relative and model.kv_heads < model.num_heads, "num_kv_heads", "relative positions are of each head", "0"),
+        (relative and model.position_reach <= exact, "position_reach", f"{exact} distances are exact", str(exact + 1)),
+    ):
+        if wrong:
+            value = getattr(model, name)
+            shown = ",".join(value) if isinstance(value, tuple) else str(value).lower()
+            raise UserError(f"model.{name} = {shown}: {why}; nearest {remedy}")
+
+
+def _side(config: Config) -> None:
+    """Encoders where a stage has one, decoders elsewhere, and two that fit each other."""
+    if isinstance(config, MaskedConfig | ClassifyConfig):
+        wanted: dict[str, dict[str, bool]] = {"model": {"causal": False, "cross_attention": False}}
+    elif isinstance(config, EncoderDecoderConfig):
+        encoder = {"causal": False, "cross_attention": False, "tied_head": True, "head_bias": False}
+        wanted = {"model": {"causal": True, "cross_attention": True}, "encoder": encoder | {"scale_head": False}}
+    else:
+        wanted = {"model": {"causal": True, "cross_attention": False}}
+    for section, values in wanted.items():
+        for name, value in values.items():
+            given = getattr(config.models[section], name)
+            if given != value:
+                raise UserError(
+                    f"{section}.{name} = {str(given).lower()}: stage {config.stage} has {str(value).lower()} there"
+                )
+    if isinstance(config, EncoderDecoderConfig):
+        for name in ("embed_dim", "vocab_size", "dtype"):
+            ours, theirs = getattr(config.model, name), getattr(config.encoder, name)
+            if ours != theirs:
+                raise UserError(f"encoder.{name} = {theirs}: the decoder's, which shares its embedding, is {ours}")
+
+
+def _shape(model: ModelConfig) -> None:
     if model.num_heads % model.kv_heads:
         near = nearest_divisor(model.num_heads, model.kv_heads)
         raise UserError(

@@ -194,6 +194,11 @@ class Config:
     """Run folder; empty means the first free of runs/NAME, runs/NAME-2, ..."""
 
     @property
+    def models(self) -> dict[str, ModelConfig]:
+        """Section -> the models that are trained together."""
+        return {"model": self.model}
+
+    @property
     def separates(self) -> bool:
         """Whether the documents of a row are kept apart."""
         return self.model.separate_documents
@@ -546,6 +551,10 @@ class EncoderDecoderConfig(Config):
     """A decoder, the section model, that looks at what an encoder made of a text."""
 
     encoder: ModelConfig = field(kw_only=True)
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        return {"model": self.model, "encoder": self.encoder}
 
     @property
     def separates(self) -> bool:

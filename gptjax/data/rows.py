@@ -19,6 +19,23 @@ class Rows(NamedTuple):
     """int32 number of each token's document within its row, where documents are kept apart; else None."""
     positions: Any = None
     """int32 position of each token within its document, where each begins anew; else None."""
+    types: Any = None
+    """int32 part of its row that each token belongs to, where a model tells parts apart; else None."""
+
+
+class PairRows(NamedTuple):
+    """What an encoder reads, and what a decoder is to write for it: arrays [..., S] and [..., T]."""
+
+    source: Any
+    """int32 ids."""
+    source_segments: Any
+    """int32: 0 for a token, 1 for padding behind."""
+    tokens: Any
+    """int32: the id that starts a text, then its ids."""
+    targets: Any
+    """int32 id after each token; PADDING where none counts."""
+    segments: Any
+    """int32: 0 for a token, which looks at the source's, 1 for padding."""
 
 
 def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:

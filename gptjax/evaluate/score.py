@@ -58,8 +58,8 @@ class Scorer:
 
         def judge(params: Any, rows: Rows) -> tuple[Array, Array]:
             ready = widened(params, network.plain_model.dtype)
-            hidden, embedding, targets = network.before_head(ready, rows, None)
-            values = judged(hidden, embedding, targets, model.vocab_size, model.loss_chunk)
+            hidden, head, targets = network.before_head(ready, rows, None)
+            values = judged(hidden, head, targets, model.vocab_size, model.loss_chunk)
             return jax.tree.map(network.in_order, values)  # type: ignore[no-any-return]
 
         layout = network.layout

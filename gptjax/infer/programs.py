@@ -19,7 +19,7 @@ from gptjax.infer.sampling import Knobs, draw
 from gptjax.model.cache import AXES, At, Cache, copy_row, empty_cache
 from gptjax.model.gpt import GPT, forward
 from gptjax.model.int8 import widened
-from gptjax.model.loss import IGNORED, log_probs, logits
+from gptjax.model.loss import IGNORED, Head, log_probs, logits
 from gptjax.sharding.rules import Layout
 
 STOPS = 16  # ids that may end a reply
@@ -189,19 +189,19 @@ class Programs:
             model = self._model(read, len(tokens))
             here = jnp.where(numbers < self.rows, slots.start[numbers], 0)
             at = At(here, count, numbers)
-            hidden, embedding, cache = forward(model, widened(params, model.dtype), tokens, cache=slots.cache, at=at)
+            hidden, head, cache = forward(model, widened(params, model.dtype), tokens, cache=slots.cache, at=at)
             start = slots.start.at[numbers].add(count, mode="drop")
-            scores = None if targets is None else self._scores(hidden, embedding, targets)
+            scores = None if targets is None else self._scores(hidden, head, targets)
             return slots._replace(cache=cache, start=start), scores
 
         return self._kept("fill", self._jit(fill, self._known, donate_argnums=1, static_argnums=6), 1, Scores)
 
-    def _scores(self, hidden: Array, embedding: Array, targets: Array) -> Scores:
+    def _scores(self, hidden: Array, head: Head, targets: Array) -> Scores:
         config = self.model.config
-        values = log_probs(hidden, embedding, targets, config.vocab_size, SCORED)
+        values = log_probs(hidden, head, targets, config.vocab_size, SCORED)
 
         def one(part: Array) -> tuple[Array, Array]:  # [B, D] of one position
-            return _tops(logits(part, embedding, config.vocab_size))
+            return _tops(logits(part, head, config.vocab_size))
 
         tokens, tops = jax.lax.map(one, jnp.moveaxis(hidden, 1, 0), batch_size=SCORED)
         return Scores(jnp.where(targets == IGNORED, 0, values), jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(tops, 0, 1))
@@ -229,8 +229,8 @@ class Programs:
         config, start, rows = model.config, slots.start, slots.rows
         live, count = rows.left > 0, len(start)
         at = At(start, live.astype(jnp.int32), numbers)
-        hidden, embedding, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
-        scores = logits(hidden[:, 0], embedding, config.vocab_size, model.parallelism.outputs_first)
+        hidden, head, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
+        scores = logits(hidden[:, 0], head, config.vocab_size, model.parallelism.outputs_first)
         keys = jax.vmap(lambda key, number: jax.random.fold_in(jax.random.wrap_key_data(key), number))
         token = draw(scores, rows.knobs, rows.bias, rows.counts, rows.seen, keys(rows.key, rows.drawn))
         normal = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)

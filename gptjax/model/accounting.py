@@ -13,25 +13,43 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     dim, heads, mlp = config.embed_dim, config.num_heads * config.head_dim, config.mlp_dim
     keys = config.kv_heads * config.head_dim
     sides = (dim, heads + 2 * keys), (heads, dim), (dim, (1 + config.gated) * mlp), (mlp, dim)
-    return dict(zip(MATRICES, sides, strict=True))
+    found = dict(zip(MATRICES, sides, strict=True))
+    return found | ({"cross_query": (dim, heads), "cross_projection": (heads, dim)} if config.cross_attention else {})
+
+
+def memory_matrix(config: ModelConfig) -> tuple[int, int]:
+    """Width in and out of what gives the keys and values of a text that a layer looks at, each of whose tokens goes
+    through it once; (0, 0) without cross-attention."""
+    return (config.embed_dim, 2 * config.num_heads * config.head_dim) if config.cross_attention else (0, 0)
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Numbers in a layer's matrices."""
+    """Numbers in a layer's matrices that every token of its own text goes through."""
     return sum(inner * outer for inner, outer in matrices(config).values())
 
 
 def num_params(config: ModelConfig) -> int:
     """N, for GPT-3 12 L D² + 13 L D + (V + T) D + 2 D: weights, biases and two norms per layer, the tied embedding, the
     learned positions and the final norm; 174,604,259,328 for 175B. An RMSNorm has one vector, a LayerNorm two; rotary
-    positions have no numbers; a head of its own has V D."""
-    dim, sides = config.embed_dim, matrices(config)
-    of_norm = dim * (2 if config.norm == "layer" else 1)
-    vectors = (1 if config.parallel_mlp == "one_norm" else 2) * of_norm + config.qkv_bias * sides["qkv"][1]
-    vectors += config.biases * sum(sides[name][1] for name in MATRICES if name != "qkv")
-    tables = config.vocab_size * (1 if config.tied_head else 2)
-    tables += config.seq_len if config.positions == "learned" else 0
-    return config.num_layers * (layer_weights(config) + vectors) + tables * dim + of_norm
+    positions and waves have no numbers; a head of its own has V D."""
+    tables = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
+    return stack_params(config) + tables + config.head_bias * config.vocab_size
+
+
+def stack_params(config: ModelConfig) -> int:
+    """Those of them that are of no vocabulary: all that an encoder has which reads by a decoder's embedding."""
+    dim, sides, memory = config.embed_dim, matrices(config), memory_matrix(config)
+    of_norm = dim * (2 if config.norm == "layer" and config.norm_bias else 1)
+    from_x = ("qkv", "cross_query")
+    vectors = sum(sides[name][1] for name in sides if name not in from_x) * config.biases
+    vectors += (sum(sides[name][1] for name in sides if name in from_x) + memory[1]) * config.qkv_bias
+    vectors += ((1 if config.parallel_mlp == "one_norm" else 2) + config.cross_attention) * of_norm
+    once = ((config.norm_place == "before") + config.norm_embedding) * of_norm + config.token_types * dim
+    if config.positions == "learned":
+        once += (config.seq_len + config.position_offset) * dim
+    if config.positions == "relative":
+        once += config.position_buckets * config.num_heads
+    return config.num_layers * (layer_weights(config) + memory[0] * memory[1] + vectors) + once
 
 
 def adapter_params(config: ModelConfig, lora: LoRAConfig | None) -> dict[str, int]:

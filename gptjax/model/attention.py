@@ -53,14 +53,18 @@ class Need:
     length: int
     masks: tuple[Mask, ...]
     segments: bool = False
+    bias: bool = False
+    """Whether numbers are added to the scores, as relative positions are."""
     context: int = 1
     """Ways that the sequence is split over devices."""
     deterministic: bool = False
     """Only kernels that always give the same bits (GPUs)."""
 
 
-def refuse_split(need: Need) -> str | None:
-    """The limit of every backend that the ring and the halo are not built on, or None."""
+def refuse_beyond(need: Need) -> str | None:
+    """The limits of every backend that the ring, the halo and biases are not built on, or None."""
+    if need.bias:
+        return "it cannot add to the scores what relative positions do (model.positions)"
     return "it cannot split the sequence (layout.context)" if need.context > 1 else None
 
 

@@ -17,9 +17,11 @@ from jax import Array
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import Mask
+from gptjax.model.positions import biases
 
 Cache = Any
-"""Per block of the pattern: (keys, values), each [U, N, H, R, K]."""
+"""Per block of the pattern: (keys, values), each [U, N, H, R, K]; with cross-attention also those of what the encoder
+made of each row's text, [U, N, H, S, K], which decoding reads alone."""
 BLOCK = 128  # slots that are read at once where only the occupied ones are: 12 heads of 64 are 400 kB, within a cache
 AXES = ("layers", "batch", "heads", None, None)
 
@@ -33,6 +35,8 @@ class At(NamedTuple):
     """int32 [B]: how many of the T are real; the rest, at the end, leave no trace."""
     rows: Array | None = None
     """int32 [B]: their rows in the cache; None for the first B."""
+    memory: Array | None = None
+    """int32 [B]: tokens of the text that each looks at by cross-attention."""
 
 
 def ring_size(config: ModelConfig, kind: str, capacity: int) -> int:
@@ -47,9 +51,14 @@ def cache_shapes(config: ModelConfig, rows: int, capacity: int) -> list[tuple[in
     return [(units, rows, config.kv_heads, size, config.head_dim) for size in sizes]
 
 
-def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """A zeroed cache for so many texts of up to `capacity` tokens."""
-    return tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in cache_shapes(config, rows, capacity))
+def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype, source: int = 0) -> Cache:
+    """A zeroed cache for so many texts of up to `capacity` tokens, each of which looks at one of up to `source`."""
+
+    def one(shape: tuple[int, ...]) -> tuple[Array, ...]:
+        memory = (*shape[:2], config.num_heads, source, shape[4])
+        return tuple(jnp.zeros(size, dtype) for size in (shape, shape, *[memory] * 2 * (source > 0)))
+
+    return tuple(map(one, cache_shapes(config, rows, capacity)))
 
 
 def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
@@ -62,13 +71,33 @@ def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
     return jax.tree.map(one, cache)
 
 
-@partial(jax.jit, static_argnames=("mask", "scale", "read"))  # traced once for all layers of a kind
+@partial(jax.jit, static_argnames="scale")
+def attend_memory(q: Array, memory: tuple[Array, Array], unit: Any, at: At, scale: float) -> Array:
+    """q [B, T, H, K] attend to all of the text that each row looks at: [B, T, H, K]."""
+    assert at.memory is not None
+    k, v = (_slots(leaf, unit, at.rows, len(q), 0, leaf.shape[3]) for leaf in memory)  # [B, H, S, K]
+    seen = jnp.arange(k.shape[2]) < jnp.maximum(at.memory, 1)[:, None, None]  # a row that rests looks at something
+    soft = _Softmax.of(jnp.moveaxis(q * scale, 1, 2), k, v, jnp.broadcast_to(seen, (len(q), q.shape[1], k.shape[2])))
+    return jnp.moveaxis(soft.value / soft.total[..., None], 1, 2).astype(q.dtype)
+
+
+@partial(jax.jit, static_argnames=("mask", "scale", "read", "reach"))  # traced once for all layers of a kind
 def attend_cached(
-    q: Array, k: Array, v: Array, cache: tuple[Array, Array], unit: Any, at: At, mask: Mask, scale: float, read: int
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: tuple[Array, Array],
+    unit: Any,
+    at: At,
+    mask: Mask,
+    scale: float,
+    read: int,
+    table: Array | None = None,
+    reach: int = 0,
 ) -> tuple[Array, tuple[Array, Array]]:
     """T new tokens a row attend to their past and to each other, and become a part of it: q [B, T, H, K], k and v
     [B, T, H/G, K] -> ([B, T, H, K], cache). The G heads of queries that share keys stand one after another, as G times
-    as many queries.
+    as many queries. table, reach: of relative positions, where no heads share keys; see positions.biases.
 
     `unit` says whose keys and values of the stacked ones. `read` is how many slots to read, at least those that are
     occupied (a program for each); 0, for CPUs, reads what is occupied by the longest of the rows, in a loop (one
@@ -88,12 +117,16 @@ def attend_cached(
         index = offset + jnp.arange(width)
         place = (first - 1) - (first - 1 - index) % size  # the last that went into each slot: [B, width]
         seen = (place >= 0) & (index >= fresh)
-        seen = seen[:, None] & _within(mask, asking[:, :, None] - place[:, None])  # [B, G T, width]
+        distance = asking[:, :, None] - place[:, None]  # [B, G T, width]
+        seen = seen[:, None] & _within(mask, distance)
         old_k, old_v = (_slots(leaf, unit, rows, len(q), offset, width) for leaf in (keys, values))
-        return soft.join(q, old_k, old_v, seen)
+        return soft.join(q, old_k, old_v, seen, bias(distance))
+
+    def bias(distance: Array) -> Array | None:
+        return None if table is None else biases(table, -distance, reach, causal=True)
 
     distance = asking[:, :, None] - here[:, None]
-    soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance))
+    soft = _Softmax.of(q, k, v, (distance >= 0) & _within(mask, distance), bias(distance))
     if read:
         soft = join(soft, (q, first, asking, at.rows), 0, min(read, size))
     else:
@@ -134,23 +167,25 @@ class _Softmax(NamedTuple):
     """[B, H, T, K]: what they weigh."""
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, seen: Array) -> "_Softmax":
-        """Of a part in which every query sees a key. q [B, H, T, K], k and v [B, H, S, K], seen [B, T, S]."""
-        scores = _scores(q, k, seen)
+    def of(cls, q: Array, k: Array, v: Array, seen: Array, bias: Array | None = None) -> "_Softmax":
+        """Of a part in which every query sees a key. q [B, H, T, K], k and v [B, H, S, K], seen [B, T, S], a bias
+        [B, H, T, S] on the scores."""
+        scores = _scores(q, k, seen, bias)
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
         return cls(top, weights.sum(-1), _weigh(weights, v))
 
-    def join(self, q: Array, k: Array, v: Array, seen: Array) -> "_Softmax":
+    def join(self, q: Array, k: Array, v: Array, seen: Array, bias: Array | None) -> "_Softmax":
         """With another part, of which a query may see nothing."""
-        scores = _scores(q, k, seen)
+        scores = _scores(q, k, seen, bias)
         top = jnp.maximum(self.top, scores.max(-1))
         weights, old = jnp.exp(scores - top[..., None]), jnp.exp(self.top - top)
         return _Softmax(top, self.total * old + weights.sum(-1), self.value * old[..., None] + _weigh(weights, v))
 
 
-def _scores(q: Array, k: Array, seen: Array) -> Array:
+def _scores(q: Array, k: Array, seen: Array, bias: Array | None) -> Array:
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    scores = scores if bias is None else scores + bias
     return jnp.where(seen[:, None], scores, -jnp.inf)
 
 

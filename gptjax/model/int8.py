@@ -14,7 +14,11 @@ from jax import Array
 from gptjax.model.lora import is_adapter
 from gptjax.sharding.rules import leaf_name
 
-INPUTS = {"qkv": 1, "projection": 2, "mlp_up": 1, "mlp_gate_up": 1, "mlp_down": 1}
+INPUTS = {"qkv": 1, "projection": 2, "mlp_up": 1, "mlp_gate_up": 1, "mlp_down": 1} | {
+    "cross_query": 1,
+    "cross_keys_values": 1,
+    "cross_projection": 2,
+}
 """Leading axes of each matrix that a product sums over."""
 
 

@@ -1,8 +1,8 @@
-"""Cross-entropy and log-probabilities of a tied head without the full logits, forward or backward."""
+"""Cross-entropy and log-probabilities of a head without the full logits, forward or backward."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +14,48 @@ IGNORED = -1
 """Target id of a position that does not count."""
 
 
-def logits(hidden: Array, embedding: Array, vocab_size: int, outputs_first: bool = False) -> Array:
-    """hidden [..., D], embedding [V', D] -> float32 [..., V'] with padded ids at -inf. outputs_first: for a CPU that
-    decodes; see products.Product."""
+class Head(NamedTuple):
+    """What scores the vocabulary."""
+
+    table: Array
+    """[V', D] in the compute dtype: the embedding, or a table of its own."""
+    bias: Array | None = None
+    """float32 [V']."""
+
+
+def logits(hidden: Array, head: Head, vocab_size: int, outputs_first: bool = False) -> Array:
+    """hidden [..., D] -> float32 [..., V'] with padded ids at -inf. outputs_first: for a CPU that decodes; see
+    products.Product."""
     accumulate = _accumulate(hidden)
     if outputs_first:
-        scores = multiply_outputs_first(hidden, embedding, 1, accumulate)
+        scores = multiply_outputs_first(hidden, head.table, 1, accumulate)
     else:
-        scores = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=accumulate)
-    return jnp.where(jnp.arange(embedding.shape[0]) < vocab_size, scores, -jnp.inf)
+        scores = jnp.einsum("...d,vd->...v", hidden, head.table, preferred_element_type=accumulate)
+    scores = scores if head.bias is None else scores + head.bias
+    return jnp.where(jnp.arange(head.table.shape[0]) < vocab_size, scores, -jnp.inf)
 
 
 def _accumulate(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def log_probs(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
+def log_probs(hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int) -> Array:
     """Each target's log-probability in nats, float32 [..., T], by the `logits` that the sampler draws from; 0 where it
     is IGNORED. What anyone reads or compares; shapes and `chunk` as for `cross_entropy`."""
-    return _by_chunk(_log_prob, hidden, embedding, targets, vocab_size, chunk)
+    return _by_chunk(_log_prob, hidden, head, targets, vocab_size, chunk)
 
 
-def judged(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> tuple[Array, Array]:
+def judged(hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int) -> tuple[Array, Array]:
     """`log_probs`, and whether each target is the likeliest id, bool [..., T]; False where it is IGNORED."""
 
     def judge(scores: Array, y: Array) -> tuple[Array, Array]:
         return _log_prob(scores, y), jnp.argmax(scores, axis=-1) == y
 
-    return _by_chunk(judge, hidden, embedding, targets, vocab_size, chunk)
+    return _by_chunk(judge, hidden, head, targets, vocab_size, chunk)
 
 
 def drawn_log_probs(
-    hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int, temperature: float, top_k: int
+    hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int, temperature: float, top_k: int
 ) -> tuple[Array, Array]:
     """Log-probability of each target, and the entropy of what it is drawn from, nats [..., T], by a sampler that
     divides logits by `temperature` and draws from the `top_k` likeliest ids alone (0: from all); 0 where it is IGNORED.
@@ -65,7 +75,7 @@ def drawn_log_probs(
         counts = y != IGNORED
         return jnp.where(counts, _picked(scores, y) - log_z, 0), jnp.where(counts, jax.lax.stop_gradient(entropy), 0)
 
-    return _by_chunk(judge, hidden, embedding, targets, vocab_size, chunk)
+    return _by_chunk(judge, hidden, head, targets, vocab_size, chunk)
 
 
 def _log_prob(scores: Array, targets: Array) -> Array:
@@ -73,13 +83,13 @@ def _log_prob(scores: Array, targets: Array) -> Array:
 
 
 def _by_chunk(
-    judge: Callable[[Array, Array], Any], hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int
+    judge: Callable[[Array, Array], Any], hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int
 ) -> Any:
     """What `judge` makes of logits and targets [..., c], for all T."""
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(x: Array, y: Array) -> Any:
-        return judge(logits(x, embedding, vocab_size), y)
+        return judge(logits(x, head, vocab_size), y)
 
     chunks = jax.lax.map(lambda part: one_chunk(*part), _split(hidden, targets, chunk))
     *lead, length = targets.shape
@@ -92,16 +102,16 @@ def _picked(scores: Array, targets: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int) -> Array:
+def cross_entropy(hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int) -> Array:
     """Summed negative log-likelihood in nats over targets that are not IGNORED, for training alone: in bfloat16 its
     scores are rounded, which moves one token by hundredths of a nat; `log_probs` is what else reads a model.
 
-    hidden [..., T, D], embedding [V', D] in the compute dtype, targets [..., T]. Logits of `chunk`
-    positions per leading index are in memory at once. The forward pass of a differentiated call also makes the
-    gradients, chunk by chunk: three products with the embedding instead of the four that recomputing takes.
+    hidden [..., T, D], targets [..., T]. Logits of `chunk` positions per leading index are in memory at once. The
+    forward pass of a differentiated call also makes the gradients, chunk by chunk: three products with the table
+    instead of the four that recomputing takes.
     """
 
-    table = _centred(embedding, vocab_size)
+    table = _centred(head, vocab_size)
 
     def body(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         x, y = part
@@ -110,18 +120,20 @@ def cross_entropy(hidden: Array, embedding: Array, targets: Array, vocab_size: i
     return jax.lax.scan(body, jnp.zeros((), _accumulate(hidden)), _split(hidden, targets, chunk))[0]
 
 
-def _centred(embedding: Array, vocab_size: int) -> Array:
-    """The embedding less its mean row: softmax and all gradients stay, and a bfloat16 score does not spend its 8 bits
+def _centred(head: Head, vocab_size: int) -> Head:
+    """With a table less its mean row: softmax and all gradients stay, and a bfloat16 score does not spend its 8 bits
     on what all scores of a row share (about -100 in GPT-2, where bfloat16 counts in halves)."""
-    mean = embedding[:vocab_size].mean(0, dtype=_accumulate(embedding))
-    return (embedding - mean).astype(embedding.dtype)
+    table = head.table
+    mean = table[:vocab_size].mean(0, dtype=_accumulate(table))
+    return Head((table - mean).astype(table.dtype), head.bias)
 
 
-def _scores(x: Array, table: Array, vocab_size: int) -> Array:
+def _scores(x: Array, head: Head, vocab_size: int) -> Array:
     """`logits` up to a constant per row, rounded to the compute dtype before anything reads them: the passes over the
     [tokens, V'] array, not the products, are what a bfloat16 head waits for."""
-    scores = jnp.einsum("...d,vd->...v", x, table).astype(_accumulate(x))
-    return jnp.where(jnp.arange(table.shape[0]) < vocab_size, scores, -jnp.inf)
+    scores = jnp.einsum("...d,vd->...v", x, head.table).astype(_accumulate(x))
+    scores = scores if head.bias is None else scores + head.bias
+    return jnp.where(jnp.arange(head.table.shape[0]) < vocab_size, scores, -jnp.inf)
 
 
 def _nats(scores: Array, targets: Array) -> tuple[Array, Array]:
@@ -141,35 +153,38 @@ def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
 
 
 def _forward(
-    hidden: Array, embedding: Array, targets: Array, vocab_size: int, chunk: int
-) -> tuple[Array, tuple[Array, Array]]:
-    table = _centred(embedding, vocab_size)
+    hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int
+) -> tuple[Array, tuple[Array, Head]]:
+    centred, size = _centred(head, vocab_size), head.table.shape[0]
 
-    def body(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        total, grad_embedding = carry
+    def body(carry: tuple[Array, Head], part: tuple[Array, Array]) -> tuple[tuple[Array, Head], Array]:
+        total, grads = carry
         x, y = part  # [..., c, D], [..., c]
-        scores = _scores(x, table, vocab_size)
+        scores = _scores(x, centred, vocab_size)
         nats, log_z = _nats(scores, y)
         counts = (y != IGNORED)[..., None]
-        grad = jnp.exp(scores - log_z[..., None]) - jax.nn.one_hot(y, embedding.shape[0], dtype=scores.dtype)
-        grad = jnp.where(counts, grad, 0).astype(x.dtype)
+        grad = jnp.exp(scores - log_z[..., None]) - jax.nn.one_hot(y, size, dtype=scores.dtype)
+        grad = jnp.where(counts, grad, 0)
         rows = tuple(range(y.ndim))
+        bias = None if grads.bias is None else grads.bias + grad.sum(rows)
+        grad = grad.astype(x.dtype)
         dims = (rows, rows), ((), ())
-        grad_embedding += jax.lax.dot_general(grad, x, dims, preferred_element_type=grad_embedding.dtype)
-        return (total + nats, grad_embedding), grad @ table
+        table = grads.table + jax.lax.dot_general(grad, x, dims, preferred_element_type=grads.table.dtype)
+        return (total + nats, Head(table, bias)), grad @ centred.table
 
     accumulate = _accumulate(hidden)
-    start = (jnp.zeros((), accumulate), jnp.zeros(embedding.shape, accumulate))
-    (total, grad_embedding), grad_hidden = jax.lax.scan(body, start, _split(hidden, targets, chunk))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, accumulate), head)
+    (total, grads), grad_hidden = jax.lax.scan(body, (jnp.zeros((), accumulate), start), _split(hidden, targets, chunk))
     *lead, length, dim = hidden.shape
     grad_hidden = jnp.moveaxis(grad_hidden, 0, -3).reshape(*lead, -1, dim)[..., :length, :]
-    return total, (grad_hidden, grad_embedding)
+    return total, (grad_hidden, grads)
 
 
-def _backward(vocab_size: int, chunk: int, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
-    grad_hidden, grad_embedding = saved
+def _backward(vocab_size: int, chunk: int, saved: tuple[Array, Head], cotangent: Array) -> tuple[Array, Head, None]:
+    grad_hidden, grads = saved
     dtype = grad_hidden.dtype
-    return (grad_hidden * cotangent).astype(dtype), (grad_embedding * cotangent).astype(dtype), None
+    bias = None if grads.bias is None else grads.bias * cotangent
+    return (grad_hidden * cotangent).astype(dtype), Head((grads.table * cotangent).astype(dtype), bias), None
 
 
 cross_entropy.defvjp(_forward, _backward)

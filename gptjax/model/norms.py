@@ -72,6 +72,8 @@ class Norm(nn.Module):
 
     kind: str
     eps: float
+    has_bias: bool = True
+    """Of a LayerNorm."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -83,4 +85,5 @@ class Norm(nn.Module):
         scale = vector("scale", nn.initializers.ones)
         if self.kind == "rms":
             return rms_norm(x, scale, self.eps)
-        return layer_norm(x, scale, vector("bias", nn.initializers.zeros), self.eps)
+        bias = vector("bias", nn.initializers.zeros) if self.has_bias else jnp.zeros_like(scale)
+        return layer_norm(x, scale, bias, self.eps)

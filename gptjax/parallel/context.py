@@ -143,7 +143,7 @@ def _ring_backward(scale: float, ways: int, saved: tuple, grad: Array) -> tuple[
     def meet(products: tuple, visitor: Visitor, grads: tuple[Array, ...]) -> tuple[Array, ...]:
         for a, b, mask in products:
             keys, values, places = _side(ids, visitor, a, b, q.shape[3])
-            more = rows_backward(mask, scale, q[a], keys, values, places, log_z[a], row[a], grad[a])
+            *more, _ = rows_backward(mask, scale, q[a], keys, values, places, log_z[a], row[a], grad[a])
             grads = tuple(g.at[i].add(m.astype(g.dtype)) for g, m, i in zip(grads, more, (a, b, b), strict=True))
         return grads
 

@@ -1,6 +1,6 @@
-"""The decoder over a layout, and what it makes of rows."""
+"""A model over a layout, and what it makes of rows: a decoder, an encoder, or one of each side by side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,18 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.config import Config
-from gptjax.data.rows import Rows
+from gptjax.config import Config, EncoderDecoderConfig
+from gptjax.data.rows import PairRows, Rows
 from gptjax.model.attention import Need
-from gptjax.model.gpt import GPT, Parallelism, compute_dtype, forward, layer_mask
+from gptjax.model.block import Parallelism, layer_mask
+from gptjax.model.gpt import GPT, compute_dtype, forward
 from gptjax.model.kernels import BACKENDS, choose
+from gptjax.model.loss import Head
 from gptjax.parallel import context, pipeline
 from gptjax.sharding.rules import Layout
+
+ENCODER = "encoder"
+"""Where the parameters of an encoder stand beside a decoder's, whose embedding it reads by."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A config's decoder on the devices of a layout."""
+    """The model of a config, a decoder or an encoder, on the devices of a layout."""
 
     config: Config
     platform: str
@@ -34,15 +39,24 @@ class Network:
         model, ways = self.config.model, self._ways
         masks = tuple(layer_mask(model, kind) for kind in dict.fromkeys(model.attention_pattern))
         dtype = self.plain_model.dtype
-        about = self.config.separates, ways, self.config.train.deterministic
-        need = Need(self.platform, dtype, model.head_dim, model.seq_len, masks, *about)
+        need = Need(
+            self.platform,
+            dtype,
+            model.head_dim,
+            model.seq_len,
+            masks,
+            segments=self.config.separates,
+            bias=model.positions == "relative",
+            context=ways,
+            deterministic=self.config.train.deterministic,
+        )
         name, reason = choose(model.attention, need)
         split = f"; the sequence in {2 * ways} chunks, a ring for dense layers and a halo for banded ones"
         return name, reason + (split if ways > 1 else "")
 
     @cached_property
     def model(self) -> GPT:
-        """The decoder over the whole layout."""
+        """It over the whole layout."""
         attend = BACKENDS[self.attention[0]].attend
         if self.layout is None:
             return self.plain_model.clone(parallelism=Parallelism(attend))
@@ -70,29 +84,35 @@ class Network:
     def init(self, key: Array) -> Any:
         """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
         model = self.plain_model.clone(parallelism=Parallelism(lambda q, k, v, *mask: v))  # it has no parameters
-        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return model.init(key, jnp.zeros((1, 1), jnp.int32), **self._from_others)["params"]
 
-    def before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Array, Array]:
-        """rows [b, T] -> hidden [b, T, D], embedding [V', D], targets [b, T]; where the sequence is split over
-        `ways` devices, [b, ways, T/ways] in place of [b, T]. A key of None switches dropout off."""
-        inputs, targets, segments, restarted = rows
-        ways, positions = self._ways, None
+    @property
+    def _from_others(self) -> dict[str, Any]:
+        """What the model takes of another, of the smallest shapes."""
+        width = self.config.model.embed_dim
+        return {"memory": jnp.zeros((1, 1, width))} if self.config.model.cross_attention else {}
+
+    def hidden(self, params: Any, rows: Rows, key: Array | None, **beside: Any) -> tuple[Array, Head]:
+        """rows [b, T], in the order of `context` where the sequence is split -> hidden [b, T, D], and the head. beside:
+        what GPT takes of another model. A key of None switches dropout off."""
+        about = {"segments": rows.segments, "restarted": rows.positions, "types": rows.types, "dropout_key": key}
+        length = rows.tokens.shape[1]
+        positions = context.order(length, self._ways) if self._ways > 1 else None
+        return forward(self.model, params, rows.tokens, positions=positions, **about, **beside)[:2]
+
+    def before_head(self, params: Any, rows: Rows, key: Array | None) -> tuple[Array, Head, Array]:
+        """rows [b, T] -> hidden [b, T, D], the head, targets [b, T]; where the sequence is split over `ways` devices,
+        [b, ways, T/ways] in place of [b, T]. A key of None switches dropout off."""
+        ways = self._ways
         if ways > 1:
-            positions = context.order(inputs.shape[1], ways)
-            inputs, targets, segments, restarted = jax.tree.map(lambda leaf: leaf[:, positions], rows)
-        hidden, embedding, _ = forward(
-            self.model,
-            params,
-            inputs,
-            positions=positions,
-            segments=segments,
-            restarted=restarted,
-            dropout_key=key,
-        )
+            positions = context.order(rows.tokens.shape[1], ways)
+            rows = jax.tree.map(lambda leaf: leaf[:, positions], rows)
+        hidden, head = self.hidden(params, rows, key)
+        targets = rows.targets
         if ways > 1:  # every device's part of the sequence on an axis of its own: a chunk of the loss stays where it is
             parts = (len(targets), ways, -1)
             hidden, targets = hidden.reshape(*parts, hidden.shape[-1]), targets.reshape(parts)
-        return hidden, embedding, targets
+        return hidden, head, targets
 
     def in_order(self, values: Array) -> Array:
         """[b, T] in the order of the rows, of what was made of each target of `before_head`."""
@@ -105,3 +125,42 @@ class Network:
     def _ways(self) -> int:
         """Parts that the layout cuts a sequence into."""
         return self.layout.mesh.shape[context.AXIS] if self.layout else 1
+
+
+class Encoder(Network):
+    """The encoder of an encoder-decoder, which reads by the decoder's embedding."""
+
+    @property
+    def _from_others(self) -> dict[str, Any]:
+        return {"table": jnp.zeros((1, self.config.model.embed_dim))}
+
+
+@dataclass(frozen=True)
+class EncoderDecoder(Network):
+    """A decoder, and an encoder at whose text it looks."""
+
+    config: EncoderDecoderConfig
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(replace(self.config, model=self.config.encoder), self.platform, self.layout)
+
+    def init(self, key: Array) -> Any:
+        return super().init(key) | {ENCODER: self.encoder.init(jax.random.fold_in(key, 1))}
+
+    def encode(self, params: Any, source: Array, segments: Array, key: Array | None) -> Array:
+        """source and segments [b, S] -> [b, S, D]."""
+        table = params["embedding"].astype(self.plain_model.dtype)
+        if self.layout:
+            table = self.layout.constrain(table, ("vocab", None))
+        return self.encoder.hidden(params[ENCODER], Rows(source, None, segments), key, table=table)[0]
+
+    def before_head(  # type: ignore[override]
+        self, params: Any, rows: PairRows, key: Array | None
+    ) -> tuple[Array, Head, Array]:
+        """rows [b, ...] -> hidden [b, T, D], the head, targets [b, T] of what is to be written."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        memory = self.encode(params, rows.source, rows.source_segments, keys[0])
+        own = Rows(rows.tokens, rows.targets, rows.segments)
+        beside = {"memory": memory, "memory_segments": rows.source_segments}
+        return *self.hidden(params, own, keys[1], **beside), rows.targets

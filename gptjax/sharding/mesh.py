@@ -1,6 +1,7 @@
 """The device mesh: six named axes, slowest network first."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd
 
 import jax
@@ -8,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.config import Config, LayoutConfig, nearest_divisor
+from gptjax.config.check import in_section
 from gptjax.errors import UserError
 
 MESH_AXES = ("replica", "pipeline", "data", "fsdp", "context", "tensor")
@@ -43,9 +45,25 @@ def degrees(layout: LayoutConfig, num_devices: int) -> tuple[int, ...]:
 def check(config: Config, sizes: tuple[int, ...]) -> None:
     """Does the config divide over a mesh of these sizes? Raises UserError, before anything is compiled."""
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    model = config.model
     batch_ways = mesh["replica"] * mesh["data"] * mesh["fsdp"]
     _check_rows(config, batch_ways)
+    for section, model in config.models.items():
+        with in_section(section):
+            _check_model(replace(config, model=model), mesh)
+    _check_pipeline(config, mesh["pipeline"], config.micro_batch_size // batch_ways)
+
+
+def _check_model(config: Config, mesh: dict[str, int]) -> None:
+    """One of the config's models."""
+    model = config.model
+    whole = {
+        "an encoder": ("context",) if not model.causal else (),
+        "relative positions": ("context", "pipeline") if model.positions == "relative" else (),
+        "cross-attention": ("context", "pipeline") if model.cross_attention else (),
+    }
+    for what, axes in whole.items():
+        if over := [axis for axis in axes if mesh[axis] > 1]:
+            raise UserError(f"layout.{over[0]} = {mesh[over[0]]}: {what} cannot be split so; nearest 1")
     if model.num_heads % mesh["tensor"]:
         near = nearest_divisor(model.num_heads, mesh["tensor"])
         raise UserError(
@@ -68,7 +86,6 @@ def check(config: Config, sizes: tuple[int, ...]) -> None:
         )
     if mesh["context"] > 1:
         _check_context(config, mesh["context"])
-    _check_pipeline(config, mesh["pipeline"], config.micro_batch_size // batch_ways)
     parts = mesh["context"] * mesh["tensor"]
     if config.layout.sequence_sharding and model.seq_len % parts:
         near = nearest_divisor(model.seq_len, parts) // mesh["context"]

@@ -20,7 +20,7 @@ class NextToken(Writer):
 
     def loss(self, params: Any, rows: Rows, counts: Array, key: Array | None) -> Array:
         """rows [b, T] -> their part in the mean nats of `counts` targets; a key of None switches dropout off."""
-        hidden, embedding, targets = self.network.before_head(params, rows, key)
+        hidden, head, targets = self.network.before_head(params, rows, key)
         with jax.named_scope("loss"):
             c = self.config.model
-            return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk) / counts
+            return cross_entropy(hidden, head, targets, c.vocab_size, c.loss_chunk) / counts

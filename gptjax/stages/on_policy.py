@@ -252,10 +252,10 @@ class OnPolicy(Assistant[Prompts]):
         """Of rows with tokens and targets [b, T]: log-probability of each target, and entropy of what it is drawn from,
         nats [b, T], by the policy as it draws; 0 where no target is."""
         c, rollout = self.config.model, self.config.rollout
-        hidden, embedding, targets = self.network.before_head(params, Rows(rows.tokens, rows.targets), None)
+        hidden, head, targets = self.network.before_head(params, Rows(rows.tokens, rows.targets), None)
         with jax.named_scope("loss"):
             how = c.vocab_size, c.loss_chunk, rollout.temperature, rollout.top_k
-            found = drawn_log_probs(hidden, embedding, targets, *how)
+            found = drawn_log_probs(hidden, head, targets, *how)
             return self.network.in_order(found[0]), self.network.in_order(found[1])
 
     @cached_property
@@ -273,8 +273,8 @@ class OnPolicy(Assistant[Prompts]):
 
     def _plain(self, params: Any, rows: Drawn) -> Array:
         c = self.config.model
-        hidden, embedding, targets = self.network.before_head(params, Rows(rows.tokens, rows.targets), None)
-        return self.network.in_order(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
+        hidden, head, targets = self.network.before_head(params, Rows(rows.tokens, rows.targets), None)
+        return self.network.in_order(log_probs(hidden, head, targets, c.vocab_size, c.loss_chunk))
 
     def random_replies(self, rng: np.random.Generator, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets [*lead, T] of random ids: prompts and replies that fill the context by halves."""

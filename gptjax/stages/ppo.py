@@ -255,8 +255,8 @@ class PPO(OnPolicy):
 
     def _text_nats(self, params: Any, ptx: Rows) -> Array:
         c, flat = self.config.model, jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), ptx)
-        hidden, embedding, targets = self.network.before_head(params, flat, None)
-        return cross_entropy(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
+        hidden, head, targets = self.network.before_head(params, flat, None)
+        return cross_entropy(hidden, head, targets, c.vocab_size, c.loss_chunk)
 
     def carry(self, carried: Any, params: Any, rows: Episodes) -> Any:
         new = {KL_COEF: rows.next_kl_coef.ravel()[0]}

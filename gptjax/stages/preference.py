@@ -71,9 +71,9 @@ class Preference(FromRankings, Assistant[Rankings]):
         among it; 0 where there is no reply."""
         length, c = rows.tokens.shape[-1], self.config.model
         tokens, targets = (ids.reshape(-1, length) for ids in (rows.tokens, _said(rows)))
-        hidden, embedding, targets = self.network.before_head(params, Rows(tokens, targets), key)
+        hidden, head, targets = self.network.before_head(params, Rows(tokens, targets), key)
         with jax.named_scope("loss"):
-            each = log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk)
+            each = log_probs(hidden, head, targets, c.vocab_size, c.loss_chunk)
             each, mask = (x.reshape(len(x), -1) for x in (each, targets != IGNORED))
             return row_sums(each, mask=mask).reshape(rows.ranks.shape)
 

@@ -111,8 +111,8 @@ class Pretrain(NextToken):
         c, token_bytes = self.config.model, self.known_tokenizer.token_bytes()
 
         def sums(params: Any, rows: Rows) -> tuple[Array, Array, Array]:
-            hidden, embedding, targets = self.network.before_head(params, rows, None)
-            nats = -jnp.sum(log_probs(hidden, embedding, targets, c.vocab_size, c.loss_chunk))
+            hidden, head, targets = self.network.before_head(params, rows, None)
+            nats = -jnp.sum(log_probs(hidden, head, targets, c.vocab_size, c.loss_chunk))
             size = jnp.where(targets == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(targets, 0)])
             return nats, jnp.sum(targets != IGNORED, dtype=jnp.int32), jnp.sum(size)
 

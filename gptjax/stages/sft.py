@@ -82,9 +82,9 @@ class SFT(Assistant[Examples], NextToken):
         c, marks = self.config.model, np.array([*self.known_tokenizer.special.values()])
 
         def sums(params: Any, rows: Rows) -> tuple[Array, ...]:
-            hidden, embedding, targets = self.network.before_head(params, rows, None)
+            hidden, head, targets = self.network.before_head(params, rows, None)
             asked = jnp.where(targets <= CUT, CUT - targets, targets)
-            nats = -log_probs(hidden, embedding, asked, c.vocab_size, c.loss_chunk)
+            nats = -log_probs(hidden, head, asked, c.vocab_size, c.loss_chunk)
             parts = targets > PADDING, (targets < PADDING) & ~jnp.isin(asked, marks)
             return tuple(jnp.sum(x) for part in parts for x in (jnp.where(part, nats, 0), part))
 

@@ -30,7 +30,9 @@ from gptjax.train.step import placed
 SHAPE = ("num_layers", "num_heads", "embed_dim", "seq_len", "vocab_size")
 BLOCK = (
     *("attention_pattern", "scale_scores", "qkv_bias", "biases", "num_kv_heads", "head_size", "mlp_size"),
-    *("norm", "norm_eps", "positions", "rotary_base", "activation", "parallel_mlp", "tied_head"),
+    *("norm", "norm_bias", "norm_eps", "norm_place", "norm_embedding", "positions", "position_offset"),
+    *("position_buckets", "position_reach", "rotary_base", "activation", "parallel_mlp", "causal", "cross_attention"),
+    *("token_types", "scale_embedding", "tied_head", "head_bias", "scale_head"),
 )
 SAME = (*SHAPE, *BLOCK)
 TABLES = ("embedding", "head")  # whose rows are ids; the head only where it is a table of its own

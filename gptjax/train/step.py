@@ -193,6 +193,9 @@ def muon_axes(name: str) -> "MuonDimensionNumbers | None":
     axes = {
         "qkv": MuonDimensionNumbers(-4, (-2, -1)),  # [D, G+2, H/G, K]
         "projection": MuonDimensionNumbers((-3, -2), -1),  # [H, K, D]
+        "cross_query": MuonDimensionNumbers(-3, (-2, -1)),  # [D, H, K]
+        "cross_keys_values": MuonDimensionNumbers(-4, (-2, -1)),  # [D, 2, H, K]
+        "cross_projection": MuonDimensionNumbers((-3, -2), -1),
         "mlp_up": MuonDimensionNumbers(-2, -1),
         "mlp_gate_up": MuonDimensionNumbers(-3, -1),  # [D, 2, F]
         "mlp_down": MuonDimensionNumbers(-2, -1),
@@ -208,7 +211,7 @@ def _by_name(choose: Callable[[str], Any]) -> Callable[[Params], Any]:
 
 def is_decayed(params: Params) -> Any:
     """True for matrices and embeddings, False for biases and LayerNorm scales, whatever the stacking."""
-    return _by_name(lambda name: {"bias", "scale"}.isdisjoint(name.split("/")))(params)
+    return _by_name(lambda name: {"bias", "scale", "head_bias"}.isdisjoint(name.split("/")))(params)
 
 
 def abstract_state(config: Config, stage: Parametrised) -> TrainState:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.errors import UserError
-from gptjax.model.attention import Attend, Need, reference, refuse_split
+from gptjax.model.attention import Attend, Need, reference, refuse_beyond
 from gptjax.model.kernels import blockwise, cudnn, splash
 from gptjax.model.kernels.selftest import remembered
 
@@ -28,7 +28,7 @@ BACKENDS = {
     "blockwise": Backend(blockwise.attend, _anything),
     "cudnn": Backend(cudnn.attend, cudnn.refuse, tested=False),
     "splash": Backend(splash.attend, splash.refuse),
-    "reference": Backend(reference, refuse_split),
+    "reference": Backend(reference, refuse_beyond),
 }
 PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 SELF_TESTS = Path("~/.cache/gptjax/attention.json")

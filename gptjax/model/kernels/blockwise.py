@@ -31,6 +31,22 @@ class Places(NamedTuple):
     key_segments: Array | None = None  # [B, S]
 
 
+def attend_across(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    scale: float,
+    segments: tuple[Array | None, Array | None] = (None, None),
+    bias: Array | None = None,
+) -> Array:
+    """q [B, T, H, K] against k, v [B, S, H, K] of another text, or of the same with a bias [H, T, S] that is added to
+    the scores -> [B, T, H, K]. A query [B, T] sees only keys [B, S] of its own segment."""
+    places = Places(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), *segments)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return rows(mask, scale, q, k, v, places, bias).swapaxes(1, 2)
+
+
 def attend(q: Array, k: Array, v: Array, mask: Mask, scale: float, segments: Array | None = None) -> Array:
     """See attention.Attend."""
     length = q.shape[1]
@@ -89,65 +105,85 @@ def banded(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def rows(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places) -> Array:
-    """q [B, H, R, K] against k, v [B, H, S, K]: [B, H, R, K]."""
-    return rows_forward(mask, scale, q, k, v, places)[0]
+def rows(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, bias: Array | None = None) -> Array:
+    """q [B, H, R, K] against k, v [B, H, S, K], with a bias [H, R, S] on the scores: [B, H, R, K]."""
+    return rows_forward(mask, scale, q, k, v, places, bias)[0]
 
 
-def _keep(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, tuple]:
-    out, log_z = (checkpoint_name(x, KEPT) for x in rows_forward(mask, scale, q, k, v, places))
-    return out, (q, k, v, places, out, log_z)
+def _keep(
+    mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, bias: Array | None
+) -> tuple[Array, tuple]:
+    out, log_z = (checkpoint_name(x, KEPT) for x in rows_forward(mask, scale, q, k, v, places, bias))
+    return out, (q, k, v, places, bias, out, log_z)
 
 
-def _gradient(mask: Mask, scale: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, places, out, log_z = saved
+def _gradient(mask: Mask, scale: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array, None, Array | None]:
+    q, k, v, places, bias, out, log_z = saved
     # The softmax's row sum of weights * grad_weights equals that of out * grad, which is S / K times shorter.
     row = jnp.sum(out * grad, axis=-1, dtype=log_z.dtype)
-    grads = rows_backward(mask, scale, q, k, v, places, log_z, row, grad)
-    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None  # type: ignore[return-value]
+    *grads, grad_bias = rows_backward(mask, scale, q, k, v, places, log_z, row, grad, bias)
+    grad_q, grad_k, grad_v = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    return grad_q, grad_k, grad_v, None, None if bias is None else grad_bias.astype(bias.dtype)
 
 
 rows.defvjp(_keep, _gradient)
 
 
-def rows_forward(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, Array]:
+def rows_forward(
+    mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, bias: Array | None = None
+) -> tuple[Array, Array]:
     """(out [B, H, R, K], log-normaliser [B, H, R]); a row that sees no key gives 0 and -inf."""
     pieces = _pieces(q.shape[2], k.shape[2])
     if pieces == 1:
-        return _piece_forward(mask, scale, q, k, v, places)
+        return _piece_forward(mask, scale, q, k, v, places, bias)
 
     def one(part: tuple) -> tuple[Array, Array]:
-        q, queries, ids = part
-        return _piece_forward(mask, scale, q, k, v, places._replace(queries=queries, query_segments=ids))
+        q, bias, queries, ids = part
+        return _piece_forward(mask, scale, q, k, v, places._replace(queries=queries, query_segments=ids), bias)
 
-    out, log_z = jax.lax.map(one, (_split_rows(q, 2, pieces), *_split_queries(places, pieces)))
+    split_bias = None if bias is None else _split_rows(bias, 1, pieces)
+    out, log_z = jax.lax.map(one, (_split_rows(q, 2, pieces), split_bias, *_split_queries(places, pieces)))
     return _join_rows(out, q.shape[2]), _join_rows(log_z[..., None], q.shape[2])[..., 0]
 
 
 def rows_backward(
-    mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, log_z: Array, row: Array, grad: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k, v from grad [B, H, R, K]; `row` [B, H, R] is the sum of out * grad over K. Those of k
-    and v are in at least float32, ready to be summed."""
+    mask: Mask,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    log_z: Array,
+    row: Array,
+    grad: Array,
+    bias: Array | None = None,
+) -> tuple[Array, ...]:
+    """Gradients of q, k, v from grad [B, H, R, K], and of a bias [H, R, S], of none zero; `row` [B, H, R] is the sum of
+    out * grad over K. Those of k and v are in at least float32, ready to be summed."""
     pieces = _pieces(q.shape[2], k.shape[2])
     if pieces == 1:
-        return _piece_backward(mask, scale, q, k, v, places, log_z, row, grad)
+        return _piece_backward(mask, scale, q, k, v, places, log_z, row, grad, bias)
 
-    def one(total: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
+    def one(total: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         q, queries, ids, *rest = part
         here = places._replace(queries=queries, query_segments=ids)
-        grad_q, *more = _piece_backward(mask, scale, q, k, v, here, *rest)
-        return (total[0] + more[0], total[1] + more[1]), grad_q
+        grad_q, grad_k, grad_v, grad_bias = _piece_backward(mask, scale, q, k, v, here, *rest)
+        return (total[0] + grad_k, total[1] + grad_v), (grad_q, grad_bias)
 
     rest = (_split_rows(x, 2, pieces) for x in (log_z, row, grad))
-    parts = (_split_rows(q, 2, pieces), *_split_queries(places, pieces), *rest)
+    split_bias = None if bias is None else _split_rows(bias, 1, pieces)
+    parts = (_split_rows(q, 2, pieces), *_split_queries(places, pieces), *rest, split_bias)
     start = jnp.zeros(k.shape, log_z.dtype), jnp.zeros(v.shape, log_z.dtype)
-    (grad_k, grad_v), grad_q = jax.lax.scan(one, start, parts)
-    return _join_rows(grad_q, q.shape[2]), grad_k, grad_v
+    (grad_k, grad_v), (grad_q, grad_bias) = jax.lax.scan(one, start, parts)
+    if bias is not None:  # [N, H, R, S]
+        grad_bias = jnp.moveaxis(grad_bias, 0, 1).reshape(len(bias), -1, bias.shape[2])[:, : bias.shape[1]]
+    return _join_rows(grad_q, q.shape[2]), grad_k, grad_v, grad_bias
 
 
-def _piece_forward(mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, Array]:
-    scores = _scores(mask, scale, q, k, places)
+def _piece_forward(
+    mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, bias: Array | None
+) -> tuple[Array, Array]:
+    scores = _scores(mask, scale, q, k, places, bias)
     top = jnp.max(scores, axis=-1, keepdims=True)
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(scores - top)
@@ -158,26 +194,38 @@ def _piece_forward(mask: Mask, scale: float, q: Array, k: Array, v: Array, place
 
 
 def _piece_backward(
-    mask: Mask, scale: float, q: Array, k: Array, v: Array, places: Places, log_z: Array, row: Array, grad: Array
-) -> tuple[Array, Array, Array]:
+    mask: Mask,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    log_z: Array,
+    row: Array,
+    grad: Array,
+    bias: Array | None,
+) -> tuple[Array, Array, Array, Array]:
     wide = log_z.dtype
-    weights = jnp.exp(_scores(mask, scale, q, k, places) - jnp.where(log_z == -jnp.inf, 0, log_z)[..., None])
+    weights = jnp.exp(_scores(mask, scale, q, k, places, bias) - jnp.where(log_z == -jnp.inf, 0, log_z)[..., None])
     grad_weights = jnp.einsum("bhrk,bhsk->bhrs", grad, v, preferred_element_type=wide)
+    grad_bias = jnp.zeros(()) if bias is None else jnp.sum(weights * (grad_weights - row[..., None]), axis=0)
     grad_scores = (weights * (grad_weights - row[..., None]) * scale).astype(q.dtype)
     return (
         jnp.einsum("bhrs,bhsk->bhrk", grad_scores, k),
         jnp.einsum("bhrs,bhrk->bhsk", grad_scores, q, preferred_element_type=wide),
         jnp.einsum("bhrs,bhrk->bhsk", weights.astype(q.dtype), grad, preferred_element_type=wide),
+        grad_bias,
     )
 
 
-def _scores(mask: Mask, scale: float, q: Array, k: Array, places: Places) -> Array:
+def _scores(mask: Mask, scale: float, q: Array, k: Array, places: Places, bias: Array | None) -> Array:
     """Masked scores [B, H, R, S] in at least float32."""
     seen = visible(mask, places.queries, places.keys)
     if places.query_segments is not None and places.key_segments is not None:
         seen = seen & (places.query_segments[:, None, :, None] == places.key_segments[:, None, None, :])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bhrk,bhsk->bhrs", q * scale, k, preferred_element_type=wide)
+    scores = scores if bias is None else scores + bias
     return jnp.where(seen, scores, -jnp.inf)
 
 

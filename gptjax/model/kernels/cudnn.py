@@ -4,7 +4,7 @@ import jax
 from jax import Array
 
 from gptjax.errors import UserError
-from gptjax.model.attention import Mask, Need, refuse_split
+from gptjax.model.attention import Mask, Need, refuse_beyond
 
 TILE = 128  # cuDNN up to 9.15 has a wrong backward pass under CUDA graphs for other lengths
 
@@ -39,4 +39,4 @@ def refuse(need: Need) -> str | None:
         return "it does not run in a deterministic step (train.deterministic)"
     if need.segments:
         return "it cannot keep documents apart (segments)"
-    return refuse_split(need)
+    return refuse_beyond(need)

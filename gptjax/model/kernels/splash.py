@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gptjax.model.attention import KEPT, Mask, Need, refuse_split
+from gptjax.model.attention import KEPT, Mask, Need, refuse_beyond
 
 HEAD_DIMS = (64, 80, 96, 128)
 LANES = 128  # its blocks of keys are multiples of a vector register's lanes
@@ -66,4 +66,4 @@ def refuse(need: Need) -> str | None:
         return f"head size {need.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if need.dtype.itemsize > 4:
         return f"{need.dtype} is not supported; use float32 or bfloat16"
-    return refuse_split(need)
+    return refuse_beyond(need)
