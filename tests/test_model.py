@@ -29,7 +29,7 @@ from gptjax.model.dropout import dropout, token_keys
 from gptjax.model.fp8 import BACKWARD, FORWARD, quantise
 from gptjax.model.gpt import GPT, forward, look_up
 from gptjax.model.lora import is_adapter
-from gptjax.model.loss import IGNORED, cross_entropy, log_probs, logits
+from gptjax.model.loss import IGNORED, Head, cross_entropy, log_probs, logits
 from gptjax.model.positions import rotated
 from gptjax.model.products import multiply
 from gptjax.parallel.network import Network
@@ -43,28 +43,30 @@ CONFIG = ModelConfig(
 
 
 @settings(max_examples=15)
-@given(length=st.integers(1, 20), chunk=st.integers(1, 25), ignored=st.integers(0, 5))
-def test_cross_entropy_and_gradient_equal_float64(length: int, chunk: int, ignored: int) -> None:
+@given(length=st.integers(1, 20), chunk=st.integers(1, 25), ignored=st.integers(0, 5), biased=st.booleans())
+def test_cross_entropy_and_gradient_equal_float64(length: int, chunk: int, ignored: int, biased: bool) -> None:
     rng = np.random.default_rng(length)
-    hidden, embedding = rng.normal(size=(2, length, 8)), rng.normal(size=(128, 8))
+    hidden, head = rng.normal(size=(2, length, 8)), Head(rng.normal(size=(128, 8)), rng.normal(size=128))
+    head = head if biased else Head(head.table)
     targets = rng.integers(0, 100, (2, length))
     targets[0, :ignored] = IGNORED
 
-    def plain(hidden: jax.Array, embedding: jax.Array) -> jax.Array:  # the whole logits, vocabulary cut to 100
-        scores = jax.nn.log_softmax(hidden @ embedding[:100].T)
+    def plain(hidden: jax.Array, head: Head) -> jax.Array:  # the whole logits, vocabulary cut to 100
+        scores = hidden @ head.table[:100].T + (0 if head.bias is None else head.bias[:100])
+        scores = jax.nn.log_softmax(scores)
         picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
         return -3 * jnp.sum(picked * (targets != IGNORED))  # 3: a cotangent that is not 1
 
-    def chunked(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-        return 3 * cross_entropy(hidden, embedding, jnp.asarray(targets), 100, chunk)
+    def chunked(hidden: jax.Array, head: Head) -> jax.Array:
+        return 3 * cross_entropy(hidden, head, jnp.asarray(targets), 100, chunk)
 
     with jax.enable_x64(True):
-        value, grads = jax.value_and_grad(plain, (0, 1))(hidden, embedding)
-    arguments = jnp.asarray(hidden, jnp.float32), jnp.asarray(embedding, jnp.float32)
+        value, grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    arguments = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (hidden, head))
     got, got_grads = jax.value_and_grad(chunked, (0, 1))(*arguments)
     np.testing.assert_allclose(got, value, rtol=1e-5)
     np.testing.assert_allclose(chunked(*arguments), value, rtol=1e-5)  # the path without a gradient
-    for a, b in zip(got_grads, grads, strict=True):
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -80,7 +82,7 @@ def test_bfloat16_head_is_exact_far_from_zero() -> None:
         scores = (wide[0] @ wide[1].T)[..., :500]
         assert scores.mean() < -80
         want = -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], -1).mean()
-    got = cross_entropy(hidden, embedding, jnp.asarray(targets), 500, 64) / targets.size
+    got = cross_entropy(hidden, Head(embedding), jnp.asarray(targets), 500, 64) / targets.size
     assert float(got) == pytest.approx(float(want), abs=2e-3)  # the table is rounded once more
     rounded = jnp.asarray(jnp.asarray(scores, jnp.bfloat16), jnp.float32)
     plain = -jnp.take_along_axis(jax.nn.log_softmax(rounded), targets[..., None], -1).mean()
@@ -98,9 +100,9 @@ def test_log_probs_equal_the_samplers_and_float64(length: int, chunk: int, ignor
     targets[0, ..., :ignored] = IGNORED
     for dtype in (jnp.float32, jnp.bfloat16):
         x, table = jnp.asarray(hidden, dtype), jnp.asarray(embedding, dtype)
-        got = log_probs(x, table, jnp.asarray(targets), 100, chunk)
+        got = log_probs(x, Head(table), jnp.asarray(targets), 100, chunk)
         assert got.dtype == jnp.float32
-        drawn_from = np.asarray(jax.nn.log_softmax(logits(x, table, 100)))
+        drawn_from = np.asarray(jax.nn.log_softmax(logits(x, Head(table), 100)))
         scores = np.float64(x) @ np.float64(table)[:100].T
         exact = scores - np.logaddexp.reduce(scores, -1, keepdims=True)
         for want in (drawn_from, exact):
@@ -112,10 +114,10 @@ def test_training_loss_in_bfloat16_is_log_probs_up_to_its_rounding() -> None:
     """Scores of deviation 5, rounded to 8 bits: one token is off by up to 0.1 nats, the mean of 512 by 0.001."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(512, 64)), jnp.bfloat16)
-    embedding = jnp.asarray(0.6 * rng.normal(size=(512, 64)), jnp.bfloat16)
+    head = Head(jnp.asarray(0.6 * rng.normal(size=(512, 64)), jnp.bfloat16))
     targets = jnp.asarray(rng.integers(0, 500, 512))
-    one = jax.vmap(lambda x, y: cross_entropy(x[None], embedding, y[None], 500, 1))
-    gap = np.asarray(one(hidden, targets) + log_probs(hidden, embedding, targets, 500, 64))
+    one = jax.vmap(lambda x, y: cross_entropy(x[None], head, y[None], 500, 1))
+    gap = np.asarray(one(hidden, targets) + log_probs(hidden, head, targets, 500, 64))
     assert 0.01 < np.abs(gap).max() < 0.2  # scores up to 25 are rounded by up to 0.06: the target's, and the largest
     assert abs(gap.mean()) < 5e-3
 
@@ -149,12 +151,12 @@ def test_gradient_of_a_frequent_token_is_summed_whole() -> None:
 def test_no_full_logits_in_memory() -> None:
     """Forward and backward of 8 x 1024 positions over 8,192 words keep far less than their 268 MB of logits."""
     hidden = jax.ShapeDtypeStruct((8, 1024, 16), jnp.float32)
-    embedding = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
+    head = Head(jax.ShapeDtypeStruct((8192, 16), jnp.float32))
     targets = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
     loss = jax.jit(jax.grad(cross_entropy, (0, 1)), static_argnums=(3, 4))
     probs = jax.jit(jax.grad(lambda *inputs: log_probs(*inputs).sum(), (0, 1)), static_argnums=(3, 4))
     for function in (loss, probs):
-        memory = function.lower(hidden, embedding, targets, 8192, 32).compile().memory_analysis()
+        memory = function.lower(hidden, head, targets, 8192, 32).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 8 * 1024 * 8192 * 4 / 4
 
 

@@ -58,7 +58,7 @@ from gptjax.data.rows import PADDING
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
-from gptjax.model.loss import drawn_log_probs, log_probs
+from gptjax.model.loss import Head, drawn_log_probs, log_probs
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import PPO, SFT, stage_class
@@ -268,17 +268,17 @@ def test_log_probs_are_those_that_tokens_were_drawn_by(temperature: float, top_k
             wanted[i, t] = scores[i, t, targets[i, t]] - log_z
             entropies[i, t] = -sum(math.exp(each - log_z) * (each - log_z) for each in among)
 
+    head = Head(embedding)
+
     def asked(hidden: Any) -> Any:
-        return drawn_log_probs(hidden, embedding, targets, size, 3, temperature, top_k)
+        return drawn_log_probs(hidden, head, targets, size, 3, temperature, top_k)
 
     found, entropy = jax.jit(asked)(hidden)
     assert found.dtype == entropy.dtype == np.float32
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-6)
     np.testing.assert_allclose(entropy, entropies, atol=1e-5)
     if temperature == 1 and top_k == 0:
-        np.testing.assert_array_equal(
-            found, jax.jit(log_probs, static_argnums=(3, 4))(hidden, embedding, targets, size, 3)
-        )
+        np.testing.assert_array_equal(found, jax.jit(log_probs, static_argnums=(3, 4))(hidden, head, targets, size, 3))
     slope = jax.jit(jax.grad(lambda hidden: asked(hidden)[0].sum()))(hidden)
     assert np.isfinite(slope).all() and (slope[1, 5:] == 0).all()
     outside = (wanted != 0) & (order[..., 0] != targets)  # also where the one likeliest token is all that is drawn

@@ -518,6 +518,11 @@ class MaskedConfig(Config):
     def separates(self) -> bool:
         return True
 
+    @property
+    def predicts(self) -> bool:
+        """Its stage asks for hidden tokens alone, by a head of its own."""
+        return False
+
 
 @frozen
 class LabelsConfig:

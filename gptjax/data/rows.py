@@ -47,3 +47,13 @@ def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:
         ends = inputs == eot
         segments = np.cumsum(ends, axis=-1, dtype=np.int32) - ends
     return Rows(inputs, np.maximum(tokens, PADDING)[..., 1:], segments)
+
+
+def pair_row(source: np.ndarray, target: np.ndarray, start: int, source_len: int, target_len: int) -> PairRows:
+    """One row of ids that fit; of none an empty one."""
+    ids, tokens, segments = np.zeros(source_len, np.int32), np.zeros(target_len, np.int32), np.ones(target_len, np.int32)
+    source_segments, targets = np.ones(source_len, np.int32), np.full(target_len, PADDING, np.int32)
+    ids[: len(source)], source_segments[: len(source)] = source, 0
+    tokens[: len(target)] = [start, *target[:-1]][: len(target)]
+    targets[: len(target)], segments[: len(target)] = target, 0
+    return PairRows(ids, source_segments, tokens, targets, segments)

@@ -24,6 +24,7 @@ from gptjax.infer.text import TextStream
 from gptjax.model.cache import ring_size
 from gptjax.model.gpt import GPT
 from gptjax.model.loss import IGNORED
+from gptjax.parallel.network import ENCODER, EncoderDecoder
 from gptjax.sharding.rules import Layout
 
 SHARED = 16  # tokens that a prefix must have to be worth a copy
@@ -56,6 +57,8 @@ class Request:
     """Tell also what the prompt's own tokens were worth."""
     told_from: int = 1
     """The first of the prompt's tokens that is told of; those before it may come from what prompts share."""
+    source: Sequence[int] = ()
+    """Token ids of the text that an encoder-decoder writes of, its end among them."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -146,23 +149,24 @@ class Engine:
         layout: Layout | None = None,
         prefixes: int = 1,
         counts: Sequence[int] = (),
+        encoder: EncoderDecoder | None = None,
     ) -> None:
-        """capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
+        """encoder: of an encoder-decoder both sides, of which `model` is one; capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
         chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share; counts: numbers of
         rows that there are programs for on a CPU, the most of them `slots`; every power of two where there are none."""
         config = model.config
         self.capacity = min(capacity or config.seq_len, config.seq_len)
         self.slots, self.steps, self.chunk = slots, steps, chunk
-        self.tokenizer, self.reuse = tokenizer, True
+        self.tokenizer, self.reuse = tokenizer, encoder is None  # a beginning means another thing beside another text
         ways = layout.ways(layout.rules["batch"]) if layout else 1
         rows = -(-(slots + prefixes) // ways) * ways
         self._on_cpu = jax.default_backend() == "cpu"
         self._arrange: Callable[[Any], Any] | None = None
         if self._on_cpu and layout is None:
             model, self._arrange = for_cpu(model)
-        keep = self._unread = self._arrange is not None
-        self.model, self.programs = model, Programs(model, rows, self.capacity, layout, keep)
-        self._params = self._arranged(params)
+        keep = self._unread = self._arrange is not None and encoder is None
+        self.model, self.programs = model, Programs(model, rows, self.capacity, layout, keep, encoder)
+        self._trained, self._params = params, self._arranged(params)
         self._bias = self._allowed()
         self._ring = min(ring_size(config, kind, self.capacity) for kind in config.attention_pattern)
         self._sizes = [size for size in (SIZES if self._on_cpu else FEW_SIZES) if size <= chunk] or [chunk]
@@ -207,11 +211,15 @@ class Engine:
     @params.setter
     def params(self, params: Any) -> None:
         """Others from now on, also for what is half done. What prompts shared is forgotten."""
-        self._params = self._arranged(params)
+        self._trained, self._params = params, self._arranged(params)
         self._stale |= set(range(len(self._held)))
 
     def _arranged(self, params: Any) -> Any:
-        return self._arrange(params) if self._arrange and params is not None else params
+        if params is None:
+            return None
+        if self.programs.encoder:
+            params = {name: part for name, part in params.items() if name != ENCODER}
+        return self._arrange(params) if self._arrange else params
 
     @property
     def busy(self) -> bool:
@@ -275,7 +283,9 @@ class Engine:
         length, size = len(request.prompt), self.model.config.vocab_size
         if length > self.capacity + (request.max_tokens == 0):  # the last is only looked at where nothing is drawn
             raise UserError(f"prompt: {length} tokens; the context holds {self.capacity}")
-        wrong = [i for i in (*request.prompt, *request.sampling.logit_bias, *request.stop_tokens) if not 0 <= i < size]
+        self._require_source(request)
+        named = *request.source, *request.prompt, *request.sampling.logit_bias, *request.stop_tokens
+        wrong = [i for i in named if not 0 <= i < size]
         if wrong:
             raise UserError(f"token {wrong[0]}: outside the vocabulary, 0 to {size - 1}")
         if request.sampling.logit_bias and not np.isfinite(self._biases(request)).any():
@@ -291,6 +301,16 @@ class Engine:
         else:
             self._waiting.append(reply)
         return reply
+
+    def _require_source(self, request: Request) -> None:
+        encoder = self.programs.encoder
+        if encoder is None:
+            if request.source:
+                raise UserError("source: this model is a decoder alone, and reads no other text; leave it out")
+            return
+        room = encoder.config.encoder.seq_len
+        if not 0 < len(request.source) <= room:
+            raise UserError(f"source: {len(request.source)} tokens; the encoder reads 1 to {room}")
 
     def cancel(self, reply: Reply) -> None:
         """End a request wherever it is; its row is free at once."""
@@ -423,10 +443,20 @@ class Engine:
         keeps = self.reuse and self._store and request.shared >= SHARED
         mark = self._mark(request.prompt, shared) if keeps else 0
         self._taken[number] = taken = _Taken(reply, shared, left, mark)
+        self._read_source(number, request)
         if taken.filled == taken.goal:
             self._start(number, taken)
         else:
             self._rest(number)
+
+    def _read_source(self, number: int, request: Request) -> None:
+        """The encoder reads what a row looks at, once for all that it writes."""
+        if self.programs.encoder is None:
+            return
+        tokens = np.zeros((1, self.programs.encoder.config.encoder.seq_len), np.int32)
+        tokens[0, : len(request.source)] = request.source
+        sizes = np.int32(number), np.int32(len(request.source))
+        self._state = self.programs.encode(self._trained, self._state, tokens, *sizes)
 
     def _rest(self, number: int) -> None:
         """Tell the devices that a row draws nothing, and what lies in its cache."""

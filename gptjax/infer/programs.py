@@ -1,4 +1,5 @@
-"""What runs on the devices: fill a row's cache with a prompt, decode some tokens in every row, copy what rows share.
+"""What runs on the devices: fill a row's cache with a prompt, decode some tokens in every row, copy what rows share; and
+of an encoder-decoder, read the text that a row writes of.
 
 Parameters are an argument like any other, so that others can take their place between two calls without a compile.
 
@@ -16,10 +17,11 @@ from jax import Array
 
 from gptjax.infer.kept import Kept
 from gptjax.infer.sampling import Knobs, draw
-from gptjax.model.cache import AXES, At, Cache, copy_row, empty_cache
+from gptjax.model.cache import AXES, At, Cache, copy_row, empty_cache, memory_of
 from gptjax.model.gpt import GPT, forward
 from gptjax.model.int8 import widened
 from gptjax.model.loss import IGNORED, Head, log_probs, logits
+from gptjax.parallel.network import EncoderDecoder
 from gptjax.sharding.rules import Layout
 
 STOPS = 16  # ids that may end a reply
@@ -58,6 +60,8 @@ class Slots(NamedTuple):
     start: Array
     """int32 [N]: tokens in each row's cache."""
     rows: Row
+    memory: Array | None = None
+    """int32 [N]: tokens of the text that each row looks at; None for a decoder alone."""
 
 
 class Drawn(NamedTuple):
@@ -91,6 +95,8 @@ class Programs:
     layout: Layout | None = None
     keep: bool = False
     """Whether the two that take long to trace are kept for another process; see kept."""
+    encoder: EncoderDecoder | None = None
+    """Of an encoder-decoder both sides, of which it reads by one."""
 
     @property
     def compiled(self) -> int:
@@ -122,7 +128,9 @@ class Programs:
                 seen=jnp.zeros(wide, bool),
                 stops=jnp.full((rows, STOPS), -1, jnp.int32),
             )
-            return Slots(empty_cache(config, rows, self.capacity, self.model.dtype), zeros, row)
+            source = self.encoder.config.encoder.seq_len if self.encoder else 0
+            cache = empty_cache(config, rows, self.capacity, self.model.dtype, source)
+            return Slots(cache, zeros, row, zeros if source else None)
 
         return jax.jit(make, out_shardings=self._places)
 
@@ -132,7 +140,7 @@ class Programs:
         if self.layout is None:
             return None
         everywhere = self.layout.sharding(())
-        return Slots(self.layout.sharding(AXES), everywhere, everywhere)  # type: ignore[arg-type]
+        return Slots(self.layout.sharding(AXES), everywhere, everywhere, everywhere)  # type: ignore[arg-type]
 
     @property
     def _known(self) -> Any:
@@ -178,6 +186,24 @@ class Programs:
         return self._jit(copy, donate_argnums=0)
 
     @cached_property
+    def encode(self) -> Any:
+        """jit of (params, slots, tokens [1, S], number, count) -> slots: the text that a row looks at from now on, of
+        which the first `count` are tokens. Takes parameters as they are trained."""
+
+        def encode(params: Any, slots: Slots, tokens: Array, number: Array, count: Array) -> Slots:
+            assert self.encoder
+            padding = (jnp.arange(tokens.shape[1]) >= count).astype(jnp.int32)[None]
+            hidden = self.encoder.encode(params, tokens, padding, None)
+            made = memory_of(self.encoder.config.model, params, hidden)
+            cache = tuple(
+                (*own[:2], *(old.at[:, number].set(new[:, 0]) for old, new in zip(own[2:], memory, strict=True)))
+                for own, memory in zip(slots.cache, made, strict=True)
+            )
+            return slots._replace(cache=cache, memory=slots.memory.at[number].set(count))  # type: ignore[union-attr]
+
+        return self._jit(encode, donate_argnums=1)
+
+    @cached_property
     def fill(self) -> Any:
         """jit of (params, slots, tokens [B, T], numbers [B], count [B], targets [B, T] or None, read) -> (slots, Scores
         or None): tokens go into the caches of rows, of each the first `count`; the number of a row that is not there is
@@ -188,7 +214,7 @@ class Programs:
         ) -> tuple[Slots, Scores | None]:
             model = self._model(read, len(tokens))
             here = jnp.where(numbers < self.rows, slots.start[numbers], 0)
-            at = At(here, count, numbers)
+            at = At(here, count, numbers, None if slots.memory is None else slots.memory[numbers])
             hidden, head, cache = forward(model, widened(params, model.dtype), tokens, cache=slots.cache, at=at)
             start = slots.start.at[numbers].add(count, mode="drop")
             scores = None if targets is None else self._scores(hidden, head, targets)
@@ -222,13 +248,13 @@ class Programs:
 
     def _some(self, slots: Slots, numbers: Array) -> Slots:
         """With some of the rows alone, beside the cache of all."""
-        rows, start = jax.tree.map(lambda leaf: leaf[numbers], (slots.rows, slots.start))
-        return Slots(slots.cache, start, rows._replace(left=jnp.where(numbers < self.rows, rows.left, 0)))
+        rows, start, memory = jax.tree.map(lambda leaf: leaf[numbers], (slots.rows, slots.start, slots.memory))
+        return Slots(slots.cache, start, rows._replace(left=jnp.where(numbers < self.rows, rows.left, 0)), memory)
 
     def _step(self, model: GPT, params: Any, numbers: Array | None, slots: Slots) -> tuple[Slots, Drawn]:
         config, start, rows = model.config, slots.start, slots.rows
         live, count = rows.left > 0, len(start)
-        at = At(start, live.astype(jnp.int32), numbers)
+        at = At(start, live.astype(jnp.int32), numbers, slots.memory)
         hidden, head, cache = forward(model, params, rows.token[:, None], cache=slots.cache, at=at)
         scores = logits(hidden[:, 0], head, config.vocab_size, model.parallelism.outputs_first)
         keys = jax.vmap(lambda key, number: jax.random.fold_in(jax.random.wrap_key_data(key), number))
@@ -245,7 +271,7 @@ class Programs:
             drawn=rows.drawn + live,
             counts=rows.counts.at[number, token].add(live.astype(jnp.int32)),
         )
-        return Slots(cache, start + live, after), drawn
+        return Slots(cache, start + live, after, slots.memory), drawn
 
     def _model(self, read: int, rows: int) -> GPT:
         how = replace(self.model.parallelism, read=read)
@@ -268,7 +294,8 @@ def _joined(slots: Slots, numbers: Array, some: Slots) -> Slots:
         name: getattr(slots.rows, name).at[numbers].set(getattr(some.rows, name), mode="drop")
         for name in ("token", "left", "drawn", "counts")
     }
-    return Slots(some.cache, slots.start.at[numbers].set(some.start, mode="drop"), slots.rows._replace(**rows))
+    start = slots.start.at[numbers].set(some.start, mode="drop")
+    return Slots(some.cache, start, slots.rows._replace(**rows), slots.memory)
 
 
 def _tops(scores: Array) -> tuple[Array, Array]:

@@ -1,5 +1,7 @@
 """Exact parameter and FLOP counts, without the padding that the hardware likes."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from gptjax.config import LoRAConfig, ModelConfig
@@ -66,8 +68,29 @@ def scalar_params(config: ModelConfig) -> int:
     return config.embed_dim + 1
 
 
-def mean_keys(kind: str, seq_len: int, window: int) -> float:
-    """Keys that a query sees, averaged over positions: (T+1)/2 dense, W - W(W-1)/(2T) banded."""
+def head_params(config: ModelConfig, names: Collection[str], classes: int = 0) -> int:
+    """Numbers in an encoder's heads (see `heads`): D² + D in a product of the width, a norm's in the transform, D + 1
+    for each class."""
+    dim = config.embed_dim
+    of_norm = dim * (2 if config.norm == "layer" and config.norm_bias else 1)
+    square = dim * dim + dim
+    sizes = {"transform": square + of_norm, "pooler": square, "next_sentence": 2 * (dim + 1)}
+    sizes["classifier"] = classes * (dim + 1)
+    return sum(sizes[name] for name in names)
+
+
+def head_flops(config: ModelConfig, places: int, names: Collection[str]) -> int:
+    """Of a row, forward and backward: the transform at so many places, each of which is scored against the vocabulary,
+    and the pooler at one. Of the last few numbers none are counted."""
+    dim = config.embed_dim
+    scored = places * (dim * dim + config.vocab_size * dim) if "transform" in names else 0
+    return 6 * (scored + ("pooler" in names) * dim * dim)
+
+
+def mean_keys(kind: str, seq_len: int, window: int, causal: bool = True) -> float:
+    """Keys that a query sees, averaged over positions: (T+1)/2 dense, W - W(W-1)/(2T) banded; T of an encoder's."""
+    if not causal:
+        return seq_len
     if kind == "dense" or window >= seq_len:
         return (seq_len + 1) / 2
     return window - window * (window - 1) / (2 * seq_len)
@@ -99,6 +122,8 @@ class Reading:
     lora: LoRAConfig | None = None
     predicts: bool = True
     """Whether it is asked for tokens; else the head over the vocabulary is not computed."""
+    memory_length: int = 0
+    """S: tokens of the text that each layer looks at by cross-attention."""
 
     @property
     def flops(self) -> float:
@@ -118,9 +143,11 @@ class Reading:
         """
         c, (layer, head, adapter) = self.model, self.products_per_weight
         weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim
-        keys = sum(mean_keys(kind, c.seq_len, c.window) for kind in c.layer_kinds)
+        keys = sum(mean_keys(kind, c.seq_len, c.window, c.causal) for kind in c.layer_kinds)
+        keys += c.num_layers * self.memory_length * c.cross_attention
+        memory = layer * c.num_layers * math.prod(memory_matrix(c)) * self.memory_length / c.seq_len
         adapters = sum(size for name, size in adapter_params(c, self.lora).items() if name in MATRICES)
-        return weights + adapter * adapters + self.products_per_key * c.num_heads * c.head_dim * keys
+        return weights + memory + adapter * adapters + self.products_per_key * c.num_heads * c.head_dim * keys
 
     @property
     def products_per_weight(self) -> tuple[int, int, int]:

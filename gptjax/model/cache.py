@@ -61,6 +61,25 @@ def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype,
     return tuple(map(one, cache_shapes(config, rows, capacity)))
 
 
+def memory_of(config: ModelConfig, params: Any, hidden: Array) -> Cache:
+    """What cross-attention looks at of encoder states [B, S, D], by parameters as they are trained: per block of the
+    pattern (keys, values), each [U, B, H, S, K]."""
+    units = config.num_layers // len(config.attention_pattern)
+
+    def one(block: str) -> tuple[Array, Array]:
+        if config.scan_layers:
+            weights = params["units"][block]["cross_keys_values"]
+        else:
+            every = [params[f"unit_{i}"][block]["cross_keys_values"] for i in range(units)]
+            weights = jax.tree.map(lambda *parts: jnp.stack(parts), *every)
+        made = jnp.einsum("bsd,udnhk->unbhsk", hidden, weights["kernel"].astype(hidden.dtype))
+        if "bias" in weights:  # [U, 2, H, K]
+            made += weights["bias"].astype(hidden.dtype)[:, :, None, :, None]
+        return made[:, 0], made[:, 1]
+
+    return tuple(one(f"block_{i}") for i in range(len(config.attention_pattern)))
+
+
 def copy_row(cache: Cache, source: Array, target: Array) -> Cache:
     """With row `target` as row `source` is."""
 

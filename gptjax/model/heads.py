@@ -72,12 +72,3 @@ def told(params: Any, name: str, pooled: Array) -> Array:
 def is_head(name: str) -> bool:
     """Whether a parameter, such as transform/dense/kernel, is one of theirs."""
     return name.split("/")[0] in HEADS
-
-
-def head_params(config: ModelConfig, names: tuple[str, ...], classes: int = 0) -> int:
-    """Numbers in them: D² + D in a product of the width, a norm's in the transform, D + 1 for each class."""
-    dim = config.embed_dim
-    of_norm = dim * (2 if config.norm == "layer" and config.norm_bias else 1)
-    sizes = {TRANSFORM: dim * dim + dim + of_norm, POOLER: dim * dim + dim}
-    sizes |= {NEXT_SENTENCE: 2 * (dim + 1), CLASSIFIER: classes * (dim + 1)}
-    return sum(sizes[name] for name in names)

@@ -161,8 +161,7 @@ class Rehearsal:
             require_float8(self.devices[0] if self.hardware.name == ATTACHED else self.hardware.chip)
         processes, train = len({device.process_index for device in self.devices}), self.config.train
         known = replace(self.config, train=replace(train, total_tokens=known_tokens(self.config)))
-        flops = self.stage.flops_per_token
-        facts = plain_facts(known, flops, self.layout, len(self.devices), self.devices[0].device_kind, processes)
+        facts = plain_facts(known, self.stage, self.layout, len(self.devices), self.devices[0].device_kind, processes)
         if train.epochs:
             facts["length"] = f"{train.epochs:g} epochs of the training split, which data below counts if it is built"
         yield from (f"{name}: {text}" for name, text in facts.items())

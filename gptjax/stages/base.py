@@ -12,7 +12,7 @@ from gptjax.config import Config
 from gptjax.data.sources import Corpus, TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
-from gptjax.model.accounting import Reading
+from gptjax.model.accounting import Reading, adapter_params, num_params, scalar_params
 from gptjax.model.lora import is_adapter
 from gptjax.parallel.network import Network
 from gptjax.sharding.rules import Layout
@@ -72,6 +72,13 @@ class Base(ByGradient):
     def judging(self) -> tuple[Reading, ...]:
         """Who reads the rows of a step once before any is learned from."""
         return ()
+
+    @property
+    def num_params(self) -> int:
+        """Numbers of the model, without padding; adapters, and a scalar head where it does not predict, among them."""
+        c = self.config
+        adapters = sum(adapter_params(c.model, c.adapter).values())
+        return num_params(c.model) + adapters + (0 if c.predicts else scalar_params(c.model))
 
     @property
     def flops(self) -> dict[str, float]:

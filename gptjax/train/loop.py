@@ -23,7 +23,7 @@ from gptjax import bucket
 from gptjax.config import Config
 from gptjax.data.stream import Prefetcher, merge_positions
 from gptjax.hardware import peak_flops
-from gptjax.model.accounting import adapter_params, num_params, scalar_params
+from gptjax.model.accounting import adapter_params
 from gptjax.sharding.mesh import MESH_AXES
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout
@@ -67,6 +67,11 @@ class Stage(Objective, Parametrised, Protocol):
     @property
     def row(self) -> Rows:
         """The shapes of one row."""
+        ...
+
+    @property
+    def num_params(self) -> int:
+        """Numbers of the model, without padding."""
         ...
 
     @property
@@ -425,23 +430,26 @@ def _whole(position: Position) -> Position:
 
 
 def plain_facts(
-    config: Config, flops: float, layout: Layout, count: int, device_kind: str, num_processes: int
+    config: Config, stage: Stage, layout: Layout, count: int, device_kind: str, num_processes: int
 ) -> dict[str, str]:
-    """What a run of so many FLOPs per token is, in words, on so many devices of a kind."""
-    adapters = sum(adapter_params(config.model, config.adapter).values())
-    params = num_params(config.model) + adapters + (0 if config.predicts else scalar_params(config.model))
+    """What a run is, in words, on so many devices of a kind."""
+    adapters, params = sum(adapter_params(config.model, config.adapter).values()), stage.num_params
     step_tokens = config.step_tokens
     each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
+    length = " + ".join(str(model.seq_len) for model in reversed(config.models.values()))
+    layers = ", ".join(
+        f"{model.num_layers} layers of {','.join(model.attention_pattern)}" + f" ({name})" * (len(config.models) > 1)
+        for name, model in config.models.items()
+    )
     trained = f", of which {adapters:,} are trained" if adapters else ""
     trained += " beside a frozen reference of as many" if config.has_reference else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
-    pattern = ",".join(config.model.attention_pattern)
     lines = {
-        "model": f"{params:,} parameters{trained}, {config.model.num_layers} layers of {pattern}, "
-        f"{flops:.3e} FLOPs per token (causality and band counted exactly)",
+        "model": f"{params:,} parameters{trained}, {layers}, {stage.flops_per_token:.3e} FLOPs per token (causality and "
+        "band counted exactly)",
         "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
         + (f", {num_processes} processes" if num_processes > 1 else ""),
-        "batch": f"{config.train.batch_size} x {each}{config.model.seq_len} = {step_tokens:,} tokens in "
+        "batch": f"{config.train.batch_size} x {each}{f'({length})' if '+' in length else length} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
         "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "
@@ -464,7 +472,7 @@ def _announce(
     """The plain facts before the first step."""
     devices = jax.devices()
     there = len(devices), devices[0].device_kind, jax.process_count()
-    lines = plain_facts(config, stage.flops_per_token, layout, *there)
+    lines = plain_facts(config, stage, layout, *there)
     for name, text in (lines | facts).items():
         reporter.say(f"{name:<10}{text}")
     started = {

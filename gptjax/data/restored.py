@@ -1,0 +1,55 @@
+"""Windows that are damaged, for an encoder-decoder to restore."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptjax.config import DataConfig, NoiseConfig
+from gptjax.data.examples import Report
+from gptjax.data.noise import Marks, Noise, denoiser, room
+from gptjax.data.packing import apart
+from gptjax.data.rows import PairRows, pair_row
+from gptjax.data.sources import TextSource
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers.marks import marks, modes, sentinels
+from gptjax.data.windows import Windows, cut_windows
+
+
+@dataclass(frozen=True, eq=False)
+class DamagedWindows(Windows):
+    """Windows, one a row."""
+
+    noise: Noise
+    start: int
+    """Id that begins what is written."""
+    target_len: int
+
+    def made(self, indices: Sequence[int], rng: np.random.Generator) -> PairRows:
+        pairs = [(text, self.ends_sentence(text)) for text in map(self.window, indices)]
+        source, target = self.noise(*pairs[0], rng) if pairs else (np.zeros(0, np.int32),) * 2
+        return pair_row(source, target, self.start, self.seq_len, self.target_len)
+
+
+def open_damaged(
+    config: DataConfig,
+    noise: NoiseConfig,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    start: int,
+    source_len: int,
+    target_len: int,
+    report: Report = lambda *_: None,
+) -> DamagedWindows:
+    """The windows of a split, as long as both sides of the model take. Raises UserError where it has too little text."""
+    damage = denoiser(noise, ids_of(noise, tokenizer))
+    size = room(damage, source_len, target_len)
+    fields = cut_windows(config, source, tokenizer, source_len, 2, size, apart, report)
+    return DamagedWindows(*fields, damage, start, target_len)
+
+
+def ids_of(noise: NoiseConfig, tokenizer: Tokenizer) -> Marks:
+    """The ids that a kind of noise takes. Raises UserError for a tokenizer without them."""
+    if noise.kind == "infill":
+        return Marks(tokenizer.eot, mask=marks(tokenizer).mask)
+    return Marks(tokenizer.eot, sentinels(tokenizer), modes(tokenizer) if noise.kind == "ul2" else None)
