@@ -55,16 +55,12 @@ def _taken(bounds: list[int], apart: list[bool], order: np.ndarray, lengths: np.
     as its length, fewer where the next one is apart from it, is taken, or has more tokens than are left."""
     taken = [False] * len(apart)
     for first, length in zip(order.tolist(), lengths.tolist(), strict=True):
-        word = first
-        while (
-            word < min(first + length, len(apart))
-            and not taken[word]
-            and not (word > first and apart[word])
-            and bounds[word + 1] - bounds[word] <= budget
-        ):
+        for word in range(first, min(first + length, len(apart))):
+            size = bounds[word + 1] - bounds[word]
+            if taken[word] or size > budget or (word > first and apart[word]):
+                break
             taken[word] = True
-            budget -= bounds[word + 1] - bounds[word]
-            word += 1
+            budget -= size
         if not budget:
             break
     if not any(taken):

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gptjax.config.schema import NoiseConfig
+from gptjax.config import NoiseConfig
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -108,7 +108,7 @@ class Mixture:
     """The id of its mode, and each."""
 
     def __call__(self, ids: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> Pair:
-        mode, drawn = self.denoisers[rng.integers(len(self.denoisers))]
+        mode, drawn = self.denoisers[int(rng.integers(len(self.denoisers)))]
         inputs, targets = drawn(ids, ends, rng)
         return np.append(np.int32(mode), inputs), targets
 
