@@ -1,7 +1,7 @@
 """Texts to be restored: nothing is lost, as much is taken as the papers say, and what is promised to fit does."""
 
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -180,7 +180,7 @@ def test_spans_have_poisson_lengths() -> None:
         inputs = noise(text(length), np.zeros(length, bool), rng)[0][:-1]
         masks.append(int((inputs == MASK).sum()))
         runs = np.split(inputs, np.flatnonzero(inputs != MASK))
-        for before, after in zip(runs, runs[1:], strict=False):
+        for before, after in pairwise(runs):
             if len(before) == 2 and before[0] != MASK:  # one mask between two tokens that stay
                 together += 1
                 inserted += int(after[0] == before[0] + 1)

@@ -58,7 +58,7 @@ def room(noise: Noise, input_length: int, target_length: int) -> int:
 # Sentinels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Spans:
     """As many tokens as the rate says, in as many spans as their mean length makes of them; how both these and the
     others are divided is drawn, and a text begins with one that stays and ends with one that does not."""
@@ -83,7 +83,7 @@ class Spans:
         return noised, min(max(round(noised / self.mean_span), 1), noised, length - noised)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Suffix:
     """The end of a text, a quarter in the mean: 1 to N // 2 - 1 tokens, all as likely."""
 
@@ -100,7 +100,7 @@ class Suffix:
         return max(length // 2 - 1, 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Mixture:
     """One of several denoisers for each text, all as likely, whose mode the input begins with."""
 
