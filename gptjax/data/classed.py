@@ -17,7 +17,7 @@ from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
-LEAST = 6  # ids of two texts of one id, with one before and two behind each
+LEAST = 6  # ids of [CLS] one [SEP] [SEP] other [SEP]
 SHOWN = 20  # labels that a message names
 OTHER_LABEL = "label that is none of labels.names"
 NO_NUMBER = "label that is no number"
@@ -61,7 +61,7 @@ class LabelledTexts(ExampleSet):
         if len(texts) == 2:
             texts = [text[:most] for text, most in zip(texts, _shares(*map(len, texts), room), strict=True)]
         first, *second = (np.append(text[:room], self.sep) for text in texts)
-        begin = [self.sep] * self.double_sep
+        begin = np.full(int(self.double_sep), self.sep)
         ids = np.concatenate([[self.cls], first, *(np.concatenate([begin, text]) for text in second)])
         types = np.arange(len(ids)) > (len(ids) if self.double_sep else len(first))
         return ids.astype(np.int32), types.astype(np.int32)
@@ -96,9 +96,7 @@ def open_labelled(
     and such records are refused.
     """
     if seq_len < LEAST:
-        raise UserError(
-            f"model.seq_len = {seq_len}: no room for two texts and what stands around them; nearest {LEAST}"
-        )
+        raise UserError(f"model.seq_len = {seq_len}: no room for two texts and their separators; nearest {LEAST}")
     about = json.dumps(["labelled", names, double_sep])
 
     def sizes(text: str) -> tuple[int, int]:
@@ -128,14 +126,13 @@ def _known(label: str, names: tuple[str, ...]) -> bool:
 
 def _wrong(config: LabelledConfig, names: tuple[str, ...], found: Counter[str]) -> UserError:
     """What is found instead, in one line."""
-    shown = ", ".join(
-        f"{json.dumps(label, ensure_ascii=False)} ({count:,})" for label, count in found.most_common(SHOWN)
-    )
+    each = ((json.dumps(label, ensure_ascii=False), count) for label, count in found.most_common(SHOWN))
+    shown = ", ".join(f"{label} ({count:,})" for label, count in each)
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     setting = f"labels.names = {','.join(names)}" if names else "labels.names is empty, so labels are numbers"
     return UserError(
-        f"{setting}: data.source = {config.source} has other labels: {shown}{more}; give every class in labels.names, or "
-        "leave such records out with data.invalid drop"
+        f"{setting}: data.source = {config.source} has other labels: {shown}{more}; give every class in labels.names, "
+        "or leave such records out with data.invalid drop"
     )
 
 

@@ -1,5 +1,6 @@
 """Examples as rows to learn from: which there are and how long, how they share rows, and the rows themselves. Those of
-conversations are here, those of ranked replies in `ranked`, those of prompts in `prompted`, those of pairs in `paired`, those of labelled texts in `classed`.
+conversations are here, those of ranked replies in `ranked`, of prompts in `prompted`, of pairs in `paired`, of labelled
+texts in `classed`.
 
 An example of n ids takes n - 1 places of a row, at each of which the next id is asked for. Ids that are asked of no one
 are CUT - id in the targets, so that an evaluation can tell what was said from what is missing.

@@ -1,4 +1,4 @@
-"""Texts with labels in records, in the forms in which they are published: one sentence or two, and what is told of them.
+"""Texts with labels in records, in the forms in which they are published: one or two, and what is told of them.
 
 A data set keeps each as one document of one record, which is JSON without blanks between: the texts and the label as
 text, [["It rains","It is wet"],"0"]; a row that was dropped is the reason, "label is null, neither text nor a number".

@@ -94,9 +94,8 @@ def open_pairs(
     sizes = measure(
         config.cache_dir, source, tokenizer, about, lambda text: _sizes(text, tokenizer, config.prefix), report
     )
-    there, size = sizes[:, 0] > 0, sizes + [len(lead), 0]
-    most = np.array([source_len, target_len])
-    long = (size > most).any(1) & there
+    there, size, most = sizes[:, 0] > 0, sizes + np.array([len(lead), 0]), np.array([source_len, target_len])
+    long = there & (size > most).any(1)
     numbers, left_out = select(config, source, "pair", there, {TOO_LONG: long & (config.too_long == "drop")})
     packing, num_cut = apart(np.minimum(size[numbers], most).sum(1)), int(long[numbers].sum())
     common = source, source_len + target_len, numbers, packing, left_out, num_cut
