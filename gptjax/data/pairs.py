@@ -35,9 +35,10 @@ class Pair:
         return columns_in(self.fields, names, FORMS, where)
 
     def document(self, row: Any, where: object) -> str:
-        return kept(
-            lambda: [filled(value, name) for name, value in values_in(self.fields, row, FORMS)], self.invalid, where
-        )
+        def made() -> list[str]:
+            return [filled(value, name) for name, value in values_in(self.fields, row, FORMS)]
+
+        return kept(made, self.invalid, where)
 
 
 def parse(text: str) -> tuple[str, str]:

@@ -60,10 +60,8 @@ def open_rankings(
     if (most := replies.max()) > config.max_replies:
         raise UserError(f"data.max_replies = {config.max_replies}: a prompt has {most} replies; nearest {most}")
     numbers, left_out = select(config, source, "ranking", there, {TOO_LONG: long & (config.too_long == "drop")})
-    num_cut, num_replies = int(long[numbers].sum()), int(replies[numbers].sum())
-    return Rankings(
-        source, seq_len, numbers, apart(replies[numbers]), left_out, num_cut, chat, config.max_replies, num_replies
-    )
+    counts = chat, config.max_replies, int(replies[numbers].sum())
+    return Rankings(source, seq_len, numbers, apart(replies[numbers]), left_out, int(long[numbers].sum()), *counts)
 
 
 def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:
