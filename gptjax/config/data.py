@@ -159,8 +159,9 @@ class LabelledConfig(DialogueConfig):
     """Where texts with labels come from, each one sentence or a pair of them."""
 
     fields: Annotated[tuple[str, ...], AfterValidator(_labelled), SAME_CONTENT] = ()
-    """text,label or first,second,label. Empty takes the first form found: text,label; sentence,label;
-    sentence1,sentence2,label; premise,hypothesis,label; question,sentence,label."""
+    """text,label or first,second,label; a dotted one, such as review.body, reaches into nested records. Empty takes the
+    first form found: sentence1,sentence2,label; premise,hypothesis,label; question1,question2,label;
+    question,sentence,label; text,label; sentence,label. A label is text, a number, or true or false."""
     too_long: Literal["cut", "drop"] = "cut"
     """What becomes of an example that is longer than the context: the end of its longer text is cut off, or it is left
     out."""

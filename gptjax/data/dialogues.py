@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.chat import Message, flaw
+from gptjax.data.chat import HALF, Message, flaw
 from gptjax.data.formats import column, kind
 from gptjax.errors import UserError
 
@@ -212,6 +212,16 @@ def text_in(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise Invalid(f"{name} is {kind(value)}, not text")
     return value
+
+
+def filled(value: Any, name: str) -> str:
+    """A text that says something. Raises as `text_in`."""
+    text = text_in(value, name)
+    if not text.strip():
+        raise Invalid(f"{name} is empty")
+    if HALF.search(text):
+        raise Invalid(f"{name} has half a character (a lone surrogate)")
+    return text
 
 
 def reach(row: dict[str, Any], name: str) -> Any:

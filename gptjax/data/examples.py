@@ -1,5 +1,6 @@
 """Examples as rows to learn from: which there are and how long, how they share rows, and the rows themselves. Those of
-conversations are here, those of ranked replies in `ranked`, those of prompts in `prompted`.
+conversations are here, those of ranked replies in `ranked`, of prompts in `prompted`, of pairs in `paired`, of labelled
+texts in `classed`.
 
 An example of n ids takes n - 1 places of a row, at each of which the next id is asked for. Ids that are asked of no one
 are CUT - id in the targets, so that an evaluation can tell what was said from what is missing.
@@ -9,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import DialogueConfig
+from gptjax.config import DialogueConfig, SourceConfig
 from gptjax.data.chat import ChatFormat, Rendered
 from gptjax.data.dialogues import Dropped, parse, why_dropped
 from gptjax.data.packing import Epoch, Packing, apart, pack
 from gptjax.data.rows import CUT, PADDING, Rows
 from gptjax.data.sources import TextSource
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.files import write_whole
 
@@ -40,15 +42,15 @@ class ExampleSet:
     """What of a split is trained on, or evaluated, and the rows of its epochs."""
 
     source: TextSource
-    chat: ChatFormat
     seq_len: int
+    """Tokens that an example has at most."""
     numbers: np.ndarray
     """int [examples]: their records."""
     packing: Packing
     left_out: Counter[str]
     """Records that are none, by reason."""
     num_cut: int
-    """Examples that have lost their beginning."""
+    """Examples that have lost what was too long of them."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -74,8 +76,11 @@ class ExampleSet:
         return self.row(indices)
 
 
+@dataclass(frozen=True, eq=False)
 class Examples(ExampleSet):
-    """Conversations."""
+    """Conversations; those that were too long have lost their beginning."""
+
+    chat: ChatFormat
 
     def __getitem__(self, index: int) -> Rendered:
         """An example, at most T + 1 ids of it: the last ones."""
@@ -110,15 +115,16 @@ def open_examples(
     config: DialogueConfig, source: TextSource, chat: ChatFormat, seq_len: int, report: Report = lambda *_: None
 ) -> Examples:
     """The examples of a split. Raises UserError where there are none."""
-    sizes = measure(config, source, chat, lambda text: _sizes(text, chat), report)
+    sizes = measure(config.cache_dir, source, chat.tokenizer, chat.template, lambda text: _sizes(text, chat), report)
     size, tail = sizes[:, 0] - 1, sizes[:, 1]
     there, long = sizes[:, 0] > 0, size > seq_len
     drop = config.too_long == "drop"
     lost = there & (long if drop else tail >= np.minimum(size, seq_len))
-    numbers, left_out = select(config, source, "conversation", there, lost, TOO_LONG if drop else REPLY_ALONE)
+    why = TOO_LONG if drop else REPLY_ALONE
+    numbers, left_out = select(config, source, "conversation", there, {why: lost})
     lengths = np.minimum(size[numbers], seq_len)
     packing = pack(lengths, seq_len) if config.packing else apart(lengths)
-    return Examples(source, chat, seq_len, numbers, packing, left_out, int((long & there & ~lost).sum()))
+    return Examples(source, seq_len, numbers, packing, left_out, int((long & there & ~lost).sum()), chat)
 
 
 def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:
@@ -130,17 +136,21 @@ def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:
 
 
 def select(
-    config: DialogueConfig, source: TextSource, what: str, there: np.ndarray, lost: np.ndarray, reason: str
+    config: SourceConfig, source: TextSource, what: str, there: np.ndarray, lost: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, Counter[str]]:
     """The records of which examples are made, int [examples], and how many of the others there are by reason.
 
-    there: bool [records], those that the data set did not drop; lost: bool [records], those of them that are left out
-    for this reason. Raises UserError where no example is left; `what` is one in a word.
+    there: bool [records], those that the data set did not drop; lost: for each reason bool [records], those of them
+    that are left out for it, and for the first reason of several. Raises UserError where no example is left; `what` is
+    one in a word.
     """
     left_out = Counter(why_dropped(source[int(number)].text) for number in np.flatnonzero(~there))
-    if lost.any():
-        left_out[reason] = int(lost.sum())
-    numbers = np.flatnonzero(there & ~lost)
+    kept = there
+    for reason, those in lost.items():
+        if count := int((kept & those).sum()):
+            left_out[reason] = count
+        kept = kept & ~those
+    numbers = np.flatnonzero(kept)
     if not len(numbers):
         why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise UserError(f"data.source = {config.source}: no {what} to learn from in a split ({why}); give more")
@@ -148,41 +158,50 @@ def select(
 
 
 def measure(
-    config: DialogueConfig, source: TextSource, chat: ChatFormat, sizes: Sizes, report: Report = lambda *_: None
+    cache_dir: str,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    about: str,
+    sizes: Sizes,
+    report: Report = lambda *_: None,
+    dropped: Callable[[str], str] = why_dropped,
 ) -> np.ndarray:
-    """int32 [records, 2]: the `sizes` of each, zeros for one that was dropped. They are a function of the records and
-    of the chat format alone.
+    """int32 [records, 2]: the `sizes` of each, zeros for one that was dropped. They are a function of the records, of
+    the tokenizer and of what `about` says alone. Records of plain text, of which any may begin as a reason does, are
+    told from dropped ones by a `dropped` of their own.
 
     Known from before where the same was asked, for it takes as long as to tokenise all of it.
     """
-    key = hashlib.sha256(json.dumps([MEASURED, source.store.digest, chat.template]).encode())
-    for part in (source.chosen.tobytes(), *chat.tokenizer.pieces, *chat.tokenizer.files.values()):
+    key = hashlib.sha256(json.dumps([MEASURED, source.store.digest, about]).encode())
+    for part in (source.chosen.tobytes(), *tokenizer.pieces, *tokenizer.files.values()):
         key.update(hashlib.sha256(part).digest())
-    path = Path(config.cache_dir).expanduser() / "lengths" / f"{key.hexdigest()[:24]}.npy"
+    path = Path(cache_dir).expanduser() / "lengths" / f"{key.hexdigest()[:24]}.npy"
     try:
         known: np.ndarray = np.load(path)
         if known.shape == (len(source), 2):
             return known
     except (OSError, ValueError, EOFError):  # not there, or not whole
         pass
-    found = np.array([*_measured(source, sizes, report)], np.int32).reshape(-1, 2)
+    found = np.array([*_measured(source, sizes, report, dropped)], np.int32).reshape(-1, 2)
     data = io.BytesIO()
     np.save(data, found)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data.getvalue())
     except OSError as error:
-        raise UserError(f"data.cache_dir = {config.cache_dir}: cannot write {path} ({error.strerror})") from None
+        raise UserError(f"data.cache_dir = {cache_dir}: cannot write {path} ({error.strerror})") from None
     return found
 
 
-def _measured(source: TextSource, sizes: Sizes, report: Report) -> Iterator[tuple[int, int]]:
+def _measured(
+    source: TextSource, sizes: Sizes, report: Report, dropped: Callable[[str], str]
+) -> Iterator[tuple[int, int]]:
     done, total = 0, source.num_bytes
     for number in range(len(source)):
         text = source[number].text
-        yield (0, 0) if why_dropped(text) else sizes(text)
+        yield (0, 0) if dropped(text) else sizes(text)
         done += len(text.encode())
-        report("measuring conversations", done, total)
+        report("measuring lengths", done, total)
 
 
 class ExampleFeed:

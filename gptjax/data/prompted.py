@@ -46,6 +46,7 @@ class Prompt:
 class Prompts(ExampleSet):
     """Prompts of at most P = `max_tokens` tokens; those that were longer have lost their beginning."""
 
+    chat: ChatFormat
     max_tokens: int
 
     def __getitem__(self, index: int) -> Prompt:
@@ -69,12 +70,13 @@ def open_prompts(
     if most >= seq_len:
         given = f"data.max_prompt_tokens = {config.max_prompt_tokens}"
         raise UserError(f"{given}: leaves a reply no room in model.seq_len = {seq_len}; nearest {seq_len - 1}")
-    size, messages = measure(config, source, chat, lambda text: _sizes(text, chat), report).T
+    sizes = measure(config.cache_dir, source, chat.tokenizer, chat.template, lambda text: _sizes(text, chat), report)
+    size, messages = sizes.T
     there, long = messages > 0, size > most
     lost = long & (config.too_long == "drop")
-    numbers, left_out = select(config, source, "prompt", there, lost, f"longer than {most:,} tokens")
+    numbers, left_out = select(config, source, "prompt", there, {f"longer than {most:,} tokens": lost})
     packing, num_cut = apart(np.minimum(size[numbers], most)), int(long[numbers].sum())
-    return Prompts(source, chat, seq_len, numbers, packing, left_out, num_cut, most)
+    return Prompts(source, seq_len, numbers, packing, left_out, num_cut, chat, most)
 
 
 def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:

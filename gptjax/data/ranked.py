@@ -32,6 +32,7 @@ class Rankings(ExampleSet):
     """Prompts with ranked replies, one a row; a prompt and a reply that are longer than T together have lost their
     beginning."""
 
+    chat: ChatFormat
     max_replies: int
     num_replies: int
 
@@ -53,13 +54,14 @@ def open_rankings(
     config: RankingConfig, source: TextSource, chat: ChatFormat, seq_len: int, report: Report = lambda *_: None
 ) -> Rankings:
     """The rankings of a split. Raises UserError where there are none, or one has more replies than a row."""
-    size, replies = measure(config, source, chat, lambda text: _sizes(text, chat), report).T
+    sizes = measure(config.cache_dir, source, chat.tokenizer, chat.template, lambda text: _sizes(text, chat), report)
+    size, replies = sizes.T
     there, long = replies > 0, size > seq_len
     if (most := replies.max()) > config.max_replies:
         raise UserError(f"data.max_replies = {config.max_replies}: a prompt has {most} replies; nearest {most}")
-    numbers, left_out = select(config, source, "ranking", there, long & (config.too_long == "drop"), TOO_LONG)
-    counts = int(long[numbers].sum()), config.max_replies, int(replies[numbers].sum())
-    return Rankings(source, chat, seq_len, numbers, apart(replies[numbers]), left_out, *counts)
+    numbers, left_out = select(config, source, "ranking", there, {TOO_LONG: long & (config.too_long == "drop")})
+    counts = chat, config.max_replies, int(replies[numbers].sum())
+    return Rankings(source, seq_len, numbers, apart(replies[numbers]), left_out, int(long[numbers].sum()), *counts)
 
 
 def _sizes(text: str, chat: ChatFormat) -> tuple[int, int]:

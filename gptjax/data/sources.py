@@ -14,13 +14,23 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gptjax.config import DataConfig, DialogueConfig, PromptConfig, RankingConfig, SourceConfig
+from gptjax.config import (
+    DataConfig,
+    DialogueConfig,
+    LabelledConfig,
+    PairConfig,
+    PromptConfig,
+    RankingConfig,
+    SourceConfig,
+)
 from gptjax.data import build as builds
 from gptjax.data import cache, catalogue
 from gptjax.data.build import Plan, Report, part_bytes
 from gptjax.data.dialogues import Dialogue, why_dropped
 from gptjax.data.files import TextFile, find
 from gptjax.data.formats import Extract, Heard, TextField, documents, in_spans, reason
+from gptjax.data.labelled import Labelled
+from gptjax.data.pairs import Pair
 from gptjax.data.prompts import Asking
 from gptjax.data.rankings import Ranking
 from gptjax.data.splits import bounds, chosen
@@ -276,6 +286,10 @@ def _extract(config: AnySource) -> Extract:
         return Ranking(config.invalid)
     if isinstance(config, PromptConfig):
         return Asking(config.fields, config.invalid)
+    if isinstance(config, PairConfig):
+        return Pair(config.fields, config.invalid)
+    if isinstance(config, LabelledConfig):
+        return Labelled(config.fields, config.invalid)
     if isinstance(config, DialogueConfig):
         return Dialogue(config.fields, config.invalid)
     return TextField(config.text_field)
@@ -293,6 +307,10 @@ def _key(config: AnySource, what: Any) -> str:
         settings = ["rankings", config.invalid]
     elif isinstance(config, PromptConfig):
         settings = ["prompts", config.fields, config.invalid]
+    elif isinstance(config, PairConfig):
+        settings = ["pairs", config.fields, config.invalid]
+    elif isinstance(config, LabelledConfig):
+        settings = ["labelled", config.fields, config.invalid]
     elif isinstance(config, DialogueConfig):
         settings = [config.fields, config.invalid]
     else:

@@ -75,7 +75,7 @@ def classification(truth: Sequence[int], chosen: Sequence[int], names: Sequence[
     rng = np.random.default_rng(0)
     samples = [pairs, *(pairs[rng.integers(0, count, count)] for _ in range(DRAWS))]
     tables = np.stack([np.bincount(each, minlength=size**2) for each in samples]).reshape(-1, size, size)
-    by_class = _by_class(tables)
+    by_class = of_each_class(tables)
     occurs = (tables.sum(1) + tables.sum(2)) > 0
     macro = by_class.sum(-1) / occurs.sum(-1)
     figures = {"accuracy": mean((np.asarray(truth) == np.asarray(chosen)).tolist())}
@@ -89,7 +89,7 @@ def classification(truth: Sequence[int], chosen: Sequence[int], names: Sequence[
     return Measure({}, figures, {"rows": rows})
 
 
-def _by_class(tables: np.ndarray) -> np.ndarray:
+def of_each_class(tables: np.ndarray) -> np.ndarray:
     """Confusion tables [N, C, C], truth before choice -> KINDS, [3, N, C]; 0 of a class that does not occur."""
     right = np.diagonal(tables, axis1=1, axis2=2)
     chosen, asked = tables.sum(1), tables.sum(2)

@@ -1,0 +1,108 @@
+"""Pairs as rows for an encoder and a decoder, one a row: what is read, and what is to be written for it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import PairConfig
+from gptjax.data.examples import ExampleSet, Report, measure, select
+from gptjax.data.packing import apart
+from gptjax.data.pairs import parse
+from gptjax.data.rows import PADDING
+from gptjax.data.sources import TextSource
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+
+TOO_LONG = "longer than its side of the model"
+
+
+class PairRows(NamedTuple):
+    """What an encoder of S places and a decoder of T read, and what the decoder is asked for: arrays of numpy, of JAX,
+    or of shapes."""
+
+    source: Any
+    """int32 ids [..., S], from the left; behind them 0."""
+    source_segments: Any
+    """int32 [..., S]: 0 for ids, 1 behind them."""
+    tokens: Any
+    """int32 [..., T]: the id that starts a text, and the target without its last id; behind them 0."""
+    targets: Any
+    """int32 [..., T]: the ids of the target, the one that ends it the last; behind them PADDING."""
+    segments: Any
+    """int32 [..., T]: 0 for ids, 1 behind them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(ExampleSet):
+    """Pairs of which each text has at most S = `source_len` and T = `target_len` ids; those that were longer have lost
+    their end, but for the id that ends a text."""
+
+    tokenizer: Tokenizer
+    prefix: str
+    start: int
+    end: int
+    lead: tuple[int, ...]
+    source_len: int
+    target_len: int
+
+    def pair(self, index: int) -> tuple[str, str]:
+        """Source, with the prefix before it, and target as the record has them, whole."""
+        source, target = parse(self.source[int(self.numbers[index])].text)
+        return self.prefix + source, target
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the encoder reads, int32 [at most S], and what the decoder is to write, int32 [at most T]."""
+        source, target = map(self.tokenizer.encode, self.pair(index))
+        lead = np.array(self.lead, np.int32)
+        read = np.concatenate([lead, source[: self.source_len - len(lead) - 1], [self.end]])
+        written = np.append(target[: self.target_len - 1], self.end)
+        return read.astype(np.int32), written.astype(np.int32)
+
+    def row(self, indices: Sequence[int]) -> PairRows:
+        source, tokens = np.zeros(self.source_len, np.int32), np.zeros(self.target_len, np.int32)
+        row = PairRows(source, np.ones_like(source), tokens, np.full_like(tokens, PADDING), np.ones_like(tokens))
+        for index in indices:  # one, or none
+            read, written = self[index]
+            source[: len(read)] = read
+            row.source_segments[: len(read)] = 0
+            tokens[: len(written)] = [self.start, *written[:-1]]
+            row.targets[: len(written)] = written
+            row.segments[: len(written)] = 0
+        return row
+
+
+def open_pairs(
+    config: PairConfig,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    start: int,
+    end: int,
+    lead: tuple[int, ...],
+    source_len: int,
+    target_len: int,
+    report: Report = lambda *_: None,
+) -> Pairs:
+    """The pairs of a split. start: the id with which a decoder begins; end: the one after every text; lead: those
+    before every source. Raises UserError where there are no pairs, or a side has no room for a text."""
+    for name, length, least in (("encoder", source_len, len(lead) + 2), ("model", target_len, 2)):
+        if length < least:
+            raise UserError(f"{name}.seq_len = {length}: no room for a text and what stands around it; nearest {least}")
+    about = json.dumps(["pairs", config.prefix])
+    sizes = measure(
+        config.cache_dir, source, tokenizer, about, lambda text: _sizes(text, tokenizer, config.prefix), report
+    )
+    there, size, most = sizes[:, 0] > 0, sizes + np.array([len(lead), 0]), np.array([source_len, target_len])
+    long = there & (size > most).any(1)
+    numbers, left_out = select(config, source, "pair", there, {TOO_LONG: long & (config.too_long == "drop")})
+    packing, num_cut = apart(np.minimum(size[numbers], most).sum(1)), int(long[numbers].sum())
+    common = source, source_len + target_len, numbers, packing, left_out, num_cut
+    return Pairs(*common, tokenizer, config.prefix, start, end, lead, source_len, target_len)
+
+
+def _sizes(text: str, tokenizer: Tokenizer, prefix: str) -> tuple[int, int]:
+    """The ids of source and target, each with the one that ends it."""
+    source, target = parse(text)
+    return len(tokenizer.encode(prefix + source)) + 1, len(tokenizer.encode(target)) + 1
