@@ -21,7 +21,7 @@ from gptjax.data.stream import eval_batches
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import require_float8
-from gptjax.model import accounting, gpt
+from gptjax.model import accounting, block, gpt
 from gptjax.model.attention import reference
 from gptjax.model.block import ACTIVATIONS, Parallelism
 from gptjax.model.cache import At, Cache, empty_cache
@@ -364,14 +364,21 @@ def test_dropout_scales_what_it_keeps() -> None:
     np.testing.assert_allclose(np.float32(pull(jnp.ones_like(x))[0]), np.where(out == 0, 0, 1 / 0.8), rtol=2**-7)
 
 
-def test_no_two_places_in_the_model_share_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding, and after attention and after the MLP of each layer."""
-    config, tokens, sites = replace(CONFIG, dropout=0.5, scan_layers=False), tokens_of(CONFIG), []
-    model = GPT(config, jnp.dtype("float32"))
-    params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens)["params"]))
-    monkeypatch.setattr(gpt, "dropout", lambda x, rate, keys, site: sites.append((rate, keys.shape, site)) or x)
-    jax.eval_shape(lambda p: forward(model, p, tokens, dropout_key=jax.random.key(0))[0], params)
-    assert sites == [(0.5, tokens.shape, i) for i in range(2 * config.num_layers + 1)]
+@pytest.mark.parametrize("cross", [False, True])
+def test_no_two_places_in_the_model_share_a_site(monkeypatch: pytest.MonkeyPatch, cross: bool) -> None:
+    """The embedding, and after attention, after the MLP and after cross-attention of each layer."""
+    config, tokens, sites = (
+        replace(CONFIG, dropout=0.5, scan_layers=False, cross_attention=cross),
+        tokens_of(CONFIG),
+        [],
+    )
+    model, memory = GPT(config, jnp.dtype("float32")), jnp.zeros((len(tokens), 3, config.embed_dim)) if cross else None
+    params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens, memory=memory)["params"]))
+    for room in (gpt, block):
+        monkeypatch.setattr(room, "dropout", lambda x, rate, keys, site: sites.append((rate, keys.shape, site)) or x)
+    jax.eval_shape(lambda p: forward(model, p, tokens, memory=memory, dropout_key=jax.random.key(0))[0], params)
+    number = (3 if cross else 2) * config.num_layers + 1
+    assert sorted(sites) == [(0.5, tokens.shape, i) for i in range(number)]
 
 
 def pytorch_gpt2(config: ModelConfig, params: dict) -> Any:

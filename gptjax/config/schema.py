@@ -556,6 +556,9 @@ class EncoderDecoderConfig(Config):
     """A decoder, the section model, that looks at what an encoder made of a text."""
 
     encoder: ModelConfig = field(kw_only=True)
+    start_id: Annotated[int, Field(ge=-1)] = -1
+    """The id that a text which is written begins with, and no part of it: T5's is its padding, 0, BART's its end, 2;
+    -1 is the end of text."""
 
     @property
     def models(self) -> dict[str, ModelConfig]:

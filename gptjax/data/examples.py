@@ -71,8 +71,8 @@ class ExampleSet:
         """One row of these examples, named arrays; none of them gives an empty one."""
         raise NotImplementedError
 
-    def training_row(self, indices: Sequence[int]) -> Any:
-        """The same with no more than what training asks for."""
+    def training_row(self, indices: Sequence[int], number: int) -> Any:
+        """The same with no more than what training asks for; number: of the row in all epochs."""
         return self.row(indices)
 
 
@@ -89,7 +89,7 @@ class Examples(ExampleSet):
         whole = self.chat.render(messages)
         return Rendered(whole.ids[-self.seq_len - 1 :], whole.trained[-self.seq_len - 1 :])
 
-    def training_row(self, indices: Sequence[int]) -> Rows:
+    def training_row(self, indices: Sequence[int], number: int) -> Rows:
         """Its other targets are PADDING."""
         row = self.row(indices)
         return row._replace(targets=np.maximum(row.targets, PADDING))
@@ -236,9 +236,9 @@ class ExampleFeed:
 
     def _made(self, number: int) -> Any:
         if self._end is not None and number >= self._end:
-            return self._examples.training_row(())
+            return self._examples.training_row((), number)
         epoch, place = divmod(number, self._examples.num_rows)
-        return self._examples.training_row(self._examples.epoch(self._seed, epoch).row(place))
+        return self._examples.training_row(self._examples.epoch(self._seed, epoch).row(place), number)
 
     @property
     def positions(self) -> list[int]:

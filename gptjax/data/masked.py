@@ -123,9 +123,9 @@ def open_masked(
     report: Report = lambda *_: None,
 ) -> MaskedWindows:
     """The windows of a split. Raises UserError where it has too little text."""
-    if masking.next_sentence:  # [CLS] A [SEP] B [SEP]
-        how = 2, seq_len - 3, apart
-    else:  # [CLS], and behind each text [SEP]
-        how = 1, seq_len - 2, lambda sizes: pack(sizes + 1, seq_len - 1)
-    fields = cut_windows(config, source, tokenizer, seq_len, *how, report)
-    return MaskedWindows(*fields, masking, types)
+    least, room, arrange = 2, seq_len - 3, apart  # [CLS] A [SEP] B [SEP]
+    if not masking.next_sentence:  # [CLS], and behind each text [SEP]
+        least, room = 1, seq_len - 2
+        arrange = lambda lengths: pack(lengths + 1, seq_len - 1)  # noqa: E731
+    fields = cut_windows(config, source, tokenizer, seq_len, least, room, arrange, report)
+    return MaskedWindows(**fields, masking=masking, types=types)

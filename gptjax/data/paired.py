@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,28 +10,12 @@ from gptjax.config import PairConfig
 from gptjax.data.examples import ExampleSet, Report, measure, select
 from gptjax.data.packing import apart
 from gptjax.data.pairs import parse
-from gptjax.data.rows import PADDING
+from gptjax.data.rows import PairRows, pair_row
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
 TOO_LONG = "longer than its side of the model"
-
-
-class PairRows(NamedTuple):
-    """What an encoder of S places and a decoder of T read, and what the decoder is asked for: arrays of numpy, of JAX,
-    or of shapes."""
-
-    source: Any
-    """int32 ids [..., S], from the left; behind them 0."""
-    source_segments: Any
-    """int32 [..., S]: 0 for ids, 1 behind them."""
-    tokens: Any
-    """int32 [..., T]: the id that starts a text, and the target without its last id; behind them 0."""
-    targets: Any
-    """int32 [..., T]: the ids of the target, the one that ends it the last; behind them PADDING."""
-    segments: Any
-    """int32 [..., T]: 0 for ids, 1 behind them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +39,16 @@ class Pairs(ExampleSet):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """What the encoder reads, int32 [at most S], and what the decoder is to write, int32 [at most T]."""
         source, target = map(self.tokenizer.encode, self.pair(index))
+        return self.framed(source, self.source_len), self.framed(target, self.target_len)
+
+    def framed(self, ids: np.ndarray, room: int) -> np.ndarray:
+        """A text's ids with those that stand around it, cut to so many."""
         lead = np.array(self.lead, np.int32)
-        read = np.concatenate([lead, source[: self.source_len - len(lead) - 1], [self.end]])
-        written = np.append(target[: self.target_len - 1], self.end)
-        return read.astype(np.int32), written.astype(np.int32)
+        return np.concatenate([lead, ids[: room - len(lead) - 1], [self.end]]).astype(np.int32)
 
     def row(self, indices: Sequence[int]) -> PairRows:
-        source, tokens = np.zeros(self.source_len, np.int32), np.zeros(self.target_len, np.int32)
-        row = PairRows(source, np.ones_like(source), tokens, np.full_like(tokens, PADDING), np.ones_like(tokens))
-        for index in indices:  # one, or none
-            read, written = self[index]
-            source[: len(read)] = read
-            row.source_segments[: len(read)] = 0
-            tokens[: len(written)] = [self.start, *written[:-1]]
-            row.targets[: len(written)] = written
-            row.segments[: len(written)] = 0
-        return row
+        read, written = self[indices[0]] if len(indices) else (np.zeros(0, np.int32),) * 2
+        return pair_row(read, written, self.start, self.source_len, self.target_len)
 
 
 def open_pairs(
@@ -86,15 +63,15 @@ def open_pairs(
     report: Report = lambda *_: None,
 ) -> Pairs:
     """The pairs of a split. start: the id with which a decoder begins; end: the one after every text; lead: those
-    before every source. Raises UserError where there are no pairs, or a side has no room for a text."""
-    for name, length, least in (("encoder", source_len, len(lead) + 2), ("model", target_len, 2)):
+    before every text. Raises UserError where there are no pairs, or a side has no room for a text."""
+    for name, length, least in (("encoder", source_len, len(lead) + 2), ("model", target_len, len(lead) + 2)):
         if length < least:
             raise UserError(f"{name}.seq_len = {length}: no room for a text and what stands around it; nearest {least}")
     about = json.dumps(["pairs", config.prefix])
     sizes = measure(
         config.cache_dir, source, tokenizer, about, lambda text: _sizes(text, tokenizer, config.prefix), report
     )
-    there, size, most = sizes[:, 0] > 0, sizes + np.array([len(lead), 0]), np.array([source_len, target_len])
+    there, size, most = sizes[:, 0] > 0, sizes + len(lead), np.array([source_len, target_len])
     long = there & (size > most).any(1)
     numbers, left_out = select(config, source, "pair", there, {TOO_LONG: long & (config.too_long == "drop")})
     packing, num_cut = apart(np.minimum(size[numbers], most).sum(1)), int(long[numbers].sum())

@@ -41,11 +41,11 @@ def open_damaged(
     target_len: int,
     report: Report = lambda *_: None,
 ) -> DamagedWindows:
-    """The windows of a split, as long as both sides of the model take. Raises UserError where it has too little text."""
+    """The windows of a split, as long as both sides of the model take. Raises UserError for too little text."""
     damage = denoiser(noise, ids_of(noise, tokenizer))
     size = room(damage, source_len, target_len)
     fields = cut_windows(config, source, tokenizer, source_len, 2, size, apart, report)
-    return DamagedWindows(*fields, damage, start, target_len)
+    return DamagedWindows(**fields, noise=damage, start=start, target_len=target_len)
 
 
 def ids_of(noise: NoiseConfig, tokenizer: Tokenizer) -> Marks:

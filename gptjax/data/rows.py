@@ -24,18 +24,19 @@ class Rows(NamedTuple):
 
 
 class PairRows(NamedTuple):
-    """What an encoder reads, and what a decoder is to write for it: arrays [..., S] and [..., T]."""
+    """What an encoder of S places and a decoder of T read, and what the decoder is asked for: arrays of numpy, of JAX,
+    or of shapes."""
 
     source: Any
-    """int32 ids."""
+    """int32 ids [..., S], from the left; behind them 0."""
     source_segments: Any
-    """int32: 0 for a token, 1 for padding behind."""
+    """int32 [..., S]: 0 for ids, 1 behind them."""
     tokens: Any
-    """int32: the id that starts a text, then its ids."""
+    """int32 [..., T]: the id that starts a text, and the target without its last id; behind them 0."""
     targets: Any
-    """int32 id after each token; PADDING where none counts."""
+    """int32 [..., T]: the ids of the target, the one that ends it the last; behind them PADDING."""
     segments: Any
-    """int32: 0 for a token, which looks at the source's, 1 for padding."""
+    """int32 [..., T]: 0 for ids, which look at the source's, 1 behind them."""
 
 
 def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:
@@ -51,9 +52,11 @@ def next_token(tokens: np.ndarray, eot: int | None = None) -> Rows:
 
 def pair_row(source: np.ndarray, target: np.ndarray, start: int, source_len: int, target_len: int) -> PairRows:
     """One row of ids that fit; of none an empty one."""
-    ids, tokens, segments = np.zeros(source_len, np.int32), np.zeros(target_len, np.int32), np.ones(target_len, np.int32)
-    source_segments, targets = np.ones(source_len, np.int32), np.full(target_len, PADDING, np.int32)
+    ids, source_segments = np.zeros(source_len, np.int32), np.ones(source_len, np.int32)
+    tokens, segments = np.zeros(target_len, np.int32), np.ones(target_len, np.int32)
+    targets = np.full(target_len, PADDING, np.int32)
     ids[: len(source)], source_segments[: len(source)] = source, 0
-    tokens[: len(target)] = [start, *target[:-1]][: len(target)]
+    if len(target):
+        tokens[0], tokens[1 : len(target)] = start, target[:-1]
     targets[: len(target)], segments[: len(target)] = target, 0
     return PairRows(ids, source_segments, tokens, targets, segments)

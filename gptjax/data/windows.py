@@ -70,8 +70,8 @@ def cut_windows(
     room: int,
     arrange: Callable[[np.ndarray], Packing],
     report: Report,
-) -> tuple[Any, ...]:
-    """The fields of `Windows`, in order: records cut at every `room` tokens, of which a rest below `least` is left out;
+) -> dict[str, Any]:
+    """The fields of `Windows`: records cut at every `room` tokens, of which a rest below `least` is left out;
     `arrange` says which of them, of so many tokens, share a row. Raises UserError where there are fewer than two."""
     if room < least:
         raise UserError(f"model.seq_len = {seq_len}: no room for a text between special tokens; nearest {seq_len + 8}")
@@ -79,7 +79,7 @@ def cut_windows(
     def measured(text: str) -> tuple[int, int]:
         return len(tokenizer.encode(text)), 0
 
-    counted = measure(config.cache_dir, source, tokenizer, "ids", measured, report)[:, 0]
+    counted = measure(config.cache_dir, source, tokenizer, "ids", measured, report, lambda text: "")[:, 0]
     counts = -(-counted // room)
     numbers = np.repeat(np.arange(len(counts)), counts)
     starts = room * (np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts))
@@ -88,4 +88,15 @@ def cut_windows(
     numbers, starts, sizes = numbers[kept], starts[kept], sizes[kept]
     if len(numbers) < 2:
         raise UserError(f"data.source = {config.source}: a split has only {counted.sum():,} tokens; give more text")
-    return source, seq_len, numbers, arrange(sizes), Counter[str](), 0, tokenizer, starts, sizes, config.seed
+    return {
+        "source": source,
+        "seq_len": seq_len,
+        "numbers": numbers,
+        "packing": arrange(sizes),
+        "left_out": Counter[str](),
+        "num_cut": 0,
+        "tokenizer": tokenizer,
+        "starts": starts,
+        "sizes": sizes,
+        "seed": config.seed,
+    }

@@ -151,9 +151,10 @@ class Engine:
         counts: Sequence[int] = (),
         encoder: EncoderDecoder | None = None,
     ) -> None:
-        """encoder: of an encoder-decoder both sides, of which `model` is one; capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
+        """capacity 0: the model's context; steps: tokens that are decoded between two looks at what came of them;
         chunk: tokens of prompts that go in beside them; prefixes: rows that keep what prompts share; counts: numbers of
-        rows that there are programs for on a CPU, the most of them `slots`; every power of two where there are none."""
+        rows that there are programs for on a CPU, the most of them `slots`; every power of two where there are none;
+        encoder: of an encoder-decoder both sides, of which `model` is one."""
         config = model.config
         self.capacity = min(capacity or config.seq_len, config.seq_len)
         self.slots, self.steps, self.chunk = slots, steps, chunk

@@ -1,5 +1,5 @@
-"""What runs on the devices: fill a row's cache with a prompt, decode some tokens in every row, copy what rows share; and
-of an encoder-decoder, read the text that a row writes of.
+"""What runs on the devices: fill a row's cache with a prompt, decode some tokens in every row, copy what rows share;
+and of an encoder-decoder, read the text that a row writes of.
 
 Parameters are an argument like any other, so that others can take their place between two calls without a compile.
 

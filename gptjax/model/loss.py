@@ -101,21 +101,26 @@ def _picked(scores: Array, targets: Array) -> Array:
     return jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def cross_entropy(
+    hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int, smoothing: float = 0.0
+) -> Array:
     """Summed negative log-likelihood in nats over targets that are not IGNORED, for training alone: in bfloat16 its
     scores are rounded, which moves one token by hundredths of a nat; `log_probs` is what else reads a model.
 
     hidden [..., T, D], targets [..., T]. Logits of `chunk` positions per leading index are in memory at once. The
     forward pass of a differentiated call also makes the gradients, chunk by chunk: three products with the table
     instead of the four that recomputing takes.
+
+    With label smoothing a target's probability is 1 - smoothing, and that is spread over the whole vocabulary, the
+    target among it (arXiv 1512.00567, section 7).
     """
 
     table = _centred(head, vocab_size)
 
     def body(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         x, y = part
-        return total + _nats(_scores(x, table, vocab_size), y)[0], None
+        return total + _nats(_scores(x, table, vocab_size), y, vocab_size, smoothing)[0], None
 
     return jax.lax.scan(body, jnp.zeros((), _accumulate(hidden)), _split(hidden, targets, chunk))[0]
 
@@ -136,10 +141,13 @@ def _scores(x: Array, head: Head, vocab_size: int) -> Array:
     return jnp.where(jnp.arange(head.table.shape[0]) < vocab_size, scores, -jnp.inf)
 
 
-def _nats(scores: Array, targets: Array) -> tuple[Array, Array]:
+def _nats(scores: Array, targets: Array, vocab_size: int, smoothing: float) -> tuple[Array, Array]:
     """Summed nats, and the log-normaliser per position [..., c]."""
     log_z = jax.nn.logsumexp(scores, axis=-1)
-    return jnp.sum(jnp.where(targets == IGNORED, 0, log_z - _picked(scores, targets))), log_z
+    picked = _picked(scores, targets)
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * scores[..., :vocab_size].mean(-1)
+    return jnp.sum(jnp.where(targets == IGNORED, 0, log_z - picked)), log_z
 
 
 def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
@@ -153,7 +161,7 @@ def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
 
 
 def _forward(
-    hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int
+    hidden: Array, head: Head, targets: Array, vocab_size: int, chunk: int, smoothing: float = 0.0
 ) -> tuple[Array, tuple[Array, Head]]:
     centred, size = _centred(head, vocab_size), head.table.shape[0]
 
@@ -161,9 +169,12 @@ def _forward(
         total, grads = carry
         x, y = part  # [..., c, D], [..., c]
         scores = _scores(x, centred, vocab_size)
-        nats, log_z = _nats(scores, y)
+        nats, log_z = _nats(scores, y, vocab_size, smoothing)
         counts = (y != IGNORED)[..., None]
-        grad = jnp.exp(scores - log_z[..., None]) - jax.nn.one_hot(y, size, dtype=scores.dtype)
+        wanted = jax.nn.one_hot(y, size, dtype=scores.dtype)
+        if smoothing:
+            wanted = (1 - smoothing) * wanted + (jnp.arange(size) < vocab_size) * smoothing / vocab_size
+        grad = jnp.exp(scores - log_z[..., None]) - wanted
         grad = jnp.where(counts, grad, 0)
         rows = tuple(range(y.ndim))
         bias = None if grads.bias is None else grads.bias + grad.sum(rows)
@@ -180,7 +191,9 @@ def _forward(
     return total, (grad_hidden, grads)
 
 
-def _backward(vocab_size: int, chunk: int, saved: tuple[Array, Head], cotangent: Array) -> tuple[Array, Head, None]:
+def _backward(
+    vocab_size: int, chunk: int, smoothing: float, saved: tuple[Array, Head], cotangent: Array
+) -> tuple[Array, Head, None]:
     grad_hidden, grads = saved
     dtype = grad_hidden.dtype
     bias = None if grads.bias is None else grads.bias * cotangent

@@ -3,11 +3,11 @@
 import numpy as np
 
 from gptjax.data.chat import Message
-from gptjax.stages.from_examples import FromExamples, Kind
+from gptjax.stages.from_examples import FromChat, Kind
 from gptjax.stages.writer import Writer
 
 
-class Assistant(FromExamples[Kind], Writer):
+class Assistant(FromChat[Kind], Writer):
     """A decoder that learns what to say in our chat format."""
 
     example_prompt = "Hello!"

@@ -1,4 +1,4 @@
-"""What the stages share that learn from examples in our chat format, each of which is seen once an epoch."""
+"""What the stages share that learn from examples, each of which is seen once an epoch."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,18 +14,7 @@ Kind = TypeVar("Kind", bound=ExampleSet)
 
 
 class FromExamples(Base, Generic[Kind]):
-    """A decoder that learns from conversations, or from what is said of them."""
-
-    grows = True
-
-    @staticmethod
-    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-        """With our chat template. Raises UserError where the model has no room for the chat tokens."""
-        return with_chat(chat_format(tokenizer).tokenizer)
-
-    @cached_property
-    def chat(self) -> ChatFormat:
-        return chat_format(self.known_tokenizer)
+    """A model that learns from examples."""
 
     def check(self) -> None:
         """Raises UserError where a split has no example to learn from."""
@@ -53,3 +42,18 @@ class FromExamples(Base, Generic[Kind]):
         end = round(c.train.epochs * found.num_rows) if c.train.epochs else None
         (start,) = positions or (0,)
         return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end, c.data.threads)
+
+
+class FromChat(FromExamples[Kind]):
+    """A decoder that learns from conversations in our chat format, or from what is said of them."""
+
+    grows = True
+
+    @staticmethod
+    def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+        """With our chat template. Raises UserError where the model has no room for the chat tokens."""
+        return with_chat(chat_format(tokenizer).tokenizer)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return chat_format(self.known_tokenizer)

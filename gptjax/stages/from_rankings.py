@@ -12,10 +12,10 @@ from gptjax.config import RankedConfig
 from gptjax.data.examples import eval_batches
 from gptjax.data.ranked import RankedRows, Rankings, open_rankings
 from gptjax.data.sources import TextSource
-from gptjax.stages.from_examples import FromExamples
+from gptjax.stages.from_examples import FromChat
 
 
-class FromRankings(FromExamples[Rankings]):
+class FromRankings(FromChat[Rankings]):
     """A decoder that learns which of a prompt's replies people prefer."""
 
     config: RankedConfig

@@ -12,22 +12,22 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import Config, MaskedConfig
-from gptjax.data.examples import ExampleFeed, eval_batches
+from gptjax.data.examples import eval_batches
+from gptjax.data.masked import MaskedRows, MaskedWindows, num_hidden, open_masked
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
-from gptjax.data.windows import MaskedRows, Windows, num_hidden, open_windows
 from gptjax.model.accounting import head_flops, head_params, num_params
 from gptjax.model.heads import NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, is_head, pooled, told, transformed
 from gptjax.model.loss import IGNORED, Head, cross_entropy, judged
-from gptjax.stages.base import Base
+from gptjax.stages.from_examples import FromExamples
 
 Heard = tuple[Array, Head, Array]
 """What the head over the vocabulary reads [b, M, D], that head, and the last hidden states [b, T, D]."""
 
 
-class Masked(Base):
+class Masked(FromExamples[MaskedWindows]):
     """Batches and evaluation of an encoder on texts with hidden words."""
 
     config: MaskedConfig
@@ -73,33 +73,10 @@ class Masked(Base):
         foreign = rng.integers(0, 2, lead, np.int32) if c.masking.next_sentence else np.full(lead, PADDING, np.int32)
         return MaskedRows(tokens, zeros, (zeros + second * (c.model.token_types > 1)), places, targets, foreign)
 
-    def check(self) -> None:
-        """Raises UserError where a split has too little text."""
-        assert self.training and self.evaluation
-
-    @cached_property
-    def training(self) -> Windows:
-        return self._windows(self.training_text)
-
-    @cached_property
-    def evaluation(self) -> Windows:
-        return self._windows(self.evaluation_text)
-
-    def _windows(self, source: TextSource) -> Windows:
+    def _examples(self, source: TextSource) -> MaskedWindows:
         c = self.config
         about = c.model.seq_len, c.model.token_types > 1, self.report
-        return open_windows(c.data, c.masking, source, self.known_tokenizer, *about)
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Places for tokens in the rows of an epoch."""
-        return self.training.num_rows * self.config.row_tokens
-
-    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> ExampleFeed:
-        c, found = self.config, self.training
-        end = round(c.train.epochs * found.num_rows) if c.train.epochs else None
-        (start,) = positions or (0,)
-        return ExampleFeed(found, c.data.seed, c.micro_batch_size, rows, start, end, c.data.threads)
+        return open_masked(c.data, c.masking, source, self.known_tokenizer, *about)
 
     def facts(self) -> str:
         """What it learns, in words."""

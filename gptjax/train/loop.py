@@ -436,7 +436,8 @@ def plain_facts(
     adapters, params = sum(adapter_params(config.model, config.adapter).values()), stage.num_params
     step_tokens = config.step_tokens
     each = f"{config.row_sequences} x " if config.row_sequences > 1 else ""
-    length = " + ".join(str(model.seq_len) for model in reversed(config.models.values()))
+    lengths = [str(model.seq_len) for model in config.models.values()]
+    length = lengths[0] if len(lengths) == 1 else f"({' + '.join(lengths)})"
     layers = ", ".join(
         f"{model.num_layers} layers of {','.join(model.attention_pattern)}" + f" ({name})" * (len(config.models) > 1)
         for name, model in config.models.items()
@@ -445,11 +446,11 @@ def plain_facts(
     trained += " beside a frozen reference of as many" if config.has_reference else ""
     degrees = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in MESH_AXES if layout.mesh.shape[axis] > 1)
     lines = {
-        "model": f"{params:,} parameters{trained}, {layers}, {stage.flops_per_token:.3e} FLOPs per token (causality and "
-        "band counted exactly)",
+        "model": f"{params:,} parameters{trained}, {layers}, {stage.flops_per_token:.3e} FLOPs per token "
+        "(causality and band counted exactly)",
         "devices": f"{count} x {device_kind}, layout {degrees or 'single device'}"
         + (f", {num_processes} processes" if num_processes > 1 else ""),
-        "batch": f"{config.train.batch_size} x {each}{f'({length})' if '+' in length else length} = {step_tokens:,} tokens in "
+        "batch": f"{config.train.batch_size} x {each}{length} = {step_tokens:,} tokens in "
         f"{config.max_accumulation} micro-batch(es)"
         + (f", ramped from {config.train.ramp_start}" if config.train.ramp_start else ""),
         "length": f"{config.train.total_tokens:,} tokens, {total_steps(config):,} steps, "

@@ -1,0 +1,33 @@
+"""Pretraining of an encoder-decoder: it restores texts that were damaged (T5, UL2, BART)."""
+
+from gptjax.config import Config, DenoiseConfig
+from gptjax.data.restored import DamagedWindows, ids_of, open_damaged
+from gptjax.data.sources import TextSource
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages.encoder_decoder import ReadsAndWrites
+
+SENTINELS = 100  # as T5 has
+
+
+class Denoise(ReadsAndWrites[DamagedWindows]):
+    """Batches of texts and what is missing of them."""
+
+    config: DenoiseConfig
+
+    @classmethod
+    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
+        assert isinstance(config, DenoiseConfig)
+        wanted = tokenizer.with_marks() if config.noise.kind == "infill" else tokenizer.with_sentinels(SENTINELS)
+        fitted = super().fit_tokenizer(config, wanted)
+        ids_of(config.noise, fitted)  # refused here where the model has no room for them
+        return fitted
+
+    def _examples(self, source: TextSource) -> DamagedWindows:
+        c, tokenizer = self.config, self.known_tokenizer
+        about = tokenizer, self.start, c.encoder.seq_len, c.model.seq_len, self.report
+        return open_damaged(c.data, c.noise, source, *about)
+
+    def facts(self) -> str:
+        """What it learns, in words."""
+        found = self.training
+        return f"{len(found):,} training windows of at most {found.sizes.max():,} tokens"

@@ -1,0 +1,32 @@
+"""Pairs: an encoder-decoder learns to write the second text of each for the first, a translation or a summary."""
+
+from gptjax.config import Seq2SeqConfig
+from gptjax.data.paired import Pairs, open_pairs
+from gptjax.data.sources import TextSource
+from gptjax.stages.encoder_decoder import ReadsAndWrites
+
+
+class Seq2Seq(ReadsAndWrites[Pairs]):
+    """Batches and evaluation of an encoder-decoder on pairs."""
+
+    config: Seq2SeqConfig
+    grows = True
+
+    @property
+    def smoothing(self) -> float:
+        return self.config.writing.label_smoothing
+
+    def _examples(self, source: TextSource) -> Pairs:
+        c, tokenizer = self.config, self.known_tokenizer
+        about = tokenizer, self.start, tokenizer.eot, tokenizer.begin, c.encoder.seq_len, c.model.seq_len
+        return open_pairs(c.data, source, *about, self.report)
+
+    def facts(self) -> str:
+        """What it learns, in words."""
+        found, left_out = self.training, sum(self.training.left_out.values())
+        share = found.packing.efficiency(self.config.row_tokens)
+        return (
+            f"{len(found):,} training pairs, one a row, {share:.1%} full"
+            + f", {found.num_cut:,} cut" * bool(found.num_cut)
+            + f", {left_out:,} left out" * bool(left_out)
+        )
