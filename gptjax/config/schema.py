@@ -628,6 +628,10 @@ STAGES: dict[str, type[Config]] = {
         PreferenceConfig,
         PolicyConfig,
         GroupPolicyConfig,
+        MaskedConfig,
+        ClassifyConfig,
+        DenoiseConfig,
+        Seq2SeqConfig,
     )
 }
 """The class of each stage's config."""

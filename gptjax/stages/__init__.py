@@ -6,14 +6,18 @@ from typing import TypeAlias
 
 from gptjax.config import Config
 from gptjax.stages.base import Base
+from gptjax.stages.classify import Classify
+from gptjax.stages.denoise import Denoise
 from gptjax.stages.grpo import GRPO
+from gptjax.stages.masked import Masked
 from gptjax.stages.ppo import PPO
 from gptjax.stages.preference import Preference
 from gptjax.stages.pretrain import Pretrain
 from gptjax.stages.reward import Reward
+from gptjax.stages.seq2seq import Seq2Seq
 from gptjax.stages.sft import SFT
 
-AnyStage: TypeAlias = Pretrain | SFT | Reward | Preference | PPO | GRPO
+AnyStage: TypeAlias = Pretrain | SFT | Reward | Preference | PPO | GRPO | Masked | Classify | Denoise | Seq2Seq
 CLASSES: dict[str, type[AnyStage]] = {
     "pretrain": Pretrain,
     "sft": SFT,
@@ -21,6 +25,10 @@ CLASSES: dict[str, type[AnyStage]] = {
     "preference": Preference,
     "ppo": PPO,
     "grpo": GRPO,
+    "masked": Masked,
+    "classify": Classify,
+    "denoise": Denoise,
+    "seq2seq": Seq2Seq,
 }
 
 
@@ -29,4 +37,19 @@ def stage_class(config: Config) -> type[AnyStage]:
     return CLASSES[config.stage]
 
 
-__all__ = ["CLASSES", "GRPO", "PPO", "SFT", "AnyStage", "Base", "Preference", "Pretrain", "Reward", "stage_class"]
+__all__ = [
+    "CLASSES",
+    "GRPO",
+    "PPO",
+    "SFT",
+    "AnyStage",
+    "Base",
+    "Classify",
+    "Denoise",
+    "Masked",
+    "Preference",
+    "Pretrain",
+    "Reward",
+    "Seq2Seq",
+    "stage_class",
+]

@@ -100,6 +100,11 @@ class Base(ByGradient):
     def is_frozen(self, name: str) -> bool:
         return False
 
+    @classmethod
+    def heads_of(cls, config: Config) -> frozenset[str]:
+        """First parts of the names of what a run has trained beside its model that another may go on with."""
+        return frozenset()
+
     def is_born(self, name: str) -> bool:
         """Whether a parameter stands beside those of the weights that a run starts from, which have none of its name:
         it is drawn."""

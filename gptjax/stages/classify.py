@@ -38,6 +38,10 @@ class Classify(FromExamples[LabelledTexts]):
         marks(fitted)
         return fitted
 
+    @classmethod
+    def heads_of(cls, config: Config) -> frozenset[str]:
+        return frozenset([POOLER])
+
     @property
     def classes(self) -> int:
         """Numbers that the classifier gives; one for regression."""

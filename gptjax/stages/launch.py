@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,17 +104,17 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     weights = weights or first_weights(config)
     stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
     load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
-    params = first_params(stage, load, places)
+    params = first_params(stage, load, places, weights.heads)
     if isinstance(stage, OnPolicy) and stage.scorer:
         prints = fingerprint(params[REWARD]) | {"scores": str(stage.scorer.statistics)}
         folders.same_weights(run, "reward", stage.config.reward, prints)
     return params
 
 
-def first_params(stage: AnyStage, load: Callable[[Any], Any], places: Any) -> Any:
-    """Those that a run begins with, or a part of them, where `places` says; `load` gives those of a decoder.
-    Adapters and scalar heads are born here."""
-    base, born = split(places, stage.is_born)
+def first_params(stage: AnyStage, load: Callable[[Any], Any], places: Any, heads: Collection[str] = frozenset()) -> Any:
+    """Those that a run begins with, or a part of them, where `places` says; `load` gives those of a model, its `heads`
+    among them. Adapters and other heads are born here."""
+    base, born = split(places, lambda name: stage.is_born(name) and name.split("/")[0] not in heads)
     params = stage.of_weights(load, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)

@@ -43,6 +43,10 @@ class Masked(FromExamples[MaskedWindows]):
 
     # Parameters
 
+    @classmethod
+    def heads_of(cls, config: Config) -> frozenset[str]:
+        return frozenset(cls(config, "cpu").head_names)  # type: ignore[arg-type]
+
     @property
     def head_names(self) -> tuple[str, ...]:
         return (TRANSFORM, POOLER, NEXT_SENTENCE) if self.config.masking.next_sentence else (TRANSFORM,)

@@ -35,7 +35,7 @@ BLOCK = (
     *("token_types", "scale_embedding", "tied_head", "head_bias", "scale_head"),
 )
 SAME = (*SHAPE, *BLOCK)
-TABLES = ("embedding", "head")  # whose rows are ids; the head only where it is a table of its own
+TABLES = ("embedding", "head", "head_bias")  # whose rows are ids; the head only where it is a table of its own
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Weights:
     tokenizer: Callable[[], Tokenizer]
     load: Callable[[ModelConfig, Any], Any]
     """(model, shapes with shardings) -> parameters that lie there."""
+    heads: frozenset[str] = frozenset()
+    """First parts of the names of what stands beside the model and may be loaded with it."""
 
     def require(self, model: ModelConfig, *, grows: bool = False) -> None:
         """Raises UserError that names the first field in which a model differs; one that `grows` may have more ids."""
@@ -68,9 +70,9 @@ class Weights:
         size, theirs = self.config.model.vocab_size, replace(model, vocab_size=self.config.model.vocab_size)
         wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), places)
         if model.vocab_size > size:
-            rows = theirs.padded_vocab_size, model.embed_dim
+            rows = theirs.padded_vocab_size
             narrow = {
-                name: jax.ShapeDtypeStruct(rows, jnp.float32, sharding=wide[name].sharding)
+                name: jax.ShapeDtypeStruct((rows, *wide[name].shape[1:]), jnp.float32, sharding=wide[name].sharding)
                 for name in TABLES
                 if name in wide
             }
@@ -89,8 +91,9 @@ class Weights:
 def _grown(embedding: Array, size: int, model: ModelConfig) -> Array:
     """Rows [0, size) as they are, up to vocab_size their mean, zeros beyond."""
     known = embedding[:size]
-    new = jnp.broadcast_to(known.mean(0), (model.vocab_size - size, known.shape[1]))
-    return jnp.pad(jnp.concatenate([known, new]), ((0, model.padded_vocab_size - model.vocab_size), (0, 0)))
+    new = jnp.broadcast_to(known.mean(0), (model.vocab_size - size, *known.shape[1:]))
+    padding = (0, model.padded_vocab_size - model.vocab_size), *[(0, 0)] * (known.ndim - 1)
+    return jnp.pad(jnp.concatenate([known, new]), padding)
 
 
 def about(path: str) -> tuple[Config, Callable[[], Tokenizer]]:
@@ -129,7 +132,7 @@ def open_weights(path: str) -> Weights:
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
     run, step = run_and_step(path)
     load = partial(_load_adapted if config.adapter else _load_run, bucket.opened(run), config, step)
-    return Weights(path, plain(config), same, tokenizer, load)
+    return Weights(path, plain(config), same, tokenizer, load, stage_class(config).heads_of(config))
 
 
 def first_weights(config: Config) -> Weights:
@@ -146,7 +149,7 @@ def plain(config: Config) -> Config:
 
 def _load_run(run: Path, config: Config, step: int | None, model: ModelConfig, places: Any) -> Any:
     kind = stage_class(config)
-    where = {"at": kind.decoder_at(config), "apart": kind.apart}
+    where = {"at": kind.decoder_at(config), "apart": [name for name in kind.apart if name not in places]}
     return restore_params(run, places, best=config.train.keep_best, step=step, **where)
 
 
