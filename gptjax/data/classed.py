@@ -59,7 +59,8 @@ class LabelledTexts(ExampleSet):
         texts = [self.tokenizer.encode(text) for text in self.told(index).texts]
         room = self.seq_len - _around(len(texts), self.double_sep)
         if len(texts) == 2:
-            texts = [text[:most] for text, most in zip(texts, _shares(*map(len, texts), room), strict=True)]
+            shares = _shares(len(texts[0]), len(texts[1]), room)
+            texts = [text[:most] for text, most in zip(texts, shares, strict=True)]
         first, *second = (np.append(text[:room], self.sep) for text in texts)
         begin = np.full(int(self.double_sep), self.sep)
         ids = np.concatenate([[self.cls], first, *(np.concatenate([begin, text]) for text in second)])
