@@ -158,7 +158,8 @@ def test_a_class_of_the_catalogue_is_its_number(config: Make, tmp_path: Path, mo
     writer.close_all()
     made = replace(config(ROWS), source="tfds:my_nli")
     assert texts_of(made) == texts_of(config(ROWS))
-    assert texts_of(replace(made, fields=("hypothesis", "score")))[1] == Told(["b"], "3.2")
+    scored = texts_of(replace(made, fields=("hypothesis", "score")))[1]
+    assert scored.texts == ["b"] and np.float32(scored.label) == np.float32(3.2)
     assert texts_of(replace(made, fields=("hypothesis", "sure")))[1] == Told(["b"], "true")
 
 
@@ -235,7 +236,7 @@ def test_the_longer_text_loses_its_end(
 
 def test_labels_that_are_not_expected_are_listed_with_the_remedy(config: Make, tokenizer: Tokenizer) -> None:
     made = config([{"text": "a", "label": each} for each in (0, 1, 2, -1, 2)])
-    why = r"^labels\.names = 0,1: data\.source = .*a\.jsonl has other labels: \"2\" \(2\), \"-1\" \(1\); give every class in"
+    why = r"^labels\.names = 0,1: data\.source = .*a\.jsonl has other labels: \"2\" \(2\), \"-1\" \(1\); give every"
     with pytest.raises(UserError, match=why) as error:
         opened(made, tokenizer, "0", "1")
     assert str(error.value).endswith("labels.names, or leave such records out with data.invalid drop")
@@ -244,7 +245,7 @@ def test_labels_that_are_not_expected_are_listed_with_the_remedy(config: Make, t
     assert len(left) == 2 and left.left_out == {"label that is none of labels.names": 3}
 
     words = config([{"text": "a", "label": each} for each in ("1", "1e1", "good", "nan", "a\nb")], "b.jsonl")
-    why = r'^labels\.names is empty, so labels are numbers: .*: "good" \(1\), "nan" \(1\), "a\\nb" \(1\); give every class'
+    why = r'^labels\.names is empty, so labels are numbers: .*: "good" \(1\), "nan" \(1\), "a\\nb" \(1\); give'
     with pytest.raises(UserError, match=why) as error:
         opened(words, tokenizer)
     assert "\n" not in str(error.value)
