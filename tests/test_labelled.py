@@ -252,6 +252,10 @@ def test_labels_that_are_not_expected_are_listed_with_the_remedy(config: Make, t
     numbers = opened(replace(words, invalid="drop"), tokenizer)
     assert [numbers.row([i]).label for i in range(2)] == [1, 10] and numbers.left_out.total() == 3
 
+    long = config([{"text": "a", "label": "b" * 99}], "d.jsonl")
+    with pytest.raises(UserError, match=r'has other labels: "b{40}\.\.\." \(1\); give'):
+        opened(long, tokenizer, "0", "1")
+
     many = config([{"text": "a", "label": each} for each in range(30)], "c.jsonl")
     with pytest.raises(UserError, match=r'"19" \(1\) and 10 more; give'):
         opened(many, tokenizer, "no")

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gptjax.config import DialogueConfig, PairConfig, PromptConfig
-from gptjax.data.examples import ExampleFeed, eval_batches
+from gptjax.config import DataConfig, DialogueConfig, PairConfig, PromptConfig
+from gptjax.data.examples import ExampleFeed, eval_batches, measure
 from gptjax.data.paired import PairRows, Pairs, open_pairs
 from gptjax.data.pairs import Pair, parse
 from gptjax.data.rows import PADDING
@@ -260,6 +260,22 @@ def test_lengths_are_measured_once_for_a_prefix(
     deaf = replace(tokenizer, encode=lambda text: pytest.fail("tokenised again"))
     assert len(opened(made, deaf)) == 20 and opened(made, deaf, (8, T), ()).num_cut > first.num_cut > 0
     assert opened(replace(made, prefix="say: "), tokenizer).num_cut == first.num_cut + 5
+
+
+def test_texts_are_measured_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Also one that begins as the reason of a dropped record does."""
+    write(tmp_path / "a.jsonl", [{"text": '"'}, {"text": '"no"'}, {"text": "ß"}])
+    source = build(DataConfig(source=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path))).split("train", "document")
+
+    def sizes(text: str) -> tuple[int, int]:
+        return len(tokenizer.encode(text)), len(text)
+
+    for _ in range(2):
+        found = measure(str(tmp_path), source, tokenizer, "texts", sizes, dropped=lambda text: "")
+        assert found.tolist() == [[1, 1], [4, 4], [2, 1]]
+    assert len([*(tmp_path / "lengths").iterdir()]) == 1
+    measure(str(tmp_path), source, tokenizer, "texts, otherwise", sizes, dropped=lambda text: "")
+    assert len([*(tmp_path / "lengths").iterdir()]) == 2
 
 
 def test_an_epoch_gives_every_pair_once(config: Make, tokenizer: Tokenizer) -> None:

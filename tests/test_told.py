@@ -117,8 +117,8 @@ REFERENCES = ["The cat sat on a red mat .", "There is a small house ."]
 def test_bleu_by_hand() -> None:
     pytest.importorskip("sacrebleu")
     assert texts.bleu(REFERENCES, REFERENCES) == pytest.approx(100)
-    # Of 12 words 11 are there, of 10 pairs 6, of 8 threes 3, of 6 fours 1; 12 words for 14.
-    shares = [11 / 12, 6 / 10, 3 / 8, 1 / 6]
+    # Of 12 words 11 are there, of 10 pairs 7, of 8 threes 3, of 6 fours 1; 12 words for 14.
+    shares = [11 / 12, 7 / 10, 3 / 8, 1 / 6]
     assert texts.bleu(WRITTEN, REFERENCES) == pytest.approx(100 * np.prod(shares) ** 0.25 * np.exp(1 - 14 / 12))
 
 

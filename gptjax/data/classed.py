@@ -18,7 +18,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
 LEAST = 6  # ids of [CLS] one [SEP] [SEP] other [SEP]
-SHOWN = 20  # labels that a message names
+SHOWN, LONGEST = 20, 40  # labels that a message names, and characters of each
 OTHER_LABEL = "label that is none of labels.names"
 NO_NUMBER = "label that is no number"
 
@@ -127,8 +127,8 @@ def _known(label: str, names: tuple[str, ...]) -> bool:
 
 def _wrong(config: LabelledConfig, names: tuple[str, ...], found: Counter[str]) -> UserError:
     """What is found instead, in one line."""
-    each = ((json.dumps(label, ensure_ascii=False), count) for label, count in found.most_common(SHOWN))
-    shown = ", ".join(f"{label} ({count:,})" for label, count in each)
+    each = ((label if len(label) <= LONGEST else f"{label[:LONGEST]}...", n) for label, n in found.most_common(SHOWN))
+    shown = ", ".join(f"{json.dumps(label, ensure_ascii=False)} ({n:,})" for label, n in each)
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     setting = f"labels.names = {','.join(names)}" if names else "labels.names is empty, so labels are numbers"
     return UserError(
