@@ -244,13 +244,13 @@ def test_labels_that_are_not_expected_are_listed_with_the_remedy(config: Make, t
     left = opened(replace(made, invalid="drop"), tokenizer, "0", "1")
     assert len(left) == 2 and left.left_out == {"label that is none of labels.names": 3}
 
-    words = config([{"text": "a", "label": each} for each in ("1", "1e1", "good", "nan", "a\nb")], "b.jsonl")
+    words = config([{"text": "a", "label": each} for each in ("1", "1e1", "good", "nan", "a\nb", "1e99")], "b.jsonl")
     why = r'^labels\.names is empty, so labels are numbers: .*: "good" \(1\), "nan" \(1\), "a\\nb" \(1\); give'
     with pytest.raises(UserError, match=why) as error:
         opened(words, tokenizer)
     assert "\n" not in str(error.value)
     numbers = opened(replace(words, invalid="drop"), tokenizer)
-    assert [numbers.row([i]).label for i in range(2)] == [1, 10] and numbers.left_out.total() == 3
+    assert [numbers.row([i]).label for i in range(2)] == [1, 10] and numbers.left_out.total() == 4
 
     long = config([{"text": "a", "label": "b" * 99}], "d.jsonl")
     with pytest.raises(UserError, match=r'has other labels: "b{40}\.\.\." \(1\); give'):
