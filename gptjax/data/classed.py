@@ -120,7 +120,7 @@ def _known(label: str, names: tuple[str, ...]) -> bool:
     if names:
         return label in names
     try:
-        return bool(abs(float(label)) <= np.finfo(np.float32).max)
+        return abs(float(label)) <= float(np.finfo(np.float32).max)
     except ValueError:
         return False
 
