@@ -245,7 +245,9 @@ def test_labels_that_are_not_expected_are_listed_with_the_remedy(config: Make, t
     assert len(left) == 2 and left.left_out == {"label that is none of labels.names": 3}
 
     words = config([{"text": "a", "label": each} for each in ("1", "1e1", "good", "nan", "a\nb", "1e99")], "b.jsonl")
-    why = r'^labels\.names is empty, so labels are numbers: .*: "good" \(1\), "nan" \(1\), "a\\nb" \(1\), "1e99" \(1\); give'
+    why = (
+        r'labels\.names is empty, so labels are numbers: .*"good" \(1\), "nan" \(1\), "a\\nb" \(1\), "1e99" \(1\); give'
+    )
     with pytest.raises(UserError, match=why) as error:
         opened(words, tokenizer)
     assert "\n" not in str(error.value)
