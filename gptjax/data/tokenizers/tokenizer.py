@@ -140,12 +140,6 @@ class Tokenizer:
         pieces, special = reserve(self.pieces, self.special, INFILL)
         return replace(self, pieces=pieces, special=special, spec=f"fim:{self.spec}")
 
-    def with_marks(self): 
-        pieces, special = reserve(self.pieces, self.special, ("[PAD]","[CLS]","[SEP]","[MASK]"))
-        return replace(self, pieces=pieces, special=special, spec=f"{self.spec}")
-    def with_sentinels(self, n):
-        pieces, special = reserve(self.pieces, self.special, tuple(f"<extra_id_{i}>" for i in range(n)))
-        return replace(self, pieces=pieces, special=special, spec=f"{self.spec}")
     def with_template(self, text: str) -> "Tokenizer":
         """The same with a chat template among its files."""
         spec = f"{self.spec}:{{}}" if self.spec in ("bytes", "fim:bytes") else self.spec
