@@ -39,6 +39,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
         "additional_special_tokens": [name for name in special if name != eot],
         "clean_up_tokenization_spaces": False,
     }
+    names = {i: name for name, i in special.items()}
+    settings |= {f"{role}_token": names[i] for role, i in tokenizer.roles.items() if i in names}
     note = ""
     if SENTENCEPIECE in tokenizer.files:
         tokenizer.save(folder)
