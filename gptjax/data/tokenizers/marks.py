@@ -1,5 +1,6 @@
-"""What encoders and encoder-decoders need beside the ids of a text: marks, sentinels, and where words and sentences are."""
+"""What encoders and encoder-decoders need beside a text's ids: marks, sentinels, where words and sentences are."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,21 @@ def modes(tokenizer: Tokenizer) -> np.ndarray:
     """Ids of MODES, by the names of UL2 where it has those, int32 [3]; [0] where it has none."""
     names = next((names for names in (UL2_MODES, MODES) if tokenizer.special.keys() >= set(names)), ())
     return np.array([tokenizer.special[name] for name in names], np.int32)
+
+
+def word_starts(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
+    """Ids [N] to bool [N]: places that begin a word. Of WordPiece those without its prefix; else those that begin with
+    a blank or a sign, and those whose letter, digit or other byte follows one, for which the id before is looked at."""
+    rules = json.loads(tokenizer.files.get("tokenizer.json", b"{}"))
+    model = rules.get("model", {})
+    if model.get("type") == "WordPiece":
+        whole = np.ones(tokenizer.vocab_size, bool)
+        whole[[i for name, i in model["vocab"].items() if name.startswith(model["continuing_subword_prefix"])]] = False
+        return lambda ids: whole[ids]
+    first = np.array([bool(piece) and WORD_BYTES[piece[0]] for piece in tokenizer.pieces])
+    last = np.array([bool(piece) and WORD_BYTES[piece[-1]] for piece in tokenizer.pieces])
+    first[list(tokenizer.special.values())] = last[list(tokenizer.special.values())] = False
+    return lambda ids: ~(first[ids] & np.concatenate([[False], last[ids[:-1]]])[: len(ids)])
 
 
 def sentence_ends(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
