@@ -71,6 +71,10 @@ def test_ours_are_reserved_and_come_back(tmp_path: Path) -> None:
 def test_a_vocabulary_without_marks_says_how_many_are_wanted() -> None:
     with pytest.raises(UserError, match=r"data.tokenizer: .*\[MASK\]; give model.vocab_size >= 265"):
         marks(load_tokenizer("bytes"))
+    for size in (259, 263):
+        with pytest.raises(UserError, match=r"\[MASK\]; give model.vocab_size >= 265"):
+            marks(load_tokenizer("marks:bytes").fit(size))
+    assert marks(load_tokenizer("marks:bytes").fit(265)).mask == 264
 
 
 def test_sentence_ends() -> None:
@@ -131,3 +135,18 @@ def test_minilm_has_the_ids_of_transformers(shared: Path) -> None:
         assert ours.encode(line).tolist() == plain
         framed = theirs(line, split_special_tokens=True, **how).input_ids
         assert [*mine.lead, *ours.encode(line).tolist(), mine.sep] == framed
+
+
+def test_sentinels_of_a_t5_descend(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(models.Unigram())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    names = ["<pad>", "</s>", "<unk>"]
+    how = trainers.UnigramTrainer(vocab_size=60, special_tokens=names, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator(TEXTS, how)
+    size = library.get_vocab_size()
+    library.add_special_tokens([f"<extra_id_{number}>" for number in reversed(range(100))])
+    library.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    assert sentinels(ours).tolist() == [*range(size + 99, size - 1, -1)] and ours.with_sentinels(100) is ours
+    assert ours.begin == () and ours.between == (1,) and not ours.types and ours.roles == {"sep": 1, "pad": 0}

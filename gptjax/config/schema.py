@@ -199,6 +199,11 @@ class Config:
         return {"model": self.model}
 
     @property
+    def starts_from(self) -> str:
+        """What the weights are made of that a new run starts with; empty for random ones."""
+        return self.init_from
+
+    @property
     def separates(self) -> bool:
         """Whether the documents of a row are kept apart."""
         return self.model.separate_documents
@@ -489,7 +494,8 @@ class DistillConfig:
     """What a small model learns from a large one (DistilBERT, arXiv 1910.01108)."""
 
     teacher: str = ""
-    """The run folder or Hugging Face directory of a masked model with the same vocabulary and width; empty is none."""
+    """The run folder or Hugging Face directory of a masked model with the same vocabulary and width, every so many of
+    whose layers a run begins with that has no init_from; empty is none."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Divides the scores of both before they are compared."""
     soft_weight: Annotated[float, Field(ge=0)] = 5.0
@@ -522,6 +528,10 @@ class MaskedConfig(Config):
     def predicts(self) -> bool:
         """Its stage asks for hidden tokens alone, by a head of its own."""
         return False
+
+    @property
+    def starts_from(self) -> str:
+        return self.init_from or self.distill.teacher
 
 
 @frozen

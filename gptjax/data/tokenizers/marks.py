@@ -34,7 +34,7 @@ class Marks:
 def marks(tokenizer: Tokenizer) -> Marks:
     """The marks of a tokenizer. Raises UserError where the vocabulary has no room for one."""
     if missing := [name for role, name in MARKS.items() if role not in tokenizer.roles]:
-        needed = tokenizer.vocab_size + len(missing)
+        needed = tokenizer.vocab_size + len(tokenizer.beyond) + len(missing)
         raise UserError(
             f"data.tokenizer: the vocabulary has no {' '.join(missing)}; give model.vocab_size >= {needed}, "
             "so that they are reserved"
