@@ -7,7 +7,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from gptjax.config.data import DataConfig, DialogueConfig, LabelledConfig, PairConfig, PromptConfig, RankingConfig
+from gptjax.config.data import (
+    DataConfig,
+    DialogueConfig,
+    LabelledConfig,
+    PairConfig,
+    PromptConfig,
+    RankingConfig,
+    WindowConfig,
+)
 from gptjax.config.fields import FREE, ROUNDING, Count, Positive, Seed, frozen
 from gptjax.config.model import LoRAConfig, ModelConfig
 
@@ -517,6 +525,7 @@ class MaskedConfig(Config):
     stage: ClassVar[str] = "masked"
     unused: ClassVar[tuple[str, ...]] = OF_TEXT
 
+    data: WindowConfig = field(default_factory=WindowConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -603,6 +612,7 @@ class DenoiseConfig(EncoderDecoderConfig):
     stage: ClassVar[str] = "denoise"
     unused: ClassVar[tuple[str, ...]] = OF_TEXT
 
+    data: WindowConfig = field(default_factory=WindowConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
 

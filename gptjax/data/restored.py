@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import DataConfig, NoiseConfig
+from gptjax.config import NoiseConfig, WindowConfig
 from gptjax.data.examples import Report
 from gptjax.data.noise import Marks, Noise, denoiser, room
 from gptjax.data.packing import apart
@@ -36,7 +36,7 @@ class DamagedWindows(Windows):
 
 
 def open_damaged(
-    config: DataConfig,
+    config: WindowConfig,
     noise: NoiseConfig,
     source: TextSource,
     tokenizer: Tokenizer,
