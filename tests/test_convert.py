@@ -69,7 +69,7 @@ def random_params(model: ModelConfig, seed: int = 0) -> Any:
 def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
     """An export of random weights with the bytes tokenizer."""
     folder.mkdir(parents=True)
-    write_directory(folder, model, random_params(model), 256, **how)
+    write_directory(folder, {"model": model}, random_params(model), 256, **how)
     write_tokenizer(load_tokenizer("bytes"), folder, model.vocab_size, model.seq_len)
     return folder
 
@@ -189,7 +189,7 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
         np.testing.assert_allclose(box.tensor_of(leaves[box.leaf]), expected, atol=1e-5, err_msg=box.tensor)
 
     (folder / "back").mkdir()
-    write_directory(folder / "back", model, params, 0)
+    write_directory(folder / "back", {"model": model}, params, 0)
     assert same_bytes(bytes_of(folder / "back"), bytes_of(folder))
     assert open_directory(folder / "back").model == opened.model
 
@@ -728,7 +728,7 @@ def with_vocabulary(folder: Path, size: int) -> Path:
     """Random weights for `size` ids beside the bytes tokenizer of 261."""
     folder.mkdir()
     model = replace(SMALL, vocab_size=size)
-    write_directory(folder, model, random_params(model), 256)
+    write_directory(folder, {"model": model}, random_params(model), 256)
     write_tokenizer(load_tokenizer("bytes"), folder, 261, 12)
     return folder
 
