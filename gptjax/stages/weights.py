@@ -216,6 +216,6 @@ def places(init: Callable[[Array], Any], layout: Layout | None = None, device: j
 
 def on_device(config: Config, device: jax.Device) -> Any:
     """The shapes of a model's parameters, all on one device."""
-    of_two = isinstance(config, EncoderDecoderConfig)
-    network = EncoderDecoder(config, device.platform) if of_two else Network(config, device.platform)
-    return places(network.init, device=device)
+    if isinstance(config, EncoderDecoderConfig):
+        return places(EncoderDecoder(config, device.platform).init, device=device)
+    return places(Network(config, device.platform).init, device=device)
