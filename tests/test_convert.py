@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from converting import bytes_of, configure, random_params, rewrite, same_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -46,26 +47,6 @@ TEXT = "def f(x, y=12):\n    return {'a': [x]}  # naïve Größe, 東京 😀!\r
 SMALL = ModelConfig(3, 4, 32, seq_len=12, vocab_size=261, scan_layers=False)
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="needs the peers extra")
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason="needs the peers extra")
-
-
-def random_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Parameters without a zero or a one in them, so that no mistake of place hides."""
-    rng = np.random.default_rng(seed)
-    abstract = on_device(Config("x", model), jax.devices()[0])
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract)
-    for name in {"embedding", "head"} & params.keys():
-        params[name][model.vocab_size :] = 0
-    return params
-
-
 def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
     """An export of random weights with the bytes tokenizer."""
     folder.mkdir(parents=True)
@@ -77,14 +58,6 @@ def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
 def load(path: Path) -> tuple[Config, Any]:
     weights = open_weights(str(path))
     return weights.config, weights.load(weights.config.model, on_device(weights.config, jax.devices()[0]))
-
-
-def bytes_of(folder: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(tensor.open()) for name, tensor in read_tensors(folder).items()}
-
-
-def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
-    return ours.keys() == theirs.keys() and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
 
 
 def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, Any]:
@@ -442,18 +415,6 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.mark,)
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    """Change the tensors as another program would, without our checksums."""
-    tensors = bytes_of(folder)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | changes))
 
 
 def cut(folder: Path) -> None:
