@@ -26,7 +26,7 @@ from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig
 from gptjax.convert.architecture import Box, assemble, boxes
 from gptjax.convert.huggingface import HEAD, counterpart, open_directory, write_directory
-from gptjax.convert.tensors import Outgoing, read_tensors, write_tensors
+from gptjax.convert.tensors import Outgoing, write_tensors
 from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece

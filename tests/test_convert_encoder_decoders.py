@@ -85,12 +85,12 @@ def both(request: Any, torch: Any, transformers: Any, tmp_path_factory: pytest.T
     peer = PEERS[request.param](transformers, torch).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.3 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("peer")
     peer.save_pretrained(folder)
     opened = open_directory(folder)
     stacked = {"model": True, "encoder": False}  # each side as it will
-    models = {name: replace(m, attention="reference", scan_layers=stacked[name]) for name, m in opened.models.items()}
+    models = {name: replace(model, scan_layers=stacked[name]) for name, model in opened.models.items()}
     config = config_of(**models)
     params = opened.load(config.model, on_device(config, jax.devices()[0]))
     rng, start = np.random.default_rng(0), peer.config.decoder_start_token_id
