@@ -63,6 +63,16 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="needs the peers extra")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    return pytest.importorskip("transformers", reason="needs the peers extra")
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """More of PyTorch's only wait for each other in models of a test's size, and for what computes beside it."""

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from converting import bytes_of, configure, random_params, rewrite, same_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from gptjax import cli
 from gptjax.config import Config, LayoutConfig, ModelConfig
 from gptjax.convert.architecture import Box, assemble, boxes
 from gptjax.convert.huggingface import HEAD, counterpart, open_directory, write_directory
-from gptjax.convert.tensors import Outgoing, read_tensors, write_tensors
+from gptjax.convert.tensors import Outgoing, write_tensors
 from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
@@ -46,30 +47,10 @@ TEXT = "def f(x, y=12):\n    return {'a': [x]}  # naïve Größe, 東京 😀!\r
 SMALL = ModelConfig(3, 4, 32, seq_len=12, vocab_size=261, scan_layers=False)
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="needs the peers extra")
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason="needs the peers extra")
-
-
-def random_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Parameters without a zero or a one in them, so that no mistake of place hides."""
-    rng = np.random.default_rng(seed)
-    abstract = on_device(Config("x", model), jax.devices()[0])
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract)
-    for name in {"embedding", "head"} & params.keys():
-        params[name][model.vocab_size :] = 0
-    return params
-
-
 def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
     """An export of random weights with the bytes tokenizer."""
     folder.mkdir(parents=True)
-    write_directory(folder, model, random_params(model), 256, **how)
+    write_directory(folder, {"model": model}, random_params(model), 256, **how)
     write_tokenizer(load_tokenizer("bytes"), folder, model.vocab_size, model.seq_len)
     return folder
 
@@ -77,14 +58,6 @@ def directory(folder: Path, model: ModelConfig = SMALL, **how: Any) -> Path:
 def load(path: Path) -> tuple[Config, Any]:
     weights = open_weights(str(path))
     return weights.config, weights.load(weights.config.model, on_device(weights.config, jax.devices()[0]))
-
-
-def bytes_of(folder: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(tensor.open()) for name, tensor in read_tensors(folder).items()}
-
-
-def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
-    return ours.keys() == theirs.keys() and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
 
 
 def logits_and_gradient(config: Config, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, Any]:
@@ -189,7 +162,7 @@ def test_logits_and_gradients_equal_transformers_and_the_way_back_is_exact(
         np.testing.assert_allclose(box.tensor_of(leaves[box.leaf]), expected, atol=1e-5, err_msg=box.tensor)
 
     (folder / "back").mkdir()
-    write_directory(folder / "back", model, params, 0)
+    write_directory(folder / "back", {"model": model}, params, 0)
     assert same_bytes(bytes_of(folder / "back"), bytes_of(folder))
     assert open_directory(folder / "back").model == opened.model
 
@@ -442,18 +415,6 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.mark,)
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    """Change the tensors as another program would, without our checksums."""
-    tensors = bytes_of(folder)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | changes))
 
 
 def cut(folder: Path) -> None:
@@ -728,7 +689,7 @@ def with_vocabulary(folder: Path, size: int) -> Path:
     """Random weights for `size` ids beside the bytes tokenizer of 261."""
     folder.mkdir()
     model = replace(SMALL, vocab_size=size)
-    write_directory(folder, model, random_params(model), 256)
+    write_directory(folder, {"model": model}, random_params(model), 256)
     write_tokenizer(load_tokenizer("bytes"), folder, 261, 12)
     return folder
 

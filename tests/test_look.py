@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     abstract = on_device(Config("x", replace(MODEL, scan_layers=False)), jax.devices()[0])
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract)
     params["embedding"][MODEL.vocab_size :] = 0
-    write_directory(folder, replace(MODEL, scan_layers=False), params, BYTES.eot)
+    write_directory(folder, {"model": replace(MODEL, scan_layers=False)}, params, BYTES.eot)
     write_tokenizer(load_tokenizer("bytes"), folder, MODEL.vocab_size, MODEL.seq_len)
     return folder
 

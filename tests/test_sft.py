@@ -523,7 +523,7 @@ def test_chat_tokens_find_room_in_a_vocabulary_that_has_none(small: SFTConfig, t
     np.testing.assert_allclose(started["embedding"][257:261], np.tile(old[:257].mean(0), (4, 1)), rtol=1e-5, atol=1e-7)
     assert not started["embedding"][261:].any()
     with pytest.raises(UserError, match=re.escape("model.vocab_size is 257, not 300; set --model.vocab_size 257")):
-        weights.require(replace(grown, vocab_size=300))
+        weights.require({"model": replace(grown, vocab_size=300)})
 
 
 def _tree(run: Path, config: Config) -> Any:

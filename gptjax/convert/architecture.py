@@ -1,8 +1,9 @@
 """What a Hugging Face architecture is to us: a config in other words, and a table that says which part of our
-parameters each of its tensors is. The table reads and writes, whole or any slice, without knowing the model."""
+parameters each of its tensors is. The table reads and writes, whole or any slice, without knowing the model. An
+encoder-decoder is two of them, one a side, that share the words and the embedding."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,9 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 
 Index = tuple[slice, ...]
+
+ENCODER = "encoder"
+"""The section of our config, and where its parameters stand beside the decoder's."""
 
 GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the tanh approximation
 COMMON: dict[str, tuple[Any, ...]] = {
@@ -77,10 +81,32 @@ class Architecture:
     """Where the layers are, by number."""
     constants: re.Pattern[str] = re.compile(r"(?!)")
     """Tensors that older versions saved and none needs."""
+    copies: tuple[str, ...] = ()
+    """Names under which the embedding may be saved, too, or alone."""
+    optional: tuple[str, ...] = ()
+    """Tensors that a file may lack, which are zero then."""
+    encoder: "Architecture | None" = None
+    """Of an encoder-decoder the other side, which is read from the same config.json."""
+    shared: tuple[str, ...] = ()
+    """Of an encoder the fields that its config has once for both sides."""
+
+    @property
+    def sides(self) -> dict[str, "Architecture"]:
+        """By the section of our config; see config.Config.models."""
+        return {"model": self} | ({ENCODER: self.encoder} if self.encoder else {})
+
+
+def every_box(architecture: Architecture, models: Mapping[str, ModelConfig]) -> list[Box]:
+    """The tensors of all sides; an encoder's leaves lie below its name."""
+    return [
+        box if section == "model" else replace(box, leaf=f"{section}/{box.leaf}")
+        for section, side in architecture.sides.items()
+        for box in boxes(side, models[section])
+    ]
 
 
 def boxes(architecture: Architecture, config: ModelConfig) -> list[Box]:
-    """Every tensor of a model, named without the prefix of its architecture."""
+    """Every tensor of a model or of a side, named without the prefix of its architecture."""
     every, block = architecture.outside(config), architecture.block(config)
     for layer in range(config.num_layers):
         every += [_in_layer(box, f"{architecture.layers}.{layer}", layer, config) for box in block]
@@ -99,6 +125,19 @@ def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:
     )
 
 
+def usual(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    """What the decoders that convert have in common; see Architecture.fixed."""
+    of_norms = ("norm_bias", "norm_place", "norm_embedding")
+    of_embeddings = ("position_offset", "scale_embedding", "token_types", "head_bias", "scale_head")
+    return defaults(config, *of_norms, *of_embeddings, "causal", "cross_attention")
+
+
+def defaults(config: ModelConfig, *names: str) -> dict[str, tuple[Any, ...]]:
+    """Fields that must be as they are where nothing is said; see Architecture.fixed."""
+    plain = ModelConfig(1, config.num_heads, config.embed_dim)
+    return {name: (getattr(plain, name),) for name in names}
+
+
 def dense(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """Of those without a band; see Architecture.fixed."""
     return {"attention_pattern": (("dense",),)} if "banded" in config.attention_pattern else {}
@@ -107,8 +146,7 @@ def dense(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
 def plain(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """Of GPT-2 and GPT-Neo, whose block is that of the defaults."""
     names = ("biases", "num_kv_heads", "head_size", "mlp_size", "norm", "norm_eps", "activation", "parallel_mlp")
-    usual = ModelConfig(1, config.num_heads, config.embed_dim)
-    return {name: (getattr(usual, name),) for name in (*names, "tied_head")}
+    return defaults(config, *names, "tied_head")
 
 
 def of_gpt(config: ModelConfig) -> list[Box]:
@@ -137,6 +175,53 @@ def heads_of(tensor: str, config: ModelConfig, first: int, count: int) -> list[B
     kernel = Box(f"{tensor}.weight", shape, "qkv/kernel", extent, offset, transposed=True, swapped=(1, 2))
     bias = Box(f"{tensor}.bias", (out,), "qkv/bias", about, (first, 0, 0), swapped=(0, 1))
     return [kernel, bias] if config.qkv_bias else [kernel]
+
+
+def self_attention(tensors: Sequence[str], config: ModelConfig) -> list[Box]:
+    """Four kernels [out, in]: of queries, of keys, of values, and of what goes on from them."""
+    queries, keys, values, out = tensors
+    heads, size, group = config.num_heads, config.head_dim, config.num_heads // config.kv_heads
+    extent = heads, size, config.embed_dim
+    return [
+        *heads_of(queries, config, 0, group),
+        *heads_of(keys, config, group, 1),
+        *heads_of(values, config, group + 1, 1),
+        *linear(out, "projection", extent, heads * size, config.embed_dim, config.biases),
+    ]
+
+
+def cross_attention(tensors: Sequence[str], config: ModelConfig) -> list[Box]:
+    """The same of cross-attention."""
+    dim, heads, size = config.embed_dim, config.num_heads, config.head_dim
+    queries, keys, values, out = tensors
+
+    def one(tensor: str, leaf: str, part: tuple[int, ...] = ()) -> list[Box]:
+        """`part`: which of keys and values that is, where they share a leaf."""
+        about, offset = (*(1 for _ in part), heads, size), (*part, 0, 0)
+        extent, shape = (dim, *about), (heads * size, dim)
+        kernel = Box(f"{tensor}.weight", shape, f"{leaf}/kernel", extent, (0, *offset), transposed=True)
+        bias = Box(f"{tensor}.bias", shape[:1], f"{leaf}/bias", about, offset)
+        return [kernel, bias] if config.qkv_bias else [kernel]
+
+    return [
+        *one(queries, "cross_query"),
+        *one(keys, "cross_keys_values", (0,)),
+        *one(values, "cross_keys_values", (1,)),
+        *linear(out, "cross_projection", (heads, size, dim), heads * size, dim, config.biases),
+    ]
+
+
+def gated(tensors: Sequence[str], config: ModelConfig) -> list[Box]:
+    """The two kernels [out, in] of what goes up: the one that is activated, and the one that it is multiplied with."""
+    dim, mlp, leaf = config.embed_dim, config.mlp_dim, "mlp_gate_up"
+
+    def one(tensor: str, number: int) -> list[Box]:
+        extent, offset = (dim, 1, mlp), (0, number, 0)
+        kernel = Box(f"{tensor}.weight", (mlp, dim), f"{leaf}/kernel", extent, offset, transposed=True)
+        bias = Box(f"{tensor}.bias", (mlp,), f"{leaf}/bias", (1, mlp), (number, 0))
+        return [kernel, bias] if config.biases else [kernel]
+
+    return [box for number, tensor in enumerate(tensors) for box in one(tensor, number)]
 
 
 def own_head(config: ModelConfig) -> list[Box]:

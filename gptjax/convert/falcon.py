@@ -85,7 +85,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     some = {"num_kv_heads": (0, 1, config.num_heads)} if config.parallel_mlp == "no" else {}
-    fixed = {"activation": ("gelu",), "scale_scores": (True,), "biases": (config.qkv_bias,)}
+    fixed = {"activation": ("gelu",), "scale_scores": (True,), "biases": (config.qkv_bias,), "positions": ("rotary",)}
     return dense(config) | some | fixed | {"head_size": (0, config.embed_dim // config.num_heads)}
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,24 @@ import jax
 import numpy as np
 from pydantic import ValidationError
 
-from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
+from gptjax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PairConfig,
+    Seq2SeqConfig,
+    TrainConfig,
+    validate,
+)
 from gptjax.config.fields import explain
-from gptjax.convert.architecture import Architecture, Box, assemble, boxes
+from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, usual
+from gptjax.convert.bart import BART, BIAS
 from gptjax.convert.falcon import FALCON
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
 from gptjax.convert.llama import LLAMA
+from gptjax.convert.t5 import T5
 from gptjax.convert.tensors import (
     AGAIN,
     DTYPES,
@@ -36,8 +47,10 @@ from gptjax.files import read_json
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
-ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA, FALCON)}
-HEAD = "lm_head.weight"  # which stands beside the model, not below its prefix
+ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA, FALCON, T5, BART)}
+HEAD = "lm_head.weight"
+BESIDE = (HEAD, BIAS)  # which stand beside the model, not below its prefix
+SIZES = {"head_size": "head_dim", "mlp_size": "mlp_dim"}  # a field that may be 0 -> what it stands for
 UNROLLED_LAYERS = 12  # as in configs/: unrolled is faster, but deeper models would compile for long
 
 
@@ -46,8 +59,9 @@ def is_huggingface(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / META).is_file()
 
 
-def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
-    """The architecture and our config of a directory, from config.json alone.
+def read_models(folder: Path) -> tuple[Architecture, dict[str, ModelConfig]]:
+    """The architecture and our config of a directory, from config.json alone: the model, and the encoder beside it
+    where there are two.
 
     Raises UserError for an architecture or a setting that our model has not.
     """
@@ -61,13 +75,42 @@ def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
         if given not in architecture.classes:
             raise UserError(f"{file}: architectures = {given!r}: of {name} gptjax converts {architecture.classes[0]}")
     try:
-        model = architecture.read(values, str(file))
+        models = {section: side.read(values, str(file)) for section, side in architecture.sides.items()}
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, Config)}") from None
     try:
-        return architecture, validate(Config(name, model)).model
+        return architecture, validate(_around(folder, name, models)).models
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
+    """The same of a model alone, or of the decoder of two."""
+    architecture, models = read_models(folder)
+    return architecture, models["model"]
+
+
+def _around(folder: Path, name: str, models: Mapping[str, ModelConfig], **how: Any) -> Config:
+    """A run of a directory's models."""
+    if ENCODER in models:
+        data = PairConfig(source="pairs.jsonl", tokenizer=tokenizer_spec(folder))
+        return Seq2SeqConfig(name, models["model"], data, encoder=models[ENCODER], start_id=_start_id(folder), **how)
+    return Config(name, models["model"], DataConfig(tokenizer=tokenizer_spec(folder)), **how)
+
+
+def _start_id(folder: Path) -> int:
+    """What a decoder's text begins with; where config.json does not say it, transformers takes what begins a text.
+
+    Raises UserError where it is no id.
+    """
+    file = folder / CONFIG
+    values = read_json(file, AGAIN)
+    names = ("decoder_start_token_id", "bos_token_id")
+    name = next((name for name in names if values.get(name) is not None), names[0])
+    given = values.get(name)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise UserError(f"{file}: {name} = {given!r}: expected the id that the decoder starts with")
+    return given
 
 
 @dataclass(frozen=True)
@@ -75,17 +118,27 @@ class Directory:
     """A checked directory: every tensor that the model needs is there, whole and finite, and no other."""
 
     architecture: Architecture
-    model: ModelConfig
+    models: dict[str, ModelConfig]
     tensors: dict[str, Tensor]
 
+    @property
+    def model(self) -> ModelConfig:
+        """It, or the decoder of two."""
+        return self.models["model"]
+
     def load(self, model: ModelConfig, abstract: Any) -> Any:
-        """The parameters of `model` (which may stack its layers or not) where the shardings of `abstract` put them.
+        """The parameters of `model` (which may stack its layers or not), and of the encoder beside it, where the
+        shardings of `abstract` put them.
 
         Each device's part of each leaf is read from the files by itself, so the host holds one leaf besides the model.
         """
         parts: dict[str, list[tuple[Box, Callable[[], np.ndarray]]]] = defaultdict(list)
-        for box in boxes(self.architecture, model):
-            parts[box.leaf].append((box, self.tensors[box.tensor].open))
+        models = self.models | {"model": model}
+        if ENCODER in models:
+            models[ENCODER] = replace(models[ENCODER], scan_layers="units" in abstract[ENCODER])
+        for box in every_box(self.architecture, models):
+            if box.tensor in self.tensors:  # else it is one that a file may lack
+                parts[box.leaf].append((box, self.tensors[box.tensor].open))
 
         def load_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             read = partial(assemble, shape=leaf.shape, parts=parts[leaf_name(path)])
@@ -100,7 +153,7 @@ def open_directory(folder: Path) -> Directory:
     Raises UserError for broken files, for missing, unexpected, misshapen or non-finite tensors, and for a head that
     is not the embedding.
     """
-    architecture, model = read_model(folder)
+    architecture, models = read_models(folder)
     found = read_tensors(folder)
     prefix = architecture.prefix
     tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -108,23 +161,29 @@ def open_directory(folder: Path) -> Directory:
         twice = next(name for name in found if prefix + name in found)
         raise UserError(f"{folder}: both {twice} and {prefix}{twice}")
     tensors = {name: tensor for name, tensor in tensors.items() if not architecture.constants.fullmatch(name)}
-    head = tensors.pop(HEAD, None) if model.tied_head else None
-    if model.num_layers > len(tensors):  # before a table of so many layers is made
-        raise UserError(f"{folder / CONFIG}: {model.num_layers} layers, and only {len(tensors)} tensors beside it")
-    table = {box.tensor: box for box in boxes(architecture, model)}
+    depth = sum(model.num_layers for model in models.values())
+    if depth > len(tensors):  # before a table of so many layers is made
+        raise UserError(f"{folder / CONFIG}: {depth} layers, and only {len(tensors)} tensors beside it")
+    table = {box.tensor: box for box in every_box(architecture, models)}
+    embedding = next(iter(table))
+    names = (*architecture.copies, *[HEAD] * models["model"].tied_head)
+    copies = [tensors.pop(name) for name in names if name in tensors]
+    if embedding not in tensors and architecture.copies and copies:  # which of its names is saved is a version's choice
+        tensors[embedding] = copies[0]
     for name, box in table.items():
-        if name not in tensors:
+        if name in tensors:
+            _check(tensors[name], box.shape)
+        elif name not in architecture.optional:
             raise UserError(f"{folder}: no tensor {name}, which {CONFIG} asks for")
-        _check(tensors[name], box.shape)
     if unexpected := tensors.keys() - table.keys():
         raise UserError(f"{folder}: unexpected tensor {min(unexpected)}; {CONFIG} has no place for it")
-    if head is not None:
-        embedding = next(iter(table))
-        _check(head, table[embedding].shape)
-        pairs = zip(chunks(head.open()), chunks(tensors[embedding].open()), strict=True)
+    for copy in copies:
+        _check(copy, table[embedding].shape)
+        pairs = zip(chunks(copy.open()), chunks(tensors[embedding].open()), strict=True)
         if not all(np.array_equal(a, b) for a, b in pairs):
-            raise UserError(f"{folder}: {HEAD} differs from {embedding}; {CONFIG} says that the embedding is the head")
-    return Directory(architecture, model, tensors)
+            what = "the embedding is the head" if copy.name == HEAD else "there is one embedding"
+            raise UserError(f"{folder}: {copy.name} differs from {embedding}; {CONFIG} says that {what}")
+    return Directory(architecture, models, tensors)
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -136,8 +195,16 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     require_finite(what, tensor.open())
 
 
-def counterpart(model: ModelConfig) -> Architecture:
-    """The architecture that computes what a model computes. Raises UserError where there is none."""
+def counterpart(model: ModelConfig, encoder: ModelConfig | None = None) -> Architecture:
+    """The architecture that computes what a model computes, or one beside an encoder. Raises UserError where there is
+    none."""
+    if encoder is not None:
+        near = T5 if model.positions == "relative" else BART
+        _require_fixed(near, near.fixed(model), "model", model)
+        assert near.encoder
+        alike = {name: (getattr(model, SIZES.get(name, name)),) for name in near.encoder.shared}
+        _require_fixed(near, near.encoder.fixed(encoder) | alike, ENCODER, encoder)
+        return near
     if model.positions == "learned":
         near = GPT2 if model.qkv_bias else GPT_NEO
         if near is GPT2 and "banded" in model.attention_pattern:
@@ -147,15 +214,19 @@ def counterpart(model: ModelConfig) -> Architecture:
             )
     else:
         near = LLAMA if model.norm == "rms" else FALCON
-    for name, values in near.fixed(model).items():
+    _require_fixed(near, near.fixed(model) | usual(model), "model", model)
+    return near
+
+
+def _require_fixed(near: Architecture, fixed: Mapping[str, tuple[Any, ...]], section: str, model: ModelConfig) -> None:
+    for name, values in fixed.items():
         given = getattr(model, name)
-        if given not in values:
+        if not {given, getattr(model, SIZES.get(name, name))} & {*values}:
             shown = " or ".join(map(_typed, values))
             raise UserError(
-                f"model.{name} = {_typed(given)}: {near.classes[0]}, which is nearest of what gptjax writes for "
-                f"Hugging Face, has {shown}; train a model to export with --model.{name} {_typed(values[0])}"
+                f"{section}.{name} = {_typed(given)}: {near.classes[0]}, which is nearest of what gptjax writes for "
+                f"Hugging Face, has {shown}; train a model to export with --{section}.{name} {_typed(values[0])}"
             )
-    return near
 
 
 def _typed(value: Any) -> str:
@@ -164,21 +235,32 @@ def _typed(value: Any) -> str:
 
 
 def write_directory(
-    folder: Path, model: ModelConfig, params: Any, eot: int, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    models: Mapping[str, ModelConfig],
+    params: Any,
+    eot: int,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    start: int | None = None,
 ) -> int:
-    """Write config.json and the weights, the padding of the vocabulary cut off; returns the bytes of tensors.
+    """Write config.json and the weights, the padding of the vocabulary cut off; returns the bytes of tensors. start:
+    the id that the decoder of two starts with.
 
     Raises UserError where the architecture has no counterpart or a weight is not finite in `dtype`.
     """
-    architecture = counterpart(model)
+    architecture = counterpart(**models)
     values = {
         "architectures": [architecture.classes[0]],
         "model_type": architecture.model_type,
-        "vocab_size": model.vocab_size,
-        **architecture.write(model),
+        "vocab_size": models["model"].vocab_size,
+    }
+    for section, side in architecture.sides.items():
+        values |= side.write(models[section])
+    values |= {
         "initializer_range": 0.02,
         "bos_token_id": eot,
         "eos_token_id": eot,
+        **({} if start is None else {"decoder_start_token_id": start}),
         "dtype": dtype,
         "torch_dtype": dtype,  # its name before transformers 5
     }
@@ -186,20 +268,21 @@ def write_directory(
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def outgoing(box: Box) -> Outgoing:
-        name = box.tensor if box.tensor == HEAD else architecture.prefix + box.tensor
+        name = box.tensor if box.tensor in BESIDE else architecture.prefix + box.tensor
         return Outgoing(name, box.shape, lambda: box.tensor_of(np.asarray(leaves[box.leaf])))
 
-    return write_tensors(folder, map(outgoing, boxes(architecture, model)), np.dtype(dtype), shard_bytes)
+    return write_tensors(folder, map(outgoing, every_box(architecture, models)), np.dtype(dtype), shard_bytes)
 
 
 def finetune_config(folder: Path) -> Config:
-    """A run that starts from a directory's weights: 4M tokens of `data.source` at a low learning rate."""
-    _, model = read_model(folder)
+    """A run that starts from a directory's weights: 4M tokens of `data.source` at a low learning rate. Of an
+    encoder-decoder one that learns pairs, from pairs.jsonl unless another source is named."""
+    _, models = read_models(folder)
     total_tokens = 4_000_000
-    return Config(
-        name=folder.resolve().name or "model",
-        model=replace(model, scan_layers=model.num_layers > UNROLLED_LAYERS),
-        data=DataConfig(tokenizer=tokenizer_spec(folder)),
+    return _around(
+        folder,
+        folder.resolve().name or "model",
+        {name: replace(model, scan_layers=model.num_layers > UNROLLED_LAYERS) for name, model in models.items()},
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_tokens=total_tokens // 50, decay_tokens=total_tokens),
         train=TrainConfig(
             batch_size=8, total_tokens=total_tokens, eval_interval=100, eval_batches=20, save_interval=100

@@ -11,11 +11,12 @@ from gptjax.convert.architecture import (
     above_zero,
     dense,
     expect,
-    heads_of,
+    gated,
     linear,
     of_rotary,
     own_head,
     rotary_base,
+    self_attention,
     whole,
 )
 
@@ -71,6 +72,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _fixed(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     return dense(config) | {
+        "positions": ("rotary",),
         "activation": ("swiglu",),
         "parallel_mlp": ("no",),
         "scale_scores": (True,),
@@ -88,26 +90,11 @@ def _outside(config: ModelConfig) -> list[Box]:
 
 
 def _block(config: ModelConfig) -> list[Box]:
-    dim, mlp, heads, size = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
-
-    group = heads // config.kv_heads
-
-    def gate(name: str, number: int) -> list[Box]:
-        """One of the two parts of what goes up."""
-        tensor, leaf = f"mlp.{name}_proj", "mlp_gate_up"
-        bias = Box(f"{tensor}.bias", (mlp,), f"{leaf}/bias", (1, mlp), (number, 0))
-        extent, offset = (dim, 1, mlp), (0, number, 0)
-        kernel = Box(f"{tensor}.weight", (mlp, dim), f"{leaf}/kernel", extent, offset, transposed=True)
-        return [kernel, bias] if config.biases else [kernel]
-
+    dim, mlp = config.embed_dim, config.mlp_dim
     return [
         *(Box(f"{tensor}.weight", (dim,), f"{leaf}/scale", (dim,)) for tensor, leaf in NORMS.items()),
-        *heads_of("self_attn.q_proj", config, 0, group),
-        *heads_of("self_attn.k_proj", config, group, 1),
-        *heads_of("self_attn.v_proj", config, group + 1, 1),
-        *linear("self_attn.o_proj", "projection", (heads, size, dim), heads * size, dim, config.biases),
-        *gate("gate", 0),
-        *gate("up", 1),
+        *self_attention([f"self_attn.{part}_proj" for part in "qkvo"], config),
+        *gated(["mlp.gate_proj", "mlp.up_proj"], config),
         *linear("mlp.down_proj", "mlp_down", (mlp, dim), mlp, dim, config.biases),
     ]
 

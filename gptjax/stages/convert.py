@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax.config import Config, LayoutConfig
+from gptjax.config import Config, EncoderDecoderConfig, LayoutConfig
 from gptjax.convert.architecture import Architecture
 from gptjax.convert.gpt_neo import GPT_NEO
 from gptjax.convert.huggingface import counterpart, finetune_config, is_huggingface, open_directory, write_directory
@@ -18,7 +18,7 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
-from gptjax.stages import Pretrain, stage_class
+from gptjax.stages import stage_class
 from gptjax.stages.launch import prepare
 from gptjax.stages.weights import on_device, open_weights
 from gptjax.train.checkpoint import Checkpoints, Position
@@ -39,13 +39,14 @@ def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     weights = open_weights(source)
     config = weights.config
     prepare(config)
-    architecture = counterpart(config.model)
+    architecture = counterpart(**config.models)
     tokenizer = stage_class(config).fit_tokenizer(config, weights.tokenizer())
     with appearing(target) as folder:
         params = weights.load(config.model, on_device(config, _cpu()))
-        size = write_directory(folder, config.model, params, tokenizer.eot, dtype)
+        start = _start(config, tokenizer.eot)
+        size = write_directory(folder, config.models, params, tokenizer.eot, dtype, start=start)
         note = write_tokenizer(tokenizer, folder, config.model.vocab_size, config.model.seq_len)
-    where = shlex.quote(str(target))
+    where, sequences = shlex.quote(str(target)), "Seq2SeqLM" if architecture.encoder else "CausalLM"
     lines = [
         f"{target}: {architecture.classes[0]}, {size / 1e6:,.1f} MB of {dtype}",
         *([f"note: {note}"] if note else []),
@@ -53,10 +54,17 @@ def _to_huggingface(source: str, target: Path, dtype: str) -> str:
             ["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"]
             * _folds(config, architecture)
         ),
-        f"  sample  gptjax sample {where} --prompt 'def '",
-        f"  python  transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
+        *([] if architecture.encoder else [f"  sample  gptjax sample {where} --prompt 'def '"]),
+        f"  python  transformers.AutoModelFor{sequences}.from_pretrained({str(target)!r})",
     ]
     return "\n".join(lines)
+
+
+def _start(config: Config, eot: int) -> int | None:
+    """The id that the decoder of an encoder-decoder starts with."""
+    if not isinstance(config, EncoderDecoderConfig):
+        return None
+    return eot if config.start_id < 0 else config.start_id
 
 
 def _folds(config: Config, architecture: Architecture) -> bool:
@@ -69,8 +77,9 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     directory = open_directory(Path(source))
     config = replace(finetune_config(Path(source)), run=str(target))
     prepare(config)
-    tokenizer = Pretrain.fit_tokenizer(config, load_tokenizer(config.data.tokenizer))
-    stage = Pretrain(config, "cpu", tokenizer=tokenizer)
+    kind = stage_class(config)
+    tokenizer = kind.fit_tokenizer(config, load_tokenizer(config.data.tokenizer))
+    stage = kind(config, "cpu", tokenizer=tokenizer)  # type: ignore[arg-type]
     one = LayoutConfig(fsdp=1)
     abstract = abstract_state(config, stage)
     shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)
@@ -81,11 +90,9 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
         checkpoints.save(start_state(config, stage, params, shardings).kept, Position())
         checkpoints.close()
     where = shlex.quote(str(target))
-    return (
-        f"{target}: a run at step 0 with these weights\n"
-        f"  sample  gptjax sample {where} --prompt 'def '\n"
-        f"  train   gptjax train --resume {where}"
-    )
+    sample = [] if directory.architecture.encoder else [f"  sample  gptjax sample {where} --prompt 'def '"]
+    train = f"  train   gptjax train --resume {where}"
+    return "\n".join([f"{target}: a run at step 0 with these weights", *sample, train])
 
 
 def _cpu() -> jax.Device:

@@ -1,6 +1,6 @@
 """Where weights come from: a run folder or a Hugging Face directory, behind one face."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax import bucket
-from gptjax.config import Config, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
+from gptjax.config import Config, EncoderDecoderConfig, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.lora import is_adapter, merge
-from gptjax.parallel.network import Network
+from gptjax.parallel.network import EncoderDecoder, Network
 from gptjax.sharding.rules import Layout
 from gptjax.stages import stage_class
 from gptjax.train.checkpoint import FOLDER, restore_params
@@ -53,15 +53,18 @@ class Weights:
     heads: frozenset[str] = frozenset()
     """First parts of the names of what stands beside the model and may be loaded with it."""
 
-    def require(self, model: ModelConfig, *, grows: bool = False) -> None:
-        """Raises UserError that names the first field in which a model differs; one that `grows` may have more ids."""
-        for name in self.same:
-            theirs, ours = getattr(self.config.model, name), getattr(model, name)
+    def require(self, models: Mapping[str, ModelConfig], *, grows: bool = False) -> None:
+        """Raises UserError that names the first field in which a model differs, by section; one that `grows` may have
+        more ids."""
+        if (there := self.config.models).keys() != models.keys():
+            theirs, ours = (" and ".join(sections) for sections in (there, models))
+            raise UserError(f"init_from = {self.path}: it has the sections {theirs}, not {ours}; name another")
+        for section, name in ((section, name) for section in models for name in self.same):
+            theirs, ours = getattr(there[section], name), getattr(models[section], name)
             if theirs != ours and not (grows and name == "vocab_size" and ours > theirs):
                 shown = ",".join(theirs) if isinstance(theirs, tuple) else str(theirs).lower()
-                raise UserError(
-                    f"init_from = {self.path}: its model.{name} is {theirs}, not {ours}; set --model.{name} {shown}"
-                )
+                field = f"{section}.{name}"
+                raise UserError(f"init_from = {self.path}: its {field} is {theirs}, not {ours}; set --{field} {shown}")
 
     def start(self, model: ModelConfig, places: Any, see: Callable[[Any], None] = lambda params: None) -> Any:
         """Parameters of a model that may have more ids: each of those gets the mean row of each table, so that none is
@@ -140,7 +143,7 @@ def first_weights(config: Config) -> Weights:
     weights = open_weights(config.starts_from)
     if not config.init_from:  # a teacher, which the stage asks whether it can be one
         return weights
-    weights.require(config.model, grows=stage_class(config).grows)
+    weights.require(config.models, grows=stage_class(config).grows)
     return weights
 
 
@@ -215,4 +218,6 @@ def places(init: Callable[[Array], Any], layout: Layout | None = None, device: j
 
 def on_device(config: Config, device: jax.Device) -> Any:
     """The shapes of a model's parameters, all on one device."""
+    if isinstance(config, EncoderDecoderConfig):
+        return places(EncoderDecoder(config, device.platform).init, device=device)
     return places(Network(config, device.platform).init, device=device)
