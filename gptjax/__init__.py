@@ -6,11 +6,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.api import Model
+    from gptjax.api import Encoder, Model, Translator
 
 
-def load(path: str, **how: Any) -> "Model":
-    """The trained model of a run folder or a Hugging Face directory; see gptjax.api.load."""
+def load(path: str, **how: Any) -> "Model | Translator | Encoder":
+    """The trained model of a run folder or a Hugging Face directory; see gptjax.api.load_any."""
     from gptjax import api
 
-    return api.load(path, **how)
+    return api.load_any(path, **how)

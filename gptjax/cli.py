@@ -16,6 +16,7 @@ VERBS = (
     "train",
     "run",
     "sample",
+    "tell",
     "chat",
     "look",
     "label",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from gptjax.commands.arguments import Positional, Repeated
-from gptjax.config.fields import Positive, frozen
+from gptjax.config.fields import Count, Positive, frozen
 from gptjax.errors import UserError
 
 if TYPE_CHECKING:
-    from gptjax.api import Model
+    from gptjax.api import Model, Translator
     from gptjax.infer.engine import Reply
 
 
@@ -24,8 +24,8 @@ class Command:
     folder: Annotated[str, Positional("PATH")]
     """A run folder or a Hugging Face directory."""
     prompt: Annotated[tuple[str, ...], Repeated()] = ()
-    """Text to continue, or for a model that has learned conversations what the user says; may be given several times.
-    An empty one starts a text of its own."""
+    """Text to continue, or for a model that has learned conversations what the user says, or for an encoder-decoder
+    what it is to write of; may be given several times. An empty one starts a text of its own."""
     file: str = ""
     """A file with a prompt a line, or - for standard input, whole."""
     suffix: str = ""
@@ -44,6 +44,11 @@ class Command:
     """A string that ends a text; may be given several times."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """The same seed gives the same texts."""
+    beams: Count = 0
+    """Of an encoder-decoder: search for the likeliest text with so many of them in sight, in place of drawing one; 0
+    draws."""
+    length_penalty: float = 1.0
+    """With --beams: a text's log-probability is divided by its length to this power."""
     samples: Positive = 1
     """How many of each prompt."""
     tokens: Positive = 200
@@ -64,9 +69,26 @@ class Command:
         prompts = self._prompts()
         from gptjax import api
 
-        model = api.load(self.folder, weights=self.weights, slots=min(api.SLOTS, len(prompts) * self.samples))
+        model = api.load_any(self.folder, weights=self.weights, slots=min(api.SLOTS, len(prompts) * self.samples))
+        if isinstance(model, api.Encoder):
+            raise UserError(f"{self.folder}: {model.kind}, which writes nothing; {model.use}")
+        if self.beams:
+            return self._searched(model, prompts)
         show = self._lines if self.json else self._texts
         show(model, [(prompt, number) for prompt in prompts for number in range(self.samples)])
+
+    def _searched(self, model: "Model | Translator", prompts: list[str]) -> None:
+        from gptjax.api import Translator
+
+        if not isinstance(model, Translator):
+            raise UserError(f"--beams {self.beams}: for what an encoder-decoder writes; leave it out")
+        room = min(self.tokens, model.context)
+        found = model.write(prompts, beams=self.beams, length_penalty=self.length_penalty, max_tokens=room)
+        for prompt, (text, score) in zip(prompts, found, strict=True):
+            if self.json:
+                print(json.dumps({"prompt": prompt, "text": text, "score": score}, ensure_ascii=False))
+            else:
+                print(f"{prompt}\n{text}\n")
 
     def _prompts(self) -> list[str]:
         if self.file and self.prompt:
@@ -82,10 +104,10 @@ class Command:
             raise UserError(f"--file {self.file}: no UTF-8 at byte {error.start:,}; convert it") from None
         return [text] if self.file == "-" else text.splitlines()
 
-    def _replies(self, model: "Model", asked: list[tuple[str, int]]) -> "list[Rolling]":
+    def _replies(self, model: "Model | Translator", asked: list[tuple[str, int]]) -> "list[Rolling]":
         return [Rolling(model, prompt, number, self) for prompt, number in asked]
 
-    def _texts(self, model: "Model", asked: list[tuple[str, int]]) -> None:
+    def _texts(self, model: "Model | Translator", asked: list[tuple[str, int]]) -> None:
         for i, rolling in enumerate(going := self._replies(model, asked)):
             print("\n---\n" * (i > 0) + model.stage.shown(rolling.prompt, ""), end="", flush=True)
             for piece in rolling.pieces(going):
@@ -93,7 +115,7 @@ class Command:
             print(self.suffix, end="")
         print()
 
-    def _lines(self, model: "Model", asked: list[tuple[str, int]]) -> None:
+    def _lines(self, model: "Model | Translator", asked: list[tuple[str, int]]) -> None:
         for rolling in (going := self._replies(model, asked)):
             text = "".join(rolling.pieces(going))
             print(json.dumps(rolling.about(text), ensure_ascii=False), flush=True)
@@ -102,7 +124,7 @@ class Command:
 class Rolling:
     """One text, over as many contexts as it takes."""
 
-    def __init__(self, model: "Model", prompt: str, sample: int, how: Command) -> None:
+    def __init__(self, model: "Model | Translator", prompt: str, sample: int, how: Command) -> None:
         self.model, self.prompt, self.how, self.sample = model, prompt, how, sample
         self.parts: list[Reply] = []
         self._go_on(model.prompt(prompt, how.suffix or None), how.tokens)

@@ -55,28 +55,38 @@ class LabelledTexts(ExampleSet):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and types of an example, int32 [at most T]."""
-        return self._ids(self.told(index).texts)
-
-    def _ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        every = [self.tokenizer.encode(text) for text in texts]
-        room = self.seq_len - _around(len(every), self.double_sep)
-        shares = _shares(len(every[0]), len(every[1]), room) if len(every) == 2 else (room,)
-        first, *second = (np.append(ids[:most], self.sep) for ids, most in zip(every, shares, strict=True))
-        between = [[self.sep]] * self.double_sep * len(second)
-        ids = np.concatenate([[self.cls], first, *between, *second])
-        types = np.arange(len(ids)) > (len(ids) if self.double_sep else len(first))
-        return ids.astype(np.int32), types.astype(np.int32)
+        return frame(self.tokenizer, self.told(index).texts, self.cls, self.sep, self.double_sep, self.seq_len)
 
     def row(self, indices: Sequence[int]) -> LabelledRows:
-        tokens, types = np.zeros((2, self.seq_len), np.int32)
-        segments, weight = np.ones(self.seq_len, np.int32), np.float32(len(indices))
-        label: Any = np.int32(0) if self.names else np.float32(0)
-        for index in indices:  # one, or none
-            told = self.told(index)
-            ids, of_ids = self._ids(told.texts)
-            tokens[: len(ids)], types[: len(ids)], segments[: len(ids)] = ids, of_ids, 0
-            label = np.int32(self.names.index(told.label)) if self.names else np.float32(float(told.label))
-        return LabelledRows(tokens, segments, types, label, weight)
+        if not len(indices):
+            nothing = np.zeros(0, np.int32)
+            label: Any = np.int32(0) if self.names else np.float32(0)
+            return labelled_row(nothing, nothing, self.seq_len, label)
+        told = self.told(indices[0]).label
+        label = np.int32(self.names.index(told)) if self.names else np.float32(float(told))
+        return labelled_row(*self[indices[0]], self.seq_len, label)
+
+
+def frame(
+    tokenizer: Tokenizer, texts: Sequence[str], cls: int, sep: int, double_sep: bool, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and types of a text or of two, int32 [at most T]."""
+    every = [tokenizer.encode(text) for text in texts]
+    room = seq_len - _around(len(every), double_sep)
+    shares = _shares(len(every[0]), len(every[1]), room) if len(every) == 2 else (room,)
+    first, *second = (np.append(ids[:most], sep) for ids, most in zip(every, shares, strict=True))
+    between = [[sep]] * double_sep * len(second)
+    ids = np.concatenate([[cls], first, *between, *second])
+    types = np.arange(len(ids)) > (len(ids) if double_sep else len(first))
+    return ids.astype(np.int32), types.astype(np.int32)
+
+
+def labelled_row(ids: np.ndarray, types: np.ndarray, seq_len: int, label: Any) -> LabelledRows:
+    """One row; of no ids an empty one."""
+    tokens, of_ids = np.zeros((2, seq_len), np.int32)
+    segments = np.ones(seq_len, np.int32)
+    tokens[: len(ids)], of_ids[: len(ids)], segments[: len(ids)] = ids, types, 0
+    return LabelledRows(tokens, segments, of_ids, label, np.float32(len(ids) > 0))
 
 
 def open_labelled(

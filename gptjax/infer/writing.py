@@ -1,5 +1,6 @@
 """Texts that an encoder-decoder writes for many others at once: greedily, or by beam search."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
 from gptjax.infer.beam import Found, beam_search, better
 from gptjax.model.cache import At, empty_cache, memory_of
 from gptjax.model.gpt import forward
@@ -79,6 +82,26 @@ class Writing:
     def _allowed(self) -> Array:
         size = self.network.config.model.padded_vocab_size
         return jnp.where(jnp.pad(jnp.asarray(self.allowed), (0, size - len(self.allowed))), 0.0, -jnp.inf)
+
+    def texts(
+        self, params: Any, sources: Sequence[Sequence[int]], rows: int, tokenizer: Tokenizer
+    ) -> list[tuple[str, float]]:
+        """The best text of each of at most `rows` sources, and its score."""
+        size = self.network.config.encoder.seq_len
+        tokens, segments = np.zeros((rows, size), np.int32), np.ones((rows, size), np.int32)
+        for number, ids in enumerate(sources):
+            if not 0 < len(ids) <= size:
+                raise UserError(f"source: {len(ids)} tokens; the encoder reads 1 to {size}")
+            tokens[number, : len(ids)], segments[number, : len(ids)] = ids, 0
+        segments[len(sources) :, 0] = 0  # rows that nobody asks for look at something
+        found = jax.device_get(self.write(params, tokens, segments))
+        return [
+            (
+                tokenizer.decode(text_of(found.tokens[i, 0], int(found.lengths[i, 0]), self.end)),
+                float(found.scores[i, 0]),
+            )
+            for i in range(len(sources))
+        ]
 
 
 def text_of(tokens: np.ndarray, length: int, end: int) -> list[int]:

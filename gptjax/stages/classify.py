@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import ClassifyConfig, Config
-from gptjax.data.classed import LabelledRows, LabelledTexts, open_labelled
+from gptjax.data.classed import LabelledRows, LabelledTexts, frame, labelled_row, open_labelled
 from gptjax.data.examples import eval_batches
 from gptjax.data.rows import Rows
 from gptjax.data.sources import TextSource
@@ -40,7 +40,7 @@ class Classify(FromExamples[LabelledTexts]):
 
     @classmethod
     def heads_of(cls, config: Config) -> frozenset[str]:
-        return frozenset([POOLER])
+        return frozenset(HEAD_NAMES)
 
     @property
     def classes(self) -> int:
@@ -91,6 +91,12 @@ class Classify(FromExamples[LabelledTexts]):
             + f", {found.num_cut:,} cut" * bool(found.num_cut)
             + f", {left_out:,} left out" * bool(left_out)
         )
+
+    def unlabelled(self, texts: Sequence[str]) -> LabelledRows:
+        """A row of one text, or of two, of which nothing is known."""
+        c, about = self.config, marks(self.known_tokenizer)
+        ids, types = frame(self.known_tokenizer, texts, about.cls, about.sep, about.double_sep, c.model.seq_len)
+        return labelled_row(ids, types, c.model.seq_len, np.int32(0) if c.labels.names else np.float32(0))
 
     # Loss
 

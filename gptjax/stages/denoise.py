@@ -1,9 +1,12 @@
 """Pretraining of an encoder-decoder: it restores texts that were damaged (T5, UL2, BART)."""
 
+import numpy as np
+
 from gptjax.config import Config, DenoiseConfig
 from gptjax.data.restored import DamagedWindows, ids_of, open_damaged, with_ids
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers.marks import spelled
 from gptjax.stages.encoder_decoder import ReadsAndWrites
 
 
@@ -18,6 +21,11 @@ class Denoise(ReadsAndWrites[DamagedWindows]):
         fitted = super().fit_tokenizer(config, with_ids(config.noise, tokenizer))
         ids_of(config.noise, fitted)  # refused here where the model has no room for them
         return fitted
+
+    def read(self, text: str) -> np.ndarray:
+        """A text with the names of sentinels, or of the mask, where something is missing."""
+        tokenizer = self.known_tokenizer
+        return np.append(spelled(tokenizer, text), tokenizer.eot).astype(np.int32)
 
     def _examples(self, source: TextSource) -> DamagedWindows:
         c, tokenizer = self.config, self.known_tokenizer

@@ -13,6 +13,7 @@ from jax import Array
 from gptjax.config import EncoderDecoderConfig
 from gptjax.data.examples import eval_batches
 from gptjax.data.rows import PADDING, PairRows
+from gptjax.infer.writing import Writing
 from gptjax.model.accounting import Reading, num_params, stack_params
 from gptjax.model.loss import IGNORED, cross_entropy, judged
 from gptjax.parallel.network import ENCODER, EncoderDecoder
@@ -47,6 +48,27 @@ class ReadsAndWrites(FromExamples[Kind]):
     def smoothing(self) -> float:
         """Of the targets in training."""
         return 0.0
+
+    # What it reads and writes
+
+    def read(self, text: str) -> np.ndarray:
+        """Ids of a text as the encoder reads it, int32 [N]."""
+        raise NotImplementedError
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end what it writes."""
+        return (self.known_tokenizer.eot,)
+
+    def shown(self, prompt: str, reply: str) -> str:
+        """What a user is shown of both."""
+        return f"{prompt}\n{reply}"
+
+    def writing(self, beams: int, length_penalty: float, max_tokens: int = 0) -> Writing:
+        """What writes for many texts at once."""
+        tokenizer = self.known_tokenizer
+        about = self.start, tokenizer.eot, tokenizer.possible
+        return Writing(self.network, *about, beams, length_penalty, max_tokens)
 
     # Rows
 

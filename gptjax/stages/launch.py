@@ -30,6 +30,7 @@ from gptjax.errors import UserError
 from gptjax.files import code_digest
 from gptjax.hardware import compiler_options, require_float8
 from gptjax.model.gpt import compute_dtype
+from gptjax.model.heads import CLASSIFIER
 from gptjax.parallel import pipeline
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
@@ -105,7 +106,7 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     weights = weights or first_weights(config)
     stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
     load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
-    params = first_params(stage, load, places, weights.heads)
+    params = first_params(stage, load, places, weights.heads - {CLASSIFIER})  # of other labels
     if isinstance(stage, OnPolicy) and stage.scorer:
         prints = fingerprint(params[REWARD]) | {"scores": str(stage.scorer.statistics)}
         folders.same_weights(run, "reward", stage.config.reward, prints)

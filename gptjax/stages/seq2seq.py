@@ -1,5 +1,7 @@
 """Pairs: an encoder-decoder learns to write the second text of each for the first, a translation or a summary."""
 
+import numpy as np
+
 from gptjax.config import Seq2SeqConfig
 from gptjax.data.paired import Pairs, open_pairs
 from gptjax.data.sources import TextSource
@@ -15,6 +17,11 @@ class Seq2Seq(ReadsAndWrites[Pairs]):
     @property
     def smoothing(self) -> float:
         return self.config.writing.label_smoothing
+
+    def read(self, text: str) -> np.ndarray:
+        tokenizer = self.known_tokenizer
+        ids = tokenizer.encode(self.config.data.prefix + text)
+        return np.concatenate([[*tokenizer.begin], ids, [tokenizer.eot]]).astype(np.int32)
 
     def _examples(self, source: TextSource) -> Pairs:
         c, tokenizer = self.config, self.known_tokenizer

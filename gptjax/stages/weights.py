@@ -205,7 +205,9 @@ def chat_model(path: str) -> ModelConfig:
 
 
 def _same(model: ModelConfig) -> tuple[str, ...]:
-    return (*SAME, "window") if "banded" in model.attention_pattern else SAME
+    """Only a learned table of positions has as many rows as the context."""
+    banded = ("window",) if "banded" in model.attention_pattern else ()
+    return (*(name for name in SAME if name != "seq_len" or model.positions == "learned"), *banded)
 
 
 def places(init: Callable[[Array], Any], layout: Layout | None = None, device: jax.Device | None = None) -> Any:

@@ -1,6 +1,7 @@
 """What encoders and encoder-decoders need beside a text's ids: marks, sentinels, where words and sentences are."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,26 @@ def marks(tokenizer: Tokenizer) -> Marks:
         double_sep=len(tokenizer.between) > 1,
         types=tokenizer.types or not framed,
     )
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text, int32 [N], in which names of reserved tokens, such as [MASK] or <extra_id_0>, are those tokens."""
+    names = sorted(tokenizer.special, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+    ids = [
+        np.array([tokenizer.special[part]], np.int32)
+        if part in tokenizer.special
+        else tokenizer.encode(part.strip(" "))
+        for part in parts
+        if part.strip(" ")
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *ids])
+
+
+def framed(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text as an encoder reads it alone, int32 [N]; see `spelled`."""
+    about = marks(tokenizer)
+    return np.concatenate([[about.cls], spelled(tokenizer, text), [about.sep]]).astype(np.int32)
 
 
 def sentinels(tokenizer: Tokenizer) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""A trained model in Python: what `gptjax.load` gives, and what the terminal's verbs are made of."""
+"""A decoder: what it writes, how likely texts are to it, and where it looks."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -10,98 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import Config, LayoutConfig, TrainConfig
-from gptjax.data.chat import is_chat, require_no_other
+from gptjax.api.writes import Writes
 from gptjax.data.infill import infill_prompt
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Request
 from gptjax.infer.look import Look, require_room
-from gptjax.infer.prepare import DTYPES, apart, held, unrolled
-from gptjax.infer.sampling import Sampling
+from gptjax.infer.prepare import apart, unrolled
 from gptjax.model.attention import Mask, visible
 from gptjax.model.block import Parallelism, layer_mask
 from gptjax.model.gpt import GPT, forward
 from gptjax.model.int8 import widened
 from gptjax.model.loss import logits
-from gptjax.parallel.network import Network
-from gptjax.sharding.mesh import MESH_AXES, make_mesh
-from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, Pretrain
-from gptjax.stages.launch import prepare
-from gptjax.stages.weights import open_weights, places
-
-SLOTS = 8
-
-
-def load(path: str, *, layout: LayoutConfig | None = None, weights: str = "auto", slots: int = SLOTS) -> "Model":
-    """The model of a run folder, or of a Hugging Face directory with GPT-2, GPT-Neo, LLaMA or Falcon.
-
-    layout: how it lies on the attached devices; None is the only one, or of several the heads over as many as divide
-    them; one without a -1 takes the first so many, so that LayoutConfig(fsdp=1) is a single one. weights: auto (the
-    type that it computes in), float32, bfloat16 or int8. slots: replies in progress at once.
-
-    Raises gptjax.errors.UserError, in one line, for what is neither or is broken.
-    """
-    if weights not in DTYPES:
-        raise UserError(f"weights = {weights}: choose from {', '.join(DTYPES)}")
-    source = open_weights(path)
-    config, tokenizer = source.config, source.tokenizer()
-    prepare(config)
-    if config.stage == "sft":
-        require_no_other(tokenizer)
-    kind = SFT if is_chat(tokenizer) else Pretrain
-    place = _layout(config, layout)
-    config = replace(config, layout=layout or config.layout)
-    network = Network(config, jax.default_backend(), place)
-    params = source.load(config.model, places(network.init, place))
-    stage = kind(config, network.platform, place, kind.fit_tokenizer(config, tokenizer))
-    return Model(path, stage, held(params, weights, network.plain_model.dtype), slots)
-
-
-def _layout(config: Config, layout: LayoutConfig | None) -> Layout | None:
-    devices, heads = jax.devices(), config.model.kv_heads
-    if layout is None:
-        layout = LayoutConfig(data=-1, fsdp=1, tensor=math.gcd(len(devices), heads))
-    degrees = [getattr(layout, name) for name in MESH_AXES]
-    if -1 not in degrees:
-        devices = devices[: math.prod(degrees)]
-    train = TrainConfig(batch_size=len(devices))  # that of the training has no say here
-    mesh = make_mesh(replace(config, layout=layout, train=train), devices)
-    return Layout(mesh, rule_table(layout)) if len(devices) > 1 else None
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model that answers; make one with `load`."""
+class Model(Writes):
+    """A decoder that goes on or answers; make one with `load`."""
 
-    path: str
     stage: Pretrain | SFT
-    params: Any
-    slots: int
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """`encode(text)`, `decode(ids)` and the table of pieces."""
-        return self.stage.known_tokenizer
-
-    @property
-    def context(self) -> int:
-        """Tokens T that it sees at most."""
-        return self.stage.config.model.seq_len
 
     @property
     def chats(self) -> bool:
         """Whether it has learned conversations."""
         return isinstance(self.stage, SFT)
-
-    @cached_property
-    def engine(self) -> Engine:
-        """What generates, shared by all calls."""
-        network = self.stage.network
-        return Engine(
-            network.decoder, self.params, slots=self.slots, tokenizer=self.tokenizer, layout=self.stage.layout
-        )
 
     def prompt(self, text: str, suffix: str | None = None) -> list[int]:
         """The ids of a text that is continued, or, by a model that has learned conversations, answered; with a suffix
@@ -109,36 +40,6 @@ class Model:
         ids = self.stage.prompt(text) if suffix is None else infill_prompt(self.tokenizer, text, suffix)
         found: list[int] = ids.tolist()
         return found
-
-    def request(self, prompt: str | Sequence[int], seed: int = 0, sample: int = 0, **how: Any) -> Request:
-        """A prompt as a request: a text as `prompt` reads it; token ids are taken as they are. `how` as for
-        `generate`."""
-        suffix = how.pop("suffix", None)
-        ids = self.prompt(prompt, suffix) if isinstance(prompt, str) else [int(i) for i in prompt]
-        own = {
-            name: how.pop(name) for name in ("max_tokens", "stop", "tops", "prompt_logprobs", "drawn") if name in how
-        }
-        stop = own.pop("stop", ())
-        words = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = Sampling(**how)
-        return Request(ids, sampling=sampling, seed=seed, sample=sample, stop=words, stop_tokens=self.stage.ends, **own)
-
-    def generate(self, prompt: str | Sequence[Any], *, seed: int = 0, **how: Any) -> Any:
-        """The text that follows a prompt, or of several prompts (a list of texts or of token ids) a list of texts.
-
-        max_tokens, 16 unless given; stop, a string or several; temperature (1; 0 takes the likeliest), top_k, top_p,
-        min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias; suffix, a text that it ends before,
-        of a model that has learned to fill in. The same seed gives the same text, whatever is asked beside it. Raises
-        UserError for a prompt or a value that cannot be.
-        """
-        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
-        prompts = [prompt] if one else prompt
-        texts = [reply.text for reply in self.engine.run([self.request(p, seed, **how) for p in prompts])]
-        return texts[0] if one else texts
-
-    def stream(self, prompt: str | Sequence[int], **how: Any) -> Iterator[str]:
-        """The same text piece by piece, as it comes."""
-        return self.engine.stream(self.request(prompt, **how))
 
     def logits(self, token_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 [B, T, V] of ids [B, T] (or [T]). attention_mask [B, T]: 0 for padding, on either side, which then

@@ -1,0 +1,43 @@
+"""An encoder-decoder: what it writes of texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptjax.api.writes import Writes
+from gptjax.errors import UserError
+from gptjax.infer.engine import Request
+from gptjax.stages.encoder_decoder import ReadsAndWrites
+
+ROWS = 16  # texts that are written at once
+
+
+@dataclass(frozen=True)
+class Translator(Writes):
+    """An encoder-decoder that writes one text of another; make one with `load`."""
+
+    stage: ReadsAndWrites[Any]
+    kind, use = "an encoder-decoder", "gptjax sample takes it"
+
+    def prompt(self, text: str, suffix: str | None = None) -> list[int]:
+        """The ids that its encoder reads of a text."""
+        if suffix is not None:
+            raise UserError("suffix: an encoder-decoder writes no middle; leave it out")
+        found: list[int] = self.stage.read(text).tolist()
+        return found
+
+    def _asked(self, ids: list[int], how: dict[str, Any]) -> Request:
+        return Request([self.stage.start], source=ids, **how)
+
+    def write(
+        self, texts: Sequence[str], *, beams: int = 4, length_penalty: float = 1.0, max_tokens: int = 0
+    ) -> list[tuple[str, float]]:
+        """What is written for each text, by beam search, or greedily with one beam; and its score, the sum of
+        log-probabilities in nats over length^length_penalty, which is never below what greedy writing would have.
+        max_tokens: of a text; 0 is what the context holds."""
+        writing = self.stage.writing(beams, length_penalty, max_tokens)
+        found: list[tuple[str, float]] = []
+        for first in range(0, len(texts), ROWS):
+            some = [self.prompt(text) for text in texts[first : first + ROWS]]
+            found += writing.texts(self.params, some, ROWS, self.tokenizer)
+        return found
