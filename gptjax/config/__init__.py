@@ -12,6 +12,7 @@ from gptjax.config.data import (
     PromptConfig,
     RankingConfig,
     SourceConfig,
+    WindowConfig,
 )
 from gptjax.config.model import LoRAConfig, ModelConfig
 from gptjax.config.saved import from_json, to_json
@@ -83,6 +84,7 @@ __all__ = [
     "Seq2SeqConfig",
     "SourceConfig",
     "TrainConfig",
+    "WindowConfig",
     "WritingConfig",
     "from_json",
     "nearest_divisor",

@@ -79,6 +79,19 @@ class DataConfig(SourceConfig):
 
 
 @frozen
+class WindowConfig(DataConfig):
+    """Text that is read in stretches, each of them as one."""
+
+    tokenizer: Annotated[str, SAME_CONTENT] = ""
+    """bytes; sentencepiece:N, a vocabulary of N made of the training text and kept in cache_dir; DIR or gpt2:DIR, a
+    folder with a Hugging Face tokenizer; a SentencePiece .model file; empty is that of the weights that a run starts
+    from."""
+    max_chars: Positive = 4096
+    """Longer documents are stored as consecutive records of this many characters, each of which is tokenised whole for
+    every stretch of it."""
+
+
+@frozen
 class DialogueConfig(SourceConfig):
     """Where conversations come from, which fields of a record hold them, and how they become rows of tokens."""
 

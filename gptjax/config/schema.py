@@ -7,7 +7,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from gptjax.config.data import DataConfig, DialogueConfig, LabelledConfig, PairConfig, PromptConfig, RankingConfig
+from gptjax.config.data import (
+    DataConfig,
+    DialogueConfig,
+    LabelledConfig,
+    PairConfig,
+    PromptConfig,
+    RankingConfig,
+    WindowConfig,
+)
 from gptjax.config.fields import FREE, ROUNDING, Count, Positive, Seed, frozen
 from gptjax.config.model import LoRAConfig, ModelConfig
 
@@ -197,6 +205,11 @@ class Config:
     def models(self) -> dict[str, ModelConfig]:
         """Section -> the models that are trained together."""
         return {"model": self.model}
+
+    @property
+    def starts_from(self) -> str:
+        """What the weights are made of that a new run starts with; empty for random ones."""
+        return self.init_from
 
     @property
     def separates(self) -> bool:
@@ -489,7 +502,8 @@ class DistillConfig:
     """What a small model learns from a large one (DistilBERT, arXiv 1910.01108)."""
 
     teacher: str = ""
-    """The run folder or Hugging Face directory of a masked model with the same vocabulary and width; empty is none."""
+    """The run folder or Hugging Face directory of a masked model with the same vocabulary and width, every so many of
+    whose layers a run begins with that has no init_from; empty is none."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Divides the scores of both before they are compared."""
     soft_weight: Annotated[float, Field(ge=0)] = 5.0
@@ -511,6 +525,7 @@ class MaskedConfig(Config):
     stage: ClassVar[str] = "masked"
     unused: ClassVar[tuple[str, ...]] = OF_TEXT
 
+    data: WindowConfig = field(default_factory=WindowConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -522,6 +537,10 @@ class MaskedConfig(Config):
     def predicts(self) -> bool:
         """Its stage asks for hidden tokens alone, by a head of its own."""
         return False
+
+    @property
+    def starts_from(self) -> str:
+        return self.init_from or self.distill.teacher
 
 
 @frozen
@@ -593,6 +612,7 @@ class DenoiseConfig(EncoderDecoderConfig):
     stage: ClassVar[str] = "denoise"
     unused: ClassVar[tuple[str, ...]] = OF_TEXT
 
+    data: WindowConfig = field(default_factory=WindowConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
 

@@ -10,6 +10,9 @@ from gptjax.data.tokenizers.byte_level import PAIRS, byte_names, byte_pairs
 from gptjax.data.tokenizers.huggingface import CONFIG, RULES, rules_of
 from gptjax.data.tokenizers.sentencepiece import FILE as SENTENCEPIECE
 from gptjax.data.tokenizers.tokenizer import INFILL, TEMPLATE
+from gptjax.errors import UserError
+
+NAMED = (*SPECIALS, *INFILL)  # what an exported directory can have beside its own tokens
 
 
 def tokenizer_spec(folder: Path) -> str:
@@ -22,11 +25,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
     Hugging Face directory is one again, file by file; our chat tokens, where the model has room, are named to it. Of a
     tokenizer that carries our chat template `apply_chat_template` gives the ids and the mask of `ChatFormat`.
 
+    Raises UserError for marks, sentinels or modes that were reserved beside a directory's own tokens.
     Reserved ids beyond `vocab_size` are left out, for the exported model has no rows for them. Returns what a user
     has to know, "" if nothing.
     """
     special = {name: i for name, i in tokenizer.special.items() if i < vocab_size}
     if RULES in tokenizer.files or set(PAIRS[0]) <= tokenizer.files.keys():
+        if other := [name for name, i in special.items() if i >= tokenizer.own_size and name not in NAMED]:
+            raise UserError(f"data.tokenizer: {other[0]} is no token of the directory; its export is not supported")
         tokenizer.save(folder)
         _name_chat_tokens(tokenizer, special, folder / CONFIG)
         return ""
@@ -39,6 +45,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, seq_len
         "additional_special_tokens": [name for name in special if name != eot],
         "clean_up_tokenization_spaces": False,
     }
+    names = {i: name for name, i in special.items()}
+    settings |= {f"{role}_token": names[i] for role, i in tokenizer.roles.items() if i in names}
     note = ""
     if SENTENCEPIECE in tokenizer.files:
         tokenizer.save(folder)
@@ -60,7 +68,7 @@ def _name_chat_tokens(tokenizer: Tokenizer, special: dict[str, int], file: Path)
     they are to be used, those that it has itself are named too: its vocabulary may have one that no file calls special.
     """
     first = 0 if is_chat(tokenizer) else tokenizer.own_size
-    ours = [name for name in (*SPECIALS, *INFILL) if special.get(name, -1) >= first]
+    ours = [name for name in NAMED if special.get(name, -1) >= first]
     if not ours:
         return
     made_by = "PreTrainedTokenizerFast" if RULES in tokenizer.files else "GPT2Tokenizer"

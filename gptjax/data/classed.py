@@ -1,7 +1,6 @@
 """Labelled texts as rows for an encoder, one a row: [CLS] text [SEP], or [CLS] first [SEP] second [SEP]."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
 LEAST = 6  # ids of [CLS] one [SEP] [SEP] other [SEP]
-SHOWN = 20  # labels that a message names
+SHOWN, LONGEST = 20, 40  # labels that a message names, and characters of each
 OTHER_LABEL = "label that is none of labels.names"
 NO_NUMBER = "label that is no number"
 
@@ -56,13 +55,15 @@ class LabelledTexts(ExampleSet):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and types of an example, int32 [at most T]."""
-        texts = [self.tokenizer.encode(text) for text in self.told(index).texts]
-        room = self.seq_len - _around(len(texts), self.double_sep)
-        if len(texts) == 2:
-            texts = [text[:most] for text, most in zip(texts, _shares(len(texts[0]), len(texts[1]), room), strict=True)]
-        first, *second = (np.append(text[:room], self.sep) for text in texts)
-        begin = np.full(int(self.double_sep), self.sep)
-        ids = np.concatenate([[self.cls], first, *(np.concatenate([begin, text]) for text in second)])
+        return self._ids(self.told(index).texts)
+
+    def _ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        every = [self.tokenizer.encode(text) for text in texts]
+        room = self.seq_len - _around(len(every), self.double_sep)
+        shares = _shares(len(every[0]), len(every[1]), room) if len(every) == 2 else (room,)
+        first, *second = (np.append(ids[:most], self.sep) for ids, most in zip(every, shares, strict=True))
+        between = [[self.sep]] * self.double_sep * len(second)
+        ids = np.concatenate([[self.cls], first, *between, *second])
         types = np.arange(len(ids)) > (len(ids) if self.double_sep else len(first))
         return ids.astype(np.int32), types.astype(np.int32)
 
@@ -71,10 +72,10 @@ class LabelledTexts(ExampleSet):
         segments, weight = np.ones(self.seq_len, np.int32), np.float32(len(indices))
         label: Any = np.int32(0) if self.names else np.float32(0)
         for index in indices:  # one, or none
-            ids, of_ids = self[index]
+            told = self.told(index)
+            ids, of_ids = self._ids(told.texts)
             tokens[: len(ids)], types[: len(ids)], segments[: len(ids)] = ids, of_ids, 0
-            told = self.told(index).label
-            label = np.int32(self.names.index(told)) if self.names else np.float32(told)
+            label = np.int32(self.names.index(told.label)) if self.names else np.float32(float(told.label))
         return LabelledRows(tokens, segments, types, label, weight)
 
 
@@ -119,15 +120,15 @@ def _known(label: str, names: tuple[str, ...]) -> bool:
     if names:
         return label in names
     try:
-        return math.isfinite(float(label))
+        return abs(float(label)) <= float(np.finfo(np.float32).max)
     except ValueError:
         return False
 
 
 def _wrong(config: LabelledConfig, names: tuple[str, ...], found: Counter[str]) -> UserError:
     """What is found instead, in one line."""
-    each = ((json.dumps(label, ensure_ascii=False), count) for label, count in found.most_common(SHOWN))
-    shown = ", ".join(f"{label} ({count:,})" for label, count in each)
+    each = ((label if len(label) <= LONGEST else f"{label[:LONGEST]}...", n) for label, n in found.most_common(SHOWN))
+    shown = ", ".join(f"{json.dumps(label, ensure_ascii=False)} ({n:,})" for label, n in each)
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     setting = f"labels.names = {','.join(names)}" if names else "labels.names is empty, so labels are numbers"
     return UserError(

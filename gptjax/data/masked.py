@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.config import DataConfig, MaskingConfig
+from gptjax.config import MaskingConfig, WindowConfig
 from gptjax.data.examples import Report
 from gptjax.data.masking import hidden, masked
 from gptjax.data.packing import apart, pack
@@ -114,7 +114,7 @@ class MaskedWindows(Windows):
 
 
 def open_masked(
-    config: DataConfig,
+    config: WindowConfig,
     masking: MaskingConfig,
     source: TextSource,
     tokenizer: Tokenizer,

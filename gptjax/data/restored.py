@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import DataConfig, NoiseConfig
+from gptjax.config import NoiseConfig, WindowConfig
 from gptjax.data.examples import Report
 from gptjax.data.noise import Marks, Noise, denoiser, room
 from gptjax.data.packing import apart
@@ -13,7 +13,11 @@ from gptjax.data.rows import PairRows, pair_row
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks, modes, sentinels
+from gptjax.data.tokenizers.tokenizer import MODES
 from gptjax.data.windows import Windows, cut_windows
+from gptjax.errors import UserError
+
+SENTINELS = 100  # as T5 has
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,7 @@ class DamagedWindows(Windows):
 
 
 def open_damaged(
-    config: DataConfig,
+    config: WindowConfig,
     noise: NoiseConfig,
     source: TextSource,
     tokenizer: Tokenizer,
@@ -44,12 +48,29 @@ def open_damaged(
     """The windows of a split, as long as both sides of the model take. Raises UserError for too little text."""
     damage = denoiser(noise, ids_of(noise, tokenizer))
     size = room(damage, source_len, target_len)
+    if size < 2:
+        raise UserError(f"encoder.seq_len = {source_len}, model.seq_len = {target_len}: no room for a damaged text")
     fields = cut_windows(config, source, tokenizer, source_len, 2, size, apart, report)
     return DamagedWindows(**fields, noise=damage, start=start, target_len=target_len)
 
 
 def ids_of(noise: NoiseConfig, tokenizer: Tokenizer) -> Marks:
-    """The ids that a kind of noise takes. Raises UserError for a tokenizer without them."""
+    """The ids that a kind of noise takes. Raises UserError for a vocabulary without them."""
     if noise.kind == "infill":
         return Marks(tokenizer.eot, mask=marks(tokenizer).mask)
-    return Marks(tokenizer.eot, sentinels(tokenizer), modes(tokenizer) if noise.kind == "ul2" else None)
+    found, of_mode = sentinels(tokenizer), modes(tokenizer).tolist() if noise.kind == "ul2" else None
+    if not len(found) or of_mode == []:
+        missing = " ".join(MODES) if len(found) else "<extra_id_0>"
+        raise UserError(
+            f"data.tokenizer: the vocabulary has no {missing}, which noise.kind = {noise.kind} takes; give "
+            f"model.vocab_size and encoder.vocab_size >= {tokenizer.vocab_size + SENTINELS + len(MODES)}"
+        )
+    return Marks(tokenizer.eot, found, tuple(of_mode) if of_mode else None)
+
+
+def with_ids(noise: NoiseConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """With these ids reserved, where it has none of its own."""
+    if noise.kind == "infill":
+        return tokenizer.with_marks()
+    made = tokenizer.with_sentinels(SENTINELS)
+    return made.with_modes() if noise.kind == "ul2" and not len(modes(made)) else made

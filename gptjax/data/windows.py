@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import DataConfig
+from gptjax.config import WindowConfig
 from gptjax.data.examples import ExampleSet, Report, measure
 from gptjax.data.packing import Packing
 from gptjax.data.sources import TextSource
@@ -62,7 +62,7 @@ class Windows(ExampleSet):
 
 
 def cut_windows(
-    config: DataConfig,
+    config: WindowConfig,
     source: TextSource,
     tokenizer: Tokenizer,
     seq_len: int,

@@ -29,8 +29,8 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """F1 of shared words, of shared pairs of words and of the longest common sequence, mean over the texts, with
-    Porter's stems; letters and digits of ASCII alone are words. Raises UserError without the extra."""
+    """F1 of shared words, of shared pairs of words and of the longest common sequence, with Porter's stems, mean over
+    the texts; letters and digits of ASCII alone are words. Raises UserError without the extra."""
     _require_as_many(texts, references)
     scorer = _library("rouge_score.rouge_scorer").RougeScorer([*ROUGE], use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]

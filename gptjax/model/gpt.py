@@ -222,6 +222,21 @@ class GPT(nn.Module):
         return jnp.einsum("b,td->btd", jnp.ones(shape[:1], learned.dtype), here)
 
 
+def layers_of(params: Any, config: ModelConfig) -> list[Any]:
+    """The parameters of each repeat of the pattern, stacked or not."""
+    units = config.num_layers // len(config.attention_pattern)
+    if "units" in params:
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], params["units"]) for i in range(units)]
+    return [params[f"unit_{i}"] for i in range(units)]
+
+
+def as_layers(units: list[Any], config: ModelConfig) -> dict[str, Any]:
+    """The other way: parameters by name, stacked where the config scans its layers."""
+    if config.scan_layers:
+        return {"units": jax.tree.map(lambda *leaves: jnp.stack(leaves), *units)}
+    return {f"unit_{i}": unit for i, unit in enumerate(units)}
+
+
 def forward(model: GPT, params: Any, tokens: Array, **kwargs: Any) -> tuple[Array, Head, Cache]:
     """`model` as a pure function of plain parameters; see GPT.__call__."""
     return model.apply({"params": params}, tokens, **kwargs)  # type: ignore[return-value]

@@ -78,6 +78,24 @@ def drawn_log_probs(
     return _by_chunk(judge, hidden, head, targets, vocab_size, chunk)
 
 
+def divergence(
+    hidden: Array, head: Head, other: Array, other_head: Head, targets: Array, vocab_size: int, chunk: int, heat: float
+) -> Array:
+    """Nats [..., T] by which a model's probabilities differ from another's, KL(other, model), both of scores divided by
+    the temperature `heat`; 0 where a target is IGNORED. hidden and other [..., T, D]."""
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(x: Array, y: Array, asked: Array) -> Array:
+        ours = jax.nn.log_softmax(logits(x, head, vocab_size) / heat)[..., :vocab_size]
+        theirs = jax.nn.log_softmax(logits(y, other_head, vocab_size) / heat)[..., :vocab_size]
+        return jnp.where(asked == IGNORED, 0, jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))
+
+    (x, asked), (y, _) = (_split(each, targets, chunk) for each in (hidden, other))
+    chunks = jax.lax.map(lambda part: one_chunk(*part), (x, y, asked))
+    *lead, length = targets.shape
+    return jnp.moveaxis(chunks, 0, -2).reshape(*lead, -1)[..., :length]
+
+
 def _log_prob(scores: Array, targets: Array) -> Array:
     return jnp.where(targets == IGNORED, 0, _picked(scores, targets) - jax.nn.logsumexp(scores, axis=-1))
 

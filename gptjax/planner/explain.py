@@ -69,7 +69,8 @@ def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[in
     params = nn.unbox(abstract_state(plain, stage).every_param)
     size = config.micro_batch_size
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), stage.row)
-    jax.eval_shape(lambda p, r: stage.loss(p, r, stage.counts(r), None), params, rows)
+    counts: Any = stage.counts  # a tree of the stage's own
+    jax.eval_shape(lambda p, r: stage.loss(p, r, counts(r), None), params, rows)
     return [(ACTIVATIONS.get(axes, str(axes)), shape, axes, dtype) for axes, (shape, dtype) in recorder.seen.items()]
 
 

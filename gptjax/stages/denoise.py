@@ -1,12 +1,10 @@
 """Pretraining of an encoder-decoder: it restores texts that were damaged (T5, UL2, BART)."""
 
 from gptjax.config import Config, DenoiseConfig
-from gptjax.data.restored import DamagedWindows, ids_of, open_damaged
+from gptjax.data.restored import DamagedWindows, ids_of, open_damaged, with_ids
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.encoder_decoder import ReadsAndWrites
-
-SENTINELS = 100  # as T5 has
 
 
 class Denoise(ReadsAndWrites[DamagedWindows]):
@@ -17,8 +15,7 @@ class Denoise(ReadsAndWrites[DamagedWindows]):
     @classmethod
     def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
         assert isinstance(config, DenoiseConfig)
-        wanted = tokenizer.with_marks() if config.noise.kind == "infill" else tokenizer.with_sentinels(SENTINELS)
-        fitted = super().fit_tokenizer(config, wanted)
+        fitted = super().fit_tokenizer(config, with_ids(config.noise, tokenizer))
         ids_of(config.noise, fitted)  # refused here where the model has no room for them
         return fitted
 

@@ -35,6 +35,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import AnyStage, Base, Pretrain, stage_class
+from gptjax.stages.masked import TEACHER, Masked
 from gptjax.stages.on_policy import REWARD, OnPolicy
 from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
@@ -74,13 +75,13 @@ def train(config: Config, resumed: Resumed | None, *, named: bool = False, overw
     config = folders.located(config) if resumed else folders.pinned(config)
     _same_everywhere(config)
     layout = together(lambda: _layout(config))
-    weights = together(lambda: first_weights(config)) if config.init_from and not resumed else None
+    weights = together(lambda: first_weights(config)) if config.starts_from and not resumed else None
     tokenizer, corpus = _text(config, resumed)
     stage = _stage(config, layout, tokenizer, corpus)
     compare({"attention backend": stage.network.attention[0]})
     with _folder(replace(stage, config=_pinned_decay(config, stage.config)), resumed, named, overwrite) as run:
-        known = facts(stage) | {"run": bucket.named(run)} | ({"weights": config.init_from} if weights else {})
-        load = partial(_first_params, stage, weights, run) if config.init_from else None
+        known = facts(stage) | {"run": bucket.named(run)} | ({"weights": config.starts_from} if weights else {})
+        load = partial(_first_params, stage, weights, run) if config.starts_from else None
         number = fit(stage.config, stage, layout, run, resumed is not None, known, load, began=began)
         if is_first():
             print(
@@ -108,6 +109,9 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     if isinstance(stage, OnPolicy) and stage.scorer:
         prints = fingerprint(params[REWARD]) | {"scores": str(stage.scorer.statistics)}
         folders.same_weights(run, "reward", stage.config.reward, prints)
+    if isinstance(stage, Masked) and TEACHER in params:
+        teacher = stage.config.distill.teacher
+        folders.same_weights(run, "distill.teacher", teacher, fingerprint(params[TEACHER]))
     return params
 
 

@@ -3,25 +3,36 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.config import Config, MaskedConfig
+from gptjax.config import Config, MaskedConfig, nearest_divisor
 from gptjax.data.examples import eval_batches
 from gptjax.data.masked import MaskedRows, MaskedWindows, num_hidden, open_masked
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
-from gptjax.model.accounting import head_flops, head_params, num_params
-from gptjax.model.heads import NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, is_head, pooled, told, transformed
-from gptjax.model.loss import IGNORED, Head, cross_entropy, judged
+from gptjax.errors import UserError
+from gptjax.model.accounting import Reading, head_flops, head_params, num_params
+from gptjax.model.gpt import as_layers, layers_of
+from gptjax.model.heads import HEADS, NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, is_head, pooled, told, transformed
+from gptjax.model.loss import IGNORED, Head, cross_entropy, divergence, judged
+from gptjax.parallel.network import Network
 from gptjax.stages.from_examples import FromExamples
+from gptjax.train.parts import split
+from gptjax.train.step import narrow
+
+if TYPE_CHECKING:
+    from gptjax.stages.weights import Weights
+
+TEACHER = "teacher"
 
 Heard = tuple[Array, Head, Array]
 """What the head over the vocabulary reads [b, M, D], that head, and the last hidden states [b, T, D]."""
@@ -52,10 +63,92 @@ class Masked(FromExamples[MaskedWindows]):
         return (TRANSFORM, POOLER, NEXT_SENTENCE) if self.config.masking.next_sentence else (TRANSFORM,)
 
     def init(self, key: Array) -> Any:
-        return super().init(key) | init_heads(self.config.model, self.head_names, jax.random.fold_in(key, 1))
+        made = super().init(key) | init_heads(self.config.model, self.head_names, jax.random.fold_in(key, 1))
+        if self.taught is None:
+            return made
+        return made | {TEACHER: narrow(self._init_teacher(key), self.teacher.plain_model.dtype)}
+
+    def _init_teacher(self, key: Array) -> Any:
+        return self.teacher.init(key) | init_heads(self.teacher.config.model, (TRANSFORM,), key)
 
     def is_born(self, name: str) -> bool:
         return is_head(name)
+
+    def is_frozen(self, name: str) -> bool:
+        return name.split("/")[0] == TEACHER
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (TEACHER,)
+
+    # The teacher
+
+    @cached_property
+    def taught(self) -> "Weights | None":
+        """The teacher's; None without one."""
+        if not self.config.distill.teacher:
+            return None
+        from gptjax.stages.weights import open_weights  # which opens runs of any stage, and so imports all of them
+
+        return open_weights(self.config.distill.teacher)
+
+    @cached_property
+    def teacher(self) -> Network:
+        """What it computes with. Only where there is one."""
+        assert self.taught
+        own, theirs = self.config.model, self.taught.config.model
+        model = replace(theirs, seq_len=own.seq_len, dtype=own.dtype, dropout=0.0, attention=own.attention)
+        return Network(replace(self.config, model=model), self.platform, self.layout)
+
+    def agree(self) -> None:
+        """Raises UserError where the teacher is none of such a model."""
+        if self.taught is None:
+            return
+        own, theirs, name = self.config.model, self.taught.config.model, self.config.distill.teacher
+        if TRANSFORM not in self.taught.heads:
+            raise UserError(f"distill.teacher = {name}: tells no hidden words; name a run of stage masked")
+        for field in ("embed_dim", "vocab_size", "seq_len"):
+            if getattr(own, field) != getattr(theirs, field):
+                raise UserError(
+                    f"distill.teacher = {name}: its model.{field} is {getattr(theirs, field)}, not "
+                    f"{getattr(own, field)}; set --model.{field} {getattr(theirs, field)}"
+                )
+        if not self.config.init_from and theirs.num_layers % own.num_layers:
+            near = nearest_divisor(theirs.num_layers, own.num_layers)
+            raise UserError(
+                f"model.num_layers = {own.num_layers}: the run starts with every so many of the teacher's "
+                f"{theirs.num_layers} layers; nearest {near}"
+            )
+
+    def of_weights(self, load: Callable[[Any], Any], places: Any) -> Any:
+        """The teacher, and the model from its own weights or from some of the teacher's layers."""
+        if self.taught is None:
+            return load(places)
+        own, frozen = split(places, self.is_frozen)
+        made = {TEACHER: self.taught.start(self.taught.config.model, frozen[TEACHER])} if frozen else {}
+        if own:
+            made |= load(own) if self.config.init_from else self._from_teacher(own)
+        return made
+
+    def _from_teacher(self, places: Any) -> Any:
+        """Every so many of its layers, and the rest as it is; what it adds for the first type of token, where the model
+        has no types, goes into the positions."""
+        assert self.taught
+        from gptjax.stages.weights import places as lain
+
+        model, theirs = self.config.model, self.taught.config.model
+        names = [name for name in HEADS if name in places]
+        whole = lain(lambda key: self.teacher.init(key) | init_heads(theirs, tuple(names), key), self.layout)
+
+        def pick(teacher: Any) -> Any:
+            made = {name: leaf for name, leaf in teacher.items() if name in places}
+            if theirs.token_types and not model.token_types:
+                made["positions"] += teacher["token_types"][0]
+            step = theirs.num_layers // model.num_layers
+            return made | as_layers(layers_of(teacher, theirs)[::step], model)
+
+        shardings = jax.tree.map(lambda place: place.sharding, places)
+        return jax.jit(pick, out_shardings=shardings)(self.taught.load(theirs, whole))
 
     # Rows
 
@@ -90,15 +183,25 @@ class Masked(FromExamples[MaskedWindows]):
 
     # Loss
 
+    @property
+    def learning(self) -> tuple[Reading, ...]:
+        if self.taught is None:
+            return super().learning
+        return *super().learning, Reading(self.teacher.config.model, TEACHER, trained=False, predicts=False)
+
     def counts(self, rows: MaskedRows) -> dict[str, Array]:
-        """The hidden tokens, and the rows of which is asked whether their texts follow each other."""
+        """The hidden tokens; the rows of which is asked whether their texts follow each other; with a teacher the
+        tokens."""
         asked = {"masked": rows.targets != IGNORED}
+        if self.config.distill.teacher:
+            asked["tokens"] = rows.segments == 0
         if self.config.masking.next_sentence:
             asked["pairs"] = rows.foreign != IGNORED
         return {name: jnp.sum(each, dtype=jnp.float32) for name, each in asked.items()}
 
     def loss(self, params: Any, rows: MaskedRows, counts: Any, key: Array | None) -> Array:
-        """rows [b, ...] -> their part in the mean nats of hidden tokens, plus that of pairs."""
+        """rows [b, ...] -> their part in the mean nats of hidden tokens, plus that of pairs; with a teacher see
+        DistillConfig."""
         return self.loss_and_figures(params, rows, counts, key)[0]
 
     def loss_and_figures(
@@ -111,15 +214,27 @@ class Masked(FromExamples[MaskedWindows]):
             parts["masked_loss"] /= counts["masked"]
             if self.config.masking.next_sentence:
                 parts["next_loss"] = jnp.sum(_next_nats(params, hidden, rows)[0]) / counts["pairs"]
-            return sum(parts.values(), jnp.zeros(())), parts
+            if self.config.distill.teacher:
+                parts |= self._from_teachers_view(params[TEACHER], (read, head, hidden), rows, counts)
+            return sum((self._weight(name) * part for name, part in parts.items()), jnp.zeros(())), parts
+
+    def _weight(self, name: str) -> float:
+        distill = self.config.distill
+        weights = {"masked_loss": distill.masked_weight, "soft_loss": distill.soft_weight * distill.temperature**2}
+        return (weights | {"cosine_loss": distill.cosine_weight}).get(name, 1.0) if distill.teacher else 1.0
+
+    def _from_teachers_view(self, teacher: Any, own: Heard, rows: MaskedRows, counts: Any) -> dict[str, Array]:
+        """How far from it the probabilities of hidden words are, and the last hidden states of tokens."""
+        c, heat = self.config.model, self.config.distill.temperature
+        read, head, hidden = own
+        theirs, their_head, their_hidden = jax.lax.stop_gradient(_heard(self.teacher, teacher, rows, None))
+        nats = divergence(read, head, theirs, their_head, rows.targets, c.vocab_size, c.loss_chunk, heat)
+        apart = jnp.where(rows.segments == 0, 1 - _cosine(hidden, their_hidden), 0)
+        return {"soft_loss": jnp.sum(nats) / counts["masked"], "cosine_loss": jnp.sum(apart) / counts["tokens"]}
 
     def heard(self, params: Any, rows: MaskedRows, key: Array | None) -> Heard:
         """rows [b, ...]; a key of None switches dropout off."""
-        types = rows.types if self.config.model.token_types else None
-        inputs = Rows(rows.tokens, None, rows.segments, types=types)
-        hidden, head = self.network.hidden(params, inputs, key)
-        at_places = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
-        return transformed(self.config.model, params, at_places), head, hidden
+        return _heard(self.network, params, rows, key)
 
     @property
     def num_params(self) -> int:
@@ -163,6 +278,20 @@ class Masked(FromExamples[MaskedWindows]):
     def sample(self, params: Any) -> str:
         """An encoder writes nothing, and its config has no train.sample_interval."""
         raise NotImplementedError
+
+
+def _heard(network: Network, params: Any, rows: MaskedRows, key: Array | None) -> Heard:
+    types = rows.types if network.config.model.token_types else None
+    hidden, head = network.hidden(params, Rows(rows.tokens, None, rows.segments, types=types), key)
+    at_places = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
+    return transformed(network.config.model, params, at_places), head, hidden
+
+
+def _cosine(one: Array, other: Array) -> Array:
+    """[..., D] -> float32 [...]."""
+    one, other = (x.astype(jnp.float32) for x in (one, other))
+    norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(other, axis=-1)
+    return jnp.sum(one * other, axis=-1) / jnp.maximum(norms, 1e-8)
 
 
 def _next_nats(params: Any, hidden: Array, rows: MaskedRows) -> tuple[Array, Array]:

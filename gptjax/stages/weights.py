@@ -140,7 +140,9 @@ def open_weights(path: str) -> Weights:
 
 def first_weights(config: Config) -> Weights:
     """What a run of a config starts from. Raises UserError where that is another model."""
-    weights = open_weights(config.init_from)
+    weights = open_weights(config.starts_from)
+    if not config.init_from:  # a teacher, which the stage asks whether it can be one
+        return weights
     weights.require(config.models, grows=stage_class(config).grows)
     return weights
 
@@ -183,9 +185,9 @@ def given_tokenizer(config: Config) -> Tokenizer:
     none."""
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
-    if not config.init_from:
+    if not config.starts_from:
         raise UserError("data.tokenizer: empty, and no init_from whose tokenizer it could be; name one of them")
-    return about(config.init_from)[1]()
+    return about(config.starts_from)[1]()
 
 
 def chat_model(path: str) -> ModelConfig:

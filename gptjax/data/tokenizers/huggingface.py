@@ -58,6 +58,7 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
     def clean(encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
         return guarded(encode, special, len(pieces), lambda name: letters(name, library, rules, unknown))
 
+    between, types = _pair(library)
     fast, inner = fast_encoder(rules, library.model.tokenize), _inner(rules)
     tokenizer = Tokenizer(
         pieces,
@@ -71,6 +72,9 @@ def load_directory(spec: str, files: dict[str, bytes], folder: Path) -> Tokenize
         blank_first=blank_first,
         join=join,
         inner=inner and clean(_encoder(inner)),
+        roles=_roles(config, special),
+        between=between,
+        types=types,
     )
     return replace(tokenizer, changes="; ".join(changes(tokenizer, rules)))
 
@@ -237,3 +241,24 @@ def _begin(library: Any, config: dict[str, Any], files: dict[str, bytes]) -> tup
     made = library.encode("a")
     count = next((at for at, put in enumerate(made.special_tokens_mask) if not put), 0)
     return tuple(made.ids[:count])
+
+
+def _roles(config: dict[str, Any], special: dict[str, int]) -> dict[str, int]:
+    """The ids of an encoder's marks: as the files name them, else by the names that BERT, and RoBERTa and BART have."""
+    plain = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
+    found = {}
+    for role, names in plain.items():
+        name = next((name for name in (_text(config.get(f"{role}_token")), *names) if name in special), None)
+        if name is not None:
+            found[role] = special[name]
+    return found
+
+
+def _pair(library: Any) -> tuple[tuple[int, ...], bool]:
+    """What the template puts between two texts, and whether it tells their tokens apart."""
+    made = library.encode("a", "a")
+    texts = made.sequence_ids
+    if 0 not in texts or 1 not in texts:
+        return (), False
+    first, second = len(texts) - texts[::-1].index(0), texts.index(1)
+    return tuple(made.ids[first:second]), any(made.type_ids)

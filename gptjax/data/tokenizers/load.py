@@ -1,5 +1,6 @@
 """The forms of `data.tokenizer`."""
 
+import re
 from pathlib import Path
 
 from gptjax.data.tokenizers.huggingface import FILES, load_directory, rules_of
@@ -13,12 +14,19 @@ FORMS = "use bytes, a folder with a Hugging Face tokenizer (tokenizer.json, or v
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `data.tokenizer`: bytes, DIR or gpt2:DIR (a Hugging Face directory, GPT-2's own files, or
     a folder with tokenizer.model alone), or a SentencePiece .model file; and bytes:DIR, bytes with the chat template of
-    a folder. fim: before any of them reserves the tokens to fill in the middle of a text.
+    a folder. Before any of them fim: reserves the tokens to fill in the middle of a text, marks: those of an encoder,
+    sentinels:N: and modes: those of text to restore.
 
     Raises UserError where files are missing or are not what they should be, and for a .model that loses characters.
     """
     if spec.startswith("fim:"):
         return load_tokenizer(spec.removeprefix("fim:")).with_infill()
+    if spec.startswith("marks:"):
+        return load_tokenizer(spec.removeprefix("marks:")).with_marks()
+    if spec.startswith("modes:"):
+        return load_tokenizer(spec.removeprefix("modes:")).with_modes()
+    if found := re.match(r"sentinels:(\d+):", spec):
+        return load_tokenizer(spec[found.end() :]).with_sentinels(int(found[1]))
     if spec == "bytes":
         return bytes_tokenizer()
     if spec.startswith("bytes:"):

@@ -13,6 +13,10 @@ SPECIALS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>
 """Our reserved tokens: end of text where the tokenizer has no own, the three chat roles, end of turn."""
 INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 """Reserved beside them where a model learns to fill in the middle of a text."""
+MARKS = {"sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+"""What encoders need, by role, in the order in which `transformers` gives ids to roles that are new to it."""
+MODES = ("[R]", "[S]", "[X]")
+"""Before a text that is to be restored: from short spans, from its beginning, from long or many spans (UL2)."""
 TEMPLATE = "chat_template.jinja"  # among the files of a tokenizer, by the name that `transformers` reads
 
 
@@ -47,6 +51,13 @@ class Tokenizer:
     """`encode` of a text after a reserved token, where that is another."""
     beyond: dict[str, int] = field(default_factory=dict)
     """Those of SPECIALS that the model has no row for, with the ids that they would have."""
+
+    roles: dict[str, int] = field(default_factory=dict)
+    """Those of MARKS that it has, its publisher's or ours."""
+    between: tuple[int, ...] = ()
+    """What its publisher puts between two texts."""
+    types: bool = False
+    """Whether its publisher tells the tokens of the second text from those of the first."""
 
     @property
     def vocab_size(self) -> int:
@@ -129,20 +140,40 @@ class Tokenizer:
         if vocab_size < self.least_vocab_size:
             raise ValueError(f"{vocab_size} ids are too few for a tokenizer that yields {self.least_vocab_size}")
         special = {name: i for name, i in self.special.items() if i < vocab_size}
+        roles = {role: i for role, i in self.roles.items() if i < vocab_size}
         beyond = {name: i for name in SPECIALS[1:] if (i := self.special.get(name, 0)) >= vocab_size}
         pieces = [*self.pieces[:vocab_size], *[b""] * (vocab_size - self.vocab_size)]
-        return replace(self, pieces=pieces, special=special, beyond=self.beyond | beyond)
+        return replace(self, pieces=pieces, special=special, roles=roles, beyond=self.beyond | beyond)
 
     def with_infill(self) -> "Tokenizer":
         """The same with the tokens of INFILL, after its last id."""
-        if self.infills:
+        return self._with(INFILL, "fim:")
+
+    def with_marks(self) -> "Tokenizer":
+        """The same with the tokens of MARKS for the roles that it has no token for, after its last id."""
+        missing = {role: name for role, name in MARKS.items() if role not in self.roles}
+        if not missing:
             return self
-        pieces, special = reserve(self.pieces, self.special, INFILL)
-        return replace(self, pieces=pieces, special=special, spec=f"fim:{self.spec}")
+        wanted = self._with(tuple(missing.values()), "marks:")
+        return replace(wanted, roles=self.roles | {role: wanted.special[name] for role, name in missing.items()})
+
+    def with_sentinels(self, count: int) -> "Tokenizer":
+        """The same with <extra_id_0> to <extra_id_(count - 1)>, those that it lacks after its last id."""
+        return self._with(tuple(f"<extra_id_{number}>" for number in range(count)), f"sentinels:{count}:")
+
+    def with_modes(self) -> "Tokenizer":
+        """The same with the tokens of MODES."""
+        return self._with(MODES, "modes:")
+
+    def _with(self, names: tuple[str, ...], prefix: str) -> "Tokenizer":
+        if self.special.keys() >= set(names):
+            return self
+        pieces, special = reserve(self.pieces, self.special, names)
+        return replace(self, pieces=pieces, special=special, spec=f"{prefix}{self.spec}")
 
     def with_template(self, text: str) -> "Tokenizer":
         """The same with a chat template among its files."""
-        spec = f"{self.spec}:{{}}" if self.spec in ("bytes", "fim:bytes") else self.spec
+        spec = f"{self.spec}:{{}}" if self.spec.rpartition(":")[2] == "bytes" else self.spec
         return replace(self, spec=spec, files=self.files | {TEMPLATE: text.encode()})
 
     def save(self, folder: Path) -> str:
