@@ -155,7 +155,7 @@ def decoder(both: Both, on_cpu: bool) -> tuple[GPT, Any]:
     return model, arrange({name: part for name, part in both.params.items() if name != "encoder"})
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("on_cpu", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_cached_decoders_greedy_text_is_that_of_transformers(both: Both, torch: Any, on_cpu: bool) -> None:
     network, rows, config = both.network, both.rows, both.network.config.model
     model, params = decoder(both, on_cpu)

@@ -84,12 +84,6 @@ def read_models(folder: Path) -> tuple[Architecture, dict[str, ModelConfig]]:
         raise UserError(f"{file}: {error}") from None
 
 
-def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
-    """The same of a model alone, or of the decoder of two."""
-    architecture, models = read_models(folder)
-    return architecture, models["model"]
-
-
 def _around(folder: Path, name: str, models: Mapping[str, ModelConfig], **how: Any) -> Config:
     """A run of a directory's models."""
     if ENCODER in models:
