@@ -78,38 +78,35 @@ def read_models(folder: Path) -> tuple[Architecture, dict[str, ModelConfig]]:
         models = {section: side.read(values, str(file)) for section, side in architecture.sides.items()}
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, Config)}") from None
+    config = _around(folder, name, models)
     try:
-        return architecture, validate(_around(folder, name, models)).models
+        return architecture, validate(config).models
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-
-
-def read_model(folder: Path) -> tuple[Architecture, ModelConfig]:
-    """The same of a model alone, or of the decoder of two."""
-    architecture, models = read_models(folder)
-    return architecture, models["model"]
 
 
 def _around(folder: Path, name: str, models: Mapping[str, ModelConfig], **how: Any) -> Config:
     """A run of a directory's models."""
     if ENCODER in models:
-        data = PairConfig(source="pairs.jsonl", tokenizer=tokenizer_spec(folder))
-        return Seq2SeqConfig(name, models["model"], data, encoder=models[ENCODER], start_id=_start_id(folder), **how)
+        data, size = PairConfig(source="pairs.jsonl", tokenizer=tokenizer_spec(folder)), models["model"].vocab_size
+        return Seq2SeqConfig(
+            name, models["model"], data, encoder=models[ENCODER], start_id=_start_id(folder, size), **how
+        )
     return Config(name, models["model"], DataConfig(tokenizer=tokenizer_spec(folder)), **how)
 
 
-def _start_id(folder: Path) -> int:
+def _start_id(folder: Path, vocab_size: int) -> int:
     """What a decoder's text begins with; where config.json does not say it, transformers takes what begins a text.
 
-    Raises UserError where it is no id.
+    Raises UserError where it is no id of the vocabulary.
     """
     file = folder / CONFIG
     values = read_json(file, AGAIN)
     names = ("decoder_start_token_id", "bos_token_id")
     name = next((name for name in names if values.get(name) is not None), names[0])
     given = values.get(name)
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-        raise UserError(f"{file}: {name} = {given!r}: expected the id that the decoder starts with")
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < vocab_size:
+        raise UserError(f"{file}: {name} = {given!r}: expected the id that a text starts with, below {vocab_size}")
     return given
 
 

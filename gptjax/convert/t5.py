@@ -1,6 +1,6 @@
 """T5 in `transformers`, v1.0 and v1.1: kernels are [out, in], without biases; RMSNorm before every part, and a table of
 relative positions in the first layer of each side, which the other layers share. v1.0 has ReLU and scores with the
-embedding over sqrt(D); v1.1 a gated GELU (tanh) and a head of its own. UL2 and Flan-T5 are T5, too."""
+embedding over sqrt(D); v1.1 a gated GELU (tanh) and a head of its own."""
 
 from typing import Any, Literal
 
