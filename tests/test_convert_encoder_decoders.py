@@ -16,7 +16,7 @@ from converting import bytes_of, config_of, configure, random_params, rewrite, s
 from gptjax import cli
 from gptjax.config import ModelConfig
 from gptjax.convert.architecture import every_box
-from gptjax.convert.huggingface import BESIDE, counterpart, finetune_config, open_directory, write_directory
+from gptjax.convert.huggingface import counterpart, finetune_config, full_name, open_directory, write_directory
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.rows import PADDING, PairRows, pair_row
 from gptjax.data.tokenizers import load_tokenizer
@@ -124,9 +124,9 @@ def test_states_logits_and_gradients_equal_transformers(both: Both, torch: Any) 
     leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
     table = every_box(counterpart(**network.config.models), network.config.models)
     assert {box.leaf for box in table} == leaves.keys()
-    prefix = "model." if both.peer.config.model_type == "bart" else ""
+    architecture = counterpart(**network.config.models)
     for box in table:
-        grad = theirs[box.tensor if box.tensor in BESIDE else prefix + box.tensor].grad.numpy()
+        grad = theirs[full_name(architecture, frozenset(), box)].grad.numpy()
         assert np.abs(grad).max() > 1e-6 or "k_proj.bias" in box.tensor, box.tensor  # softmax sees no shift of keys
         np.testing.assert_allclose(box.tensor_of(leaves[box.leaf]), grad, atol=1e-5, err_msg=box.tensor)
 

@@ -1,7 +1,7 @@
 """An encoder: its states, how alike texts are, hidden words, and what it has learned to tell."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,10 +79,11 @@ class Encoder:
         return [dict(zip(names, share.tolist(), strict=True)) for share in shares]
 
     def _row(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[1, T] of ids, and 0 where they are."""
-        length = self.stage.config.model.seq_len
-        if len(ids) > length:
-            raise UserError(f"{len(ids)} tokens: the context holds {length}")
+        """[1, T'] of ids, and 0 where they are; of a few lengths, so that there are few programs."""
+        most = self.stage.config.model.seq_len
+        if len(ids) > most:
+            raise UserError(f"{len(ids)} tokens: the context holds {most}")
+        length = min(max(16, 1 << (len(ids) - 1).bit_length()), most)
         tokens, segments = np.zeros((1, length), np.int32), np.ones((1, length), np.int32)
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 0
         return tokens, segments
@@ -90,7 +91,7 @@ class Encoder:
     @cached_property
     def _hidden(self) -> Callable[..., Any]:
         def hidden(params: Any, tokens: Any, segments: Any) -> Any:
-            return self.stage.network.hidden(params, Rows(tokens, None, segments), None)[0].astype(jnp.float32)
+            return self.stage.network.alone.hidden(params, Rows(tokens, None, segments), None)[0].astype(jnp.float32)
 
         return jax.jit(hidden)
 
@@ -100,7 +101,7 @@ class Encoder:
         config = self.stage.config.model
 
         def scores(params: Any, tokens: Any, segments: Any) -> Any:
-            hidden, head = self.stage.network.hidden(params, Rows(tokens, None, segments), None)
+            hidden, head = self.stage.network.alone.hidden(params, Rows(tokens, None, segments), None)
             found = logits(transformed(config, params, hidden), head, config.vocab_size)
             return jax.nn.softmax(found)[..., : config.vocab_size]
 
@@ -110,4 +111,5 @@ class Encoder:
     def _told(self) -> Callable[..., Any]:
         stage = self.stage
         assert isinstance(stage, Classify)
-        return jax.jit(lambda params, rows: stage.scores(params, rows, None))
+        alone = replace(stage, layout=None)
+        return jax.jit(lambda params, rows: alone.scores(params, rows, None))

@@ -3,8 +3,8 @@ parameters each of its tensors is. The table reads and writes, whole or any slic
 encoder-decoder is two of them, one a side, that share the words and the embedding."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,17 @@ class Architecture:
     """Names under which the embedding may be saved, too, or alone."""
     optional: tuple[str, ...] = ()
     """Tensors that a file may lack, which are zero then."""
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> another that it equals, which alone is needed."""
+    beside: re.Pattern[str] = re.compile(r"lm_head\.weight|final_logits_bias")
+    """Tensors that stand beside the model, not below its prefix."""
+    unused: re.Pattern[str] = re.compile(r"(?!)")
+    """Tensors of a part that our model has not, which is left out."""
+    heads: Mapping[str, Callable[[ModelConfig, int], list[Box]]] = field(default_factory=dict)
+    """Name of a head (see model.heads) -> its tensors, of which a directory has all or none; the number is that of
+    classes."""
+    class_of: Mapping[frozenset[str], str] = field(default_factory=dict)
+    """Heads -> the class that has exactly these; else there are no heads, and the first class is meant."""
     encoder: "Architecture | None" = None
     """Of an encoder-decoder the other side, which is read from the same config.json."""
     shared: tuple[str, ...] = ()
@@ -110,7 +121,19 @@ def boxes(architecture: Architecture, config: ModelConfig) -> list[Box]:
     every, block = architecture.outside(config), architecture.block(config)
     for layer in range(config.num_layers):
         every += [_in_layer(box, f"{architecture.layers}.{layer}", layer, config) for box in block]
-    return [box if box.offset else replace(box, offset=(0,) * len(box.extent)) for box in every]
+    return _placed(every)
+
+
+def head_boxes(
+    architecture: Architecture, config: ModelConfig, names: Collection[str], classes: int
+) -> list[list[Box]]:
+    """The tensors of each of these heads."""
+    return [_placed(make(config, classes)) for name, make in architecture.heads.items() if name in names]
+
+
+def _placed(boxes: list[Box]) -> list[Box]:
+    """With the offsets that are not said."""
+    return [box if box.offset else replace(box, offset=(0,) * len(box.extent)) for box in boxes]
 
 
 def _in_layer(box: Box, name: str, layer: int, config: ModelConfig) -> Box:

@@ -13,18 +13,25 @@ import numpy as np
 from pydantic import ValidationError
 
 from gptjax.config import (
+    ClassifyConfig,
     Config,
     DataConfig,
+    LabelledConfig,
+    LabelsConfig,
+    MaskedConfig,
+    MaskingConfig,
     ModelConfig,
     OptimizerConfig,
     PairConfig,
     Seq2SeqConfig,
     TrainConfig,
+    WindowConfig,
     validate,
 )
 from gptjax.config.fields import explain
-from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, usual
-from gptjax.convert.bart import BART, BIAS
+from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, head_boxes, usual
+from gptjax.convert.bart import BART
+from gptjax.convert.bert import BERT, DISTILBERT, ROBERTA
 from gptjax.convert.falcon import FALCON
 from gptjax.convert.gpt2 import GPT2
 from gptjax.convert.gpt_neo import GPT_NEO
@@ -44,12 +51,15 @@ from gptjax.convert.tensors import (
 from gptjax.convert.tokenizer import tokenizer_spec
 from gptjax.errors import UserError
 from gptjax.files import read_json
+from gptjax.model.heads import TRANSFORM
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
-ARCHITECTURES = {known.model_type: known for known in (GPT2, GPT_NEO, LLAMA, FALCON, T5, BART)}
+KNOWN = (GPT2, GPT_NEO, LLAMA, FALCON, BERT, ROBERTA, DISTILBERT, T5, BART)
+ARCHITECTURES = {known.model_type: known for known in KNOWN}
 HEAD = "lm_head.weight"
-BESIDE = (HEAD, BIAS)  # which stand beside the model, not below its prefix
+CLASSIFIERS = "classifier.weight", "classifier.out_proj.weight"
+OLD = {".gamma": ".weight", ".beta": ".bias"}  # names of a norm's vectors in the first files of BERT
 SIZES = {"head_size": "head_dim", "mlp_size": "mlp_dim"}  # a field that may be 0 -> what it stands for
 UNROLLED_LAYERS = 12  # as in configs/: unrolled is faster, but deeper models would compile for long
 
@@ -73,7 +83,8 @@ def read_models(folder: Path) -> tuple[Architecture, dict[str, ModelConfig]]:
     architecture = ARCHITECTURES[name]
     for given in values.get("architectures") or ():
         if given not in architecture.classes:
-            raise UserError(f"{file}: architectures = {given!r}: of {name} gptjax converts {architecture.classes[0]}")
+            can = ", ".join(architecture.classes if architecture.heads else architecture.classes[:1])
+            raise UserError(f"{file}: architectures = {given!r}: of {name} gptjax converts {can}")
     try:
         models = {section: side.read(values, str(file)) for section, side in architecture.sides.items()}
     except ValidationError as error:
@@ -92,7 +103,22 @@ def _around(folder: Path, name: str, models: Mapping[str, ModelConfig], **how: A
         return Seq2SeqConfig(
             name, models["model"], data, encoder=models[ENCODER], start_id=_start_id(folder, size), **how
         )
-    return Config(name, models["model"], DataConfig(tokenizer=tokenizer_spec(folder)), **how)
+    if models["model"].causal:
+        return Config(name, models["model"], DataConfig(tokenizer=tokenizer_spec(folder)), **how)
+    values = read_json(folder / CONFIG, AGAIN)
+    classes = values.get("architectures") or ()
+    if any("ForSequenceClassification" in each for each in classes):
+        texts = LabelledConfig(source="labelled.jsonl", tokenizer=tokenizer_spec(folder))
+        return ClassifyConfig(name, models["model"], texts, labels=LabelsConfig(_labels(values)), **how)
+    masking = MaskingConfig(next_sentence=any("ForPreTraining" in each for each in classes))
+    return MaskedConfig(name, models["model"], WindowConfig(tokenizer=tokenizer_spec(folder)), masking=masking, **how)
+
+
+def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes, in order; none for a number."""
+    named, count = values.get("id2label") or {}, values.get("num_labels") or 2
+    names = tuple(str(named[i]) for i in sorted(named, key=int)) or tuple(map(str, range(count)))
+    return () if len(names) == 1 or values.get("problem_type") == "regression" else names
 
 
 def _start_id(folder: Path, vocab_size: int) -> int:
@@ -117,6 +143,8 @@ class Directory:
     architecture: Architecture
     models: dict[str, ModelConfig]
     tensors: dict[str, Tensor]
+    heads: frozenset[str] = frozenset()
+    """What stands beside the model; see model.heads."""
 
     @property
     def model(self) -> ModelConfig:
@@ -133,7 +161,7 @@ class Directory:
         models = self.models | {"model": model}
         if ENCODER in models:
             models[ENCODER] = replace(models[ENCODER], scan_layers="units" in abstract[ENCODER])
-        for box in every_box(self.architecture, models):
+        for box in [*every_box(self.architecture, models), *_of_heads(self.architecture, model, self.tensors)]:
             if box.tensor in self.tensors:  # else it is one that a file may lack
                 parts[box.leaf].append((box, self.tensors[box.tensor].open))
 
@@ -142,6 +170,19 @@ class Directory:
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
         return jax.tree_util.tree_map_with_path(load_leaf, abstract)
+
+
+def _of_heads(architecture: Architecture, model: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Box]:
+    """The tensors of those heads of which there is one."""
+    classes = next((t.shape[0] for n, t in tensors.items() if n.endswith(CLASSIFIERS)), 0)
+    groups = head_boxes(architecture, model, architecture.heads, classes)
+    return [box for group in groups if any(box.tensor in tensors for box in group) for box in group]
+
+
+def _named(name: str) -> str:
+    """Of a tensor, as it is called today."""
+    old = next((old for old in OLD if name.endswith(f"LayerNorm{old}")), "")
+    return name.removesuffix(old) + OLD[old] if old else name
 
 
 def open_directory(folder: Path) -> Directory:
@@ -153,20 +194,25 @@ def open_directory(folder: Path) -> Directory:
     architecture, models = read_models(folder)
     found = read_tensors(folder)
     prefix = architecture.prefix
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    tensors = {_named(name.removeprefix(prefix)): tensor for name, tensor in found.items()}
     if len(tensors) < len(found):
         twice = next(name for name in found if prefix + name in found)
         raise UserError(f"{folder}: both {twice} and {prefix}{twice}")
-    tensors = {name: tensor for name, tensor in tensors.items() if not architecture.constants.fullmatch(name)}
+    left_out = architecture.constants, architecture.unused
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in left_out)}
     depth = sum(model.num_layers for model in models.values())
     if depth > len(tensors):  # before a table of so many layers is made
         raise UserError(f"{folder / CONFIG}: {depth} layers, and only {len(tensors)} tensors beside it")
-    table = {box.tensor: box for box in every_box(architecture, models)}
+    of_heads = _of_heads(architecture, models["model"], tensors)
+    table = {box.tensor: box for box in [*every_box(architecture, models), *of_heads]}
     embedding = next(iter(table))
-    names = (*architecture.copies, *[HEAD] * models["model"].tied_head)
-    copies = [tensors.pop(name) for name in names if name in tensors]
-    if embedding not in tensors and architecture.copies and copies:  # which of its names is saved is a version's choice
-        tensors[embedding] = copies[0]
+    twins = dict.fromkeys((*architecture.copies, *[HEAD] * models["model"].tied_head), embedding) | dict(
+        architecture.twins
+    )
+    copies = [(tensors.pop(name), original) for name, original in twins.items() if name in tensors]
+    for copy, original in copies:  # which of its names is saved is a version's choice
+        if architecture.copies and original in table:
+            tensors.setdefault(original, copy)
     for name, box in table.items():
         if name in tensors:
             _check(tensors[name], box.shape)
@@ -174,13 +220,20 @@ def open_directory(folder: Path) -> Directory:
             raise UserError(f"{folder}: no tensor {name}, which {CONFIG} asks for")
     if unexpected := tensors.keys() - table.keys():
         raise UserError(f"{folder}: unexpected tensor {min(unexpected)}; {CONFIG} has no place for it")
-    for copy in copies:
-        _check(copy, table[embedding].shape)
-        pairs = zip(chunks(copy.open()), chunks(tensors[embedding].open()), strict=True)
+    for copy, original in copies:
+        if original not in table:
+            raise UserError(f"{folder}: unexpected tensor {copy.name}; {CONFIG} has no place for it")
+        _check(copy, table[original].shape)
+        pairs = zip(chunks(copy.open()), chunks(tensors[original].open()), strict=True)
         if not all(np.array_equal(a, b) for a, b in pairs):
-            what = "the embedding is the head" if copy.name == HEAD else "there is one embedding"
-            raise UserError(f"{folder}: {copy.name} differs from {embedding}; {CONFIG} says that {what}")
-    return Directory(architecture, models, tensors)
+            what = "the embedding is the head" if copy.name == HEAD else f"there is one {_thing(original, embedding)}"
+            raise UserError(f"{folder}: {copy.name} differs from {original}; {CONFIG} says that {what}")
+    heads = frozenset(box.leaf.split("/")[0] for box in of_heads)
+    return Directory(architecture, models, tensors, heads)
+
+
+def _thing(original: str, embedding: str) -> str:
+    return "embedding" if original == embedding else "bias"
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -201,6 +254,10 @@ def counterpart(model: ModelConfig, encoder: ModelConfig | None = None) -> Archi
         assert near.encoder
         alike = {name: (getattr(model, SIZES.get(name, name)),) for name in near.encoder.shared}
         _require_fixed(near, near.encoder.fixed(encoder) | alike, ENCODER, encoder)
+        return near
+    if not model.causal:
+        near = ROBERTA if model.position_offset else BERT if model.token_types else DISTILBERT
+        _require_fixed(near, near.fixed(model), "model", model)
         return near
     if model.positions == "learned":
         near = GPT2 if model.qkv_bias else GPT_NEO
@@ -239,15 +296,17 @@ def write_directory(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     start: int | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> int:
     """Write config.json and the weights, the padding of the vocabulary cut off; returns the bytes of tensors. start:
-    the id that the decoder of two starts with.
+    the id that the decoder of two starts with; labels: of a classifier's classes, none for a number.
 
     Raises UserError where the architecture has no counterpart or a weight is not finite in `dtype`.
     """
-    architecture = counterpart(**models)
+    architecture, model = counterpart(**models), models["model"]
+    heads = frozenset(name for name in architecture.heads if name in params)
     values = {
-        "architectures": [architecture.classes[0]],
+        "architectures": [class_of(architecture, heads)],
         "model_type": architecture.model_type,
         "vocab_size": models["model"].vocab_size,
     }
@@ -258,6 +317,7 @@ def write_directory(
         "bos_token_id": eot,
         "eos_token_id": eot,
         **({} if start is None else {"decoder_start_token_id": start}),
+        **({} if labels is None else _of_labels(labels)),
         "dtype": dtype,
         "torch_dtype": dtype,  # its name before transformers 5
     }
@@ -265,10 +325,39 @@ def write_directory(
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def outgoing(box: Box) -> Outgoing:
-        name = box.tensor if box.tensor in BESIDE else architecture.prefix + box.tensor
+        name = full_name(architecture, heads, box)
         return Outgoing(name, box.shape, lambda: box.tensor_of(np.asarray(leaves[box.leaf])))
 
-    return write_tensors(folder, map(outgoing, every_box(architecture, models)), np.dtype(dtype), shard_bytes)
+    table = every_box(architecture, models)
+    if architecture.heads and TRANSFORM not in heads:  # which alone scores words
+        table = [box for box in table if box.leaf != "head_bias"]
+    table += [box for group in head_boxes(architecture, model, heads, len(labels or ()) or 1) for box in group]
+    return write_tensors(folder, map(outgoing, table), np.dtype(dtype), shard_bytes)
+
+
+def full_name(architecture: Architecture, heads: frozenset[str], box: Box) -> str:
+    """Of a box's tensor in a file; an encoder alone has no prefix."""
+    alone = architecture.class_of.get(heads, "").endswith("Model")
+    return box.tensor if alone or architecture.beside.fullmatch(box.tensor) else architecture.prefix + box.tensor
+
+
+def class_of(architecture: Architecture, heads: frozenset[str]) -> str:
+    """The class of `transformers` that has these heads. Raises UserError where none has."""
+    if not architecture.heads:
+        return architecture.classes[0]
+    if heads not in architecture.class_of:
+        known = "; ".join(
+            f"{' and '.join(sorted(parts)) or 'none'} ({name})" for parts, name in architecture.class_of.items()
+        )
+        raise UserError(f"heads {' and '.join(sorted(heads)) or 'none'}: {architecture.model_type} has {known}")
+    return architecture.class_of[heads]
+
+
+def _of_labels(labels: tuple[str, ...]) -> dict[str, Any]:
+    if not labels:
+        return {"problem_type": "regression", "id2label": {"0": "0"}, "label2id": {"0": 0}}
+    named = {str(i): name for i, name in enumerate(labels)}
+    return {"id2label": named, "label2id": {name: int(i) for i, name in named.items()}}
 
 
 def finetune_config(folder: Path) -> Config:

@@ -193,7 +193,7 @@ class Programs:
         def encode(params: Any, slots: Slots, tokens: Array, number: Array, count: Array) -> Slots:
             assert self.encoder
             padding = (jnp.arange(tokens.shape[1]) >= count).astype(jnp.int32)[None]
-            hidden = self.encoder.encode(params, tokens, padding, None)
+            hidden = self.encoder.alone.encode(params, tokens, padding, None)
             made = memory_of(self.encoder.config.model, params, hidden)
             cache = tuple(
                 (*own[:2], *(old.at[:, number].set(new[:, 0]) for old, new in zip(own[2:], memory, strict=True)))

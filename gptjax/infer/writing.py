@@ -41,7 +41,7 @@ class Writing:
         text has a lower score than the likeliest token each time leads to."""
 
         def write(params: Any, source: Array, segments: Array) -> Found:
-            memory = self.network.encode(params, source, segments, None)
+            memory = self.network.alone.encode(params, source, segments, None)
             found = self._searched(params, memory, segments, self.beams)
             return better(found, self._searched(params, memory, segments, 1)) if self.beams > 1 else found
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,11 @@ class Network:
         merge_qkv = layout.mesh.shape["tensor"] > 1
         how = Parallelism(attend, layout.constrain, self._ways == 1, merge_qkv, pipeline=stages)
         return self.plain_model.clone(parallelism=how)
+
+    @cached_property
+    def alone(self) -> Self:
+        """The same for a batch of any size, which XLA lays out as the parameters lie."""
+        return replace(self, layout=None)
 
     @cached_property
     def decoder(self) -> GPT:

@@ -5,21 +5,29 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 
-from gptjax.config import Config, EncoderDecoderConfig, LayoutConfig
+from gptjax.config import ClassifyConfig, Config, EncoderDecoderConfig, LayoutConfig
 from gptjax.convert.architecture import Architecture
 from gptjax.convert.gpt_neo import GPT_NEO
-from gptjax.convert.huggingface import counterpart, finetune_config, is_huggingface, open_directory, write_directory
+from gptjax.convert.huggingface import (
+    class_of,
+    counterpart,
+    finetune_config,
+    is_huggingface,
+    open_directory,
+    write_directory,
+)
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import stage_class
-from gptjax.stages.launch import prepare
+from gptjax.stages.launch import first_params, prepare
 from gptjax.stages.weights import on_device, open_weights
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
@@ -42,20 +50,21 @@ def _to_huggingface(source: str, target: Path, dtype: str) -> str:
     architecture = counterpart(**config.models)
     tokenizer = stage_class(config).fit_tokenizer(config, weights.tokenizer())
     with appearing(target) as folder:
-        params = weights.load(config.model, on_device(config, _cpu()))
+        params = weights.load(config.model, on_device(config, _cpu(), weights.heads))
         start = _start(config, tokenizer.eot)
-        size = write_directory(folder, config.models, params, tokenizer.eot, dtype, start=start)
+        labels = config.labels.names if isinstance(config, ClassifyConfig) else None
+        size = write_directory(folder, config.models, params, tokenizer.eot, dtype, start=start, labels=labels)
         note = write_tokenizer(tokenizer, folder, config.model.vocab_size, config.model.seq_len)
-    where, sequences = shlex.quote(str(target)), "Seq2SeqLM" if architecture.encoder else "CausalLM"
+    where, name = shlex.quote(str(target)), class_of(architecture, weights.heads)
     lines = [
-        f"{target}: {architecture.classes[0]}, {size / 1e6:,.1f} MB of {dtype}",
+        f"{target}: {name}, {size / 1e6:,.1f} MB of {dtype}",
         *([f"note: {note}"] if note else []),
         *(
             ["the division of scores by sqrt(head_dim) is folded into q, for GPT-Neo has none"]
             * _folds(config, architecture)
         ),
-        *([] if architecture.encoder else [f"  sample  gptjax sample {where} --prompt 'def '"]),
-        f"  python  transformers.AutoModelFor{sequences}.from_pretrained({str(target)!r})",
+        *([] if architecture.encoder or architecture.heads else [f"  sample  gptjax sample {where} --prompt 'def '"]),
+        f"  python  transformers.{name}.from_pretrained({str(target)!r})",
     ]
     return "\n".join(lines)
 
@@ -84,13 +93,15 @@ def _to_run(source: str, target: Path, dtype: str) -> str:
     abstract = abstract_state(config, stage)
     shardings = Layout(make_mesh(replace(config, layout=one), [_cpu()]), rule_table(one)).shardings(abstract)
     with appearing(target) as folder:
-        params = directory.load(config.model, placed(abstract, shardings).params)
+        load = partial(directory.load, config.model)
+        params = first_params(stage, load, placed(abstract, shardings).params, directory.heads)
         fill_run(folder, config, tokenizer)
         checkpoints = Checkpoints(folder, config)
         checkpoints.save(start_state(config, stage, params, shardings).kept, Position())
         checkpoints.close()
     where = shlex.quote(str(target))
-    sample = [] if directory.architecture.encoder else [f"  sample  gptjax sample {where} --prompt 'def '"]
+    writes = not (directory.architecture.encoder or directory.architecture.heads)
+    sample = [f"  sample  gptjax sample {where} --prompt 'def '"] if writes else []
     train = f"  train   gptjax train --resume {where}"
     return "\n".join([f"{target}: a run at step 0 with these weights", *sample, train])
 

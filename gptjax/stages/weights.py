@@ -1,6 +1,6 @@
 """Where weights come from: a run folder or a Hugging Face directory, behind one face."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax import bucket
-from gptjax.config import Config, EncoderDecoderConfig, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
+from gptjax.config import ClassifyConfig, Config, EncoderDecoderConfig, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
+from gptjax.model.heads import HEADS, init_heads
 from gptjax.model.lora import is_adapter, merge
 from gptjax.parallel.network import EncoderDecoder, Network
 from gptjax.sharding.rules import Layout
@@ -131,7 +132,8 @@ def open_weights(path: str) -> Weights:
     """The weights of a run folder or of a Hugging Face directory, which is checked whole. Raises as `about`."""
     folder, (config, tokenizer) = Path(path), about(path)
     if is_huggingface(folder):
-        return Weights(path, config, _same(config.model), tokenizer, open_directory(folder).load)
+        directory = open_directory(folder)
+        return Weights(path, config, _same(config.model), tokenizer, directory.load, directory.heads)
     same = (*_same(config.model), "scan_layers")  # a checkpoint's arrays are stacked or not as they were trained
     run, step = run_and_step(path)
     load = partial(_load_adapted if config.adapter else _load_run, bucket.opened(run), config, step)
@@ -218,8 +220,10 @@ def places(init: Callable[[Array], Any], layout: Layout | None = None, device: j
     return placed(plain, layout.shardings(boxed) if layout else jax.tree.map(lambda _: one, plain))
 
 
-def on_device(config: Config, device: jax.Device) -> Any:
-    """The shapes of a model's parameters, all on one device."""
+def on_device(config: Config, device: jax.Device, heads: Collection[str] = ()) -> Any:
+    """The shapes of a model's parameters, all on one device, with those of an encoder's `heads` beside it."""
     if isinstance(config, EncoderDecoderConfig):
         return places(EncoderDecoder(config, device.platform).init, device=device)
-    return places(Network(config, device.platform).init, device=device)
+    network, names = Network(config, device.platform), tuple(name for name in HEADS if name in heads)
+    classes = len(config.labels.names) or 1 if isinstance(config, ClassifyConfig) else 0
+    return places(lambda key: network.init(key) | init_heads(config.model, names, key, classes), device=device)

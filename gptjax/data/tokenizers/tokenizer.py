@@ -150,7 +150,10 @@ class Tokenizer:
         return self._with(INFILL, "fim:")
 
     def with_marks(self) -> "Tokenizer":
-        """The same with the tokens of MARKS for the roles that it has no token for, after its last id."""
+        """The same with the tokens of MARKS for the roles that it has no token for, after its last id. Where its
+        publisher ends texts with a separator, that is the end of text, too."""
+        if "sep" in self.roles and self.own_size and self.eot >= self.own_size:
+            return replace(self, eot=self.roles["sep"]).with_marks()
         missing = {role: name for role, name in MARKS.items() if role not in self.roles}
         if not missing:
             return self
