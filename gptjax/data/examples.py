@@ -252,8 +252,8 @@ class ExampleFeed:
 
 
 def stacked(rows: Sequence[Any]) -> Any:
-    """Rows one above the other."""
-    return rows[0]._make(np.stack(leaves) for leaves in zip(*rows, strict=True))
+    """Rows one above the other; what they have not, they have not then."""
+    return rows[0]._make(None if leaves[0] is None else np.stack(leaves) for leaves in zip(*rows, strict=True))
 
 
 def eval_batches(examples: ExampleSet, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Any]:
