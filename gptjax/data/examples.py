@@ -230,9 +230,7 @@ class ExampleFeed:
         numbers = [start + row for start in starts for row in self._rows]
         every = [*self._pool.map(self._made, numbers)] if self._pool else [*map(self._made, numbers)]
         self._row += num_micro * self._micro_batch
-        lead = num_micro, len(self._rows)
-        rows = stacked(every)
-        return rows._make(leaf.reshape(*lead, *leaf.shape[1:]) for leaf in rows)
+        return stacked(every, (num_micro, len(self._rows)))
 
     def _made(self, number: int) -> Any:
         if self._end is not None and number >= self._end:
@@ -251,9 +249,13 @@ class ExampleFeed:
             self._pool.shutdown(cancel_futures=True)
 
 
-def stacked(rows: Sequence[Any]) -> Any:
-    """Rows one above the other."""
-    return rows[0]._make(np.stack(leaves) for leaves in zip(*rows, strict=True))
+def stacked(rows: Sequence[Any], lead: tuple[int, ...] = (-1,)) -> Any:
+    """Rows one above the other, in this order in the leading axes; what none of them has stays None."""
+
+    def one(leaves: tuple[Any, ...]) -> Any:
+        return None if leaves[0] is None else np.stack(leaves).reshape(*lead, *leaves[0].shape)
+
+    return rows[0]._make(map(one, zip(*rows, strict=True)))
 
 
 def eval_batches(examples: ExampleSet, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Any]:
