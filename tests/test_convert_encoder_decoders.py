@@ -21,7 +21,10 @@ from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.rows import PADDING, PairRows, pair_row
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
+from gptjax.infer.engine import Engine, Request
 from gptjax.infer.prepare import for_cpu
+from gptjax.infer.sampling import Sampling
+from gptjax.infer.writing import Writing
 from gptjax.model.cache import At, empty_cache, memory_of
 from gptjax.model.gpt import GPT, forward
 from gptjax.model.loss import cross_entropy, logits
@@ -389,3 +392,32 @@ def test_init_from_names_the_side_that_differs(tmp_path: Path) -> None:
         weights.require(BART | {"encoder": replace(BART["encoder"], num_layers=2)})
     with pytest.raises(UserError, match=r"it has the sections model and encoder, not model; name another"):
         weights.require({"model": BART["model"]})
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_texts_of_the_engine_and_of_beams_are_those_of_generate(both: Both, torch: Any, beams: int) -> None:
+    """Greedily by the engine, which reads each source once; by beams with texts of several lengths, since the id that
+    ends them is one that is often likely."""
+    network, rows, size = both.network, both.rows, both.network.config.model.vocab_size
+    start = both.peer.config.decoder_start_token_id
+    plain = Writing(network, start, size, np.ones(size, bool), max_tokens=TARGET)  # an end that never comes
+    first = np.asarray(plain.write(both.params, rows.source, rows.source_segments).tokens)[:, 0]
+    ids, counts = np.unique(first[:, 2:], return_counts=True)
+    end = int(ids[counts.argmax()])
+    writing = replace(plain, end=end, beams=beams)
+    memory = network.encode(both.params, rows.source, rows.source_segments, None)
+    found = jax.device_get(writing.searched(both.params, memory, rows.source_segments, beams))
+    ours = [found.tokens[i, 0, : found.lengths[i, 0]].tolist() for i in range(len(SOURCES))]
+
+    both.peer.generation_config.update(eos_token_id=end, forced_eos_token_id=None)
+    given = {name: torch.tensor(both.for_peer[name], dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    about = {"do_sample": False, "num_beams": beams, "max_new_tokens": TARGET, "use_cache": False, "pad_token_id": 0}
+    theirs = both.peer.generate(**given, **about)[:, 1:].tolist()
+    assert ours == [text[: text.index(end) + 1] if end in text else text for text in theirs]
+    assert len({len(text) for text in ours}) > 1 or beams > 1
+    if beams == 1:
+        engine = Engine(network.decoder, both.params, slots=2, encoder=network)
+        asked = [[*map(int, source[:n])] for source, n in zip(rows.source, SOURCES, strict=True)]
+        how = {"max_tokens": TARGET, "sampling": Sampling(temperature=0), "stop_tokens": (end,)}
+        replies = engine.run([Request([start], source=source, **how) for source in asked])
+        assert [reply.tokens for reply in replies] == ours

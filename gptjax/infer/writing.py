@@ -42,12 +42,13 @@ class Writing:
 
         def write(params: Any, source: Array, segments: Array) -> Found:
             memory = self.network.alone.encode(params, source, segments, None)
-            found = self._searched(params, memory, segments, self.beams)
-            return better(found, self._searched(params, memory, segments, 1)) if self.beams > 1 else found
+            found = self.searched(params, memory, segments, self.beams)
+            return better(found, self.searched(params, memory, segments, 1)) if self.beams > 1 else found
 
         return jax.jit(write)
 
-    def _searched(self, params: Any, memory: Array, segments: Array, beams: int) -> Found:
+    def searched(self, params: Any, memory: Array, segments: Array, beams: int) -> Found:
+        """What so many beams find for sources of which an encoder made `memory` [B, S, D]; a part of a program."""
         config, rows = self.network.config.model, len(memory) * beams
         size = self.max_tokens or config.seq_len
         model = self.network.decoder
