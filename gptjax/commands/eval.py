@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from gptjax.data.sources import TextSource
     from gptjax.evaluate.figures import Measure
 
-COUNTS = ("documents", "tokens", "questions", "shots")
+COUNTS = ("documents", "tokens", "questions", "shots", "pairs")
 
 
 @frozen
 class Command:
-    """Measure trained models by a text, by tasks, or by both, and compare them on one page."""
+    """Measure trained models by a text, by tasks or by pairs of texts, and compare them on one page."""
 
     paths: Annotated[tuple[str, ...], Positional("PATH")]
     """Run folders, checkpoints in them (RUN/checkpoints/STEP) or Hugging Face directories."""
@@ -38,8 +38,16 @@ class Command:
     """Tasks of lm-evaluation-harness with commas between, or of our own: local_gsm8k, local_wikitext, local_cloze."""
     data: str = ""
     """The folder with the data of tasks that begin with local_."""
+    pairs: str = ""
+    """Pairs of texts, of which an encoder-decoder writes the second for the first: what data.source takes."""
+    fields: tuple[str, ...] = ()
+    """Fields of the pairs, source,target; empty takes the first form found."""
+    beams: Positive = 4
+    """Of the search that writes them; 1 takes the likeliest token each time."""
+    length_penalty: float = 1.0
+    """A text's log-probability is divided by its length to this power before texts are compared."""
     limit: Count = 0
-    """Questions of each task; 0 is all."""
+    """Questions of each task, or pairs; 0 is all."""
     shots: Annotated[int, Field(ge=-1)] = -1
     """Examples before each question; -1 is as the task says."""
     rows: Positive = 8
@@ -52,15 +60,17 @@ class Command:
     def run(self) -> None:
         """Measure one model after the other, print and keep what each gives, and write the page of all that the folder
         holds."""
-        if not self.text and not self.tasks:
-            raise UserError("gptjax eval: nothing to measure; give --text SOURCE, --tasks NAME,NAME or both")
+        if not self.text and not self.tasks and not self.pairs:
+            raise UserError("gptjax eval: nothing to measure; give --text SOURCE, --tasks NAME,NAME or --pairs SOURCE")
+        if self.pairs and (self.text or self.tasks):
+            raise UserError("--pairs: for encoder-decoders, which have no --text and no --tasks; give one of them")
         from gptjax.evaluate import page, results
         from gptjax.evaluate.harness import load_tasks
         from gptjax.stages.weights import about
 
         for path in self.paths:
             about(path)  # what is broken is said before hours of the first are spent
-        source = self._source() if self.text else None
+        source = self._source() if self.text else self._pairs() if self.pairs else None
         tasks = load_tasks(self.tasks, self.data, None if self.shots < 0 else self.shots) if self.tasks else None
         out = results.folder_of(self.paths, self.out)
         files, earlier = list[Path](), results.earlier(out)
@@ -87,10 +97,38 @@ class Command:
         with Progress() as progress:
             return build(config, progress).split(self.split, config.split_by)
 
+    def _pairs(self) -> "TextSource":
+        from gptjax.data.sources import build
+        from gptjax.evaluate.pairs import config_of
+        from gptjax.terminal import Progress
+
+        config = config_of(self.pairs, self.split, self.fields, self.cache_dir)
+        with Progress() as progress:
+            return build(config, progress).split(self.split, config.split_by)
+
+    def _written(self, path: str, source: "TextSource") -> "tuple[dict[str, object], dict[str, Measure]]":
+        """What is known of an encoder-decoder, and what it gives."""
+        from gptjax import api
+        from gptjax.evaluate import results
+        from gptjax.evaluate.pairs import pairs
+        from gptjax.terminal import Progress
+
+        model = api.load_any(path, weights=self.weights)
+        if not isinstance(model, api.Translator):
+            raise UserError(f"{path}: no encoder-decoder, which --pairs is for; measure it by --text or --tasks")
+        with Progress() as progress:
+            made = pairs(model, source, self.beams, self.length_penalty, self.limit, progress)
+        name = [self.split] * (self.split != "train") + [f"{self.beams} beams"]
+        name += [f"first {self.limit}"] * bool(self.limit)
+        return results.about(model), {_named(Path(self.pairs).name or self.pairs, name): made}
+
     def _measure(
         self, path: str, source: "TextSource | None", tasks: object
     ) -> "tuple[dict[str, object], dict[str, Measure]]":
         """What is known of a model, and what it gives."""
+        if self.pairs:
+            assert source
+            return self._written(path, source)
         from gptjax import api
         from gptjax.evaluate import results
         from gptjax.evaluate.harness import run_tasks

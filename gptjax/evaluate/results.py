@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from gptjax import bucket
-from gptjax.api import Model
+from gptjax.api import Model, Translator
 from gptjax.convert.huggingface import is_huggingface
 from gptjax.errors import UserError
 from gptjax.evaluate.figures import Figure, Measure
@@ -36,7 +36,7 @@ class Result:
     """By the name of the text or the task and the settings that make other figures of it."""
 
 
-def about(model: Model) -> dict[str, Any]:
+def about(model: Model | Translator) -> dict[str, Any]:
     """What is known of a model that is evaluated; of a run the step of its checkpoint."""
     train, config = model.stage.config.train, model.stage.config.model
     run, step = run_and_step(model.path)

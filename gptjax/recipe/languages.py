@@ -3,9 +3,12 @@
 Plain puts the verb between subject and object, and adjectives before their noun: `the old miller gives the bread to a
 small dog today`. Hill puts the time first and the verb last, adjectives behind the noun, says by an ending who does
 what, and leaves the articles out: a definite noun is said by `-o`. A model has to move words, not only to replace them.
+
+`python -m gptjax.recipe.languages FOLDER` writes pairs and a tokenizer.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,7 @@ VERBS = {
 TWICE = ("gives", "sells")  # verbs that say to whom
 TIMES = {"today": "ish", "yesterday": "eru", "tomorrow": "wato", "often": "mem", "never": "zul"}
 OBJECT, RECEIVER, DEFINITE = "ka", "ti", "o"
-SENTENCES, HELD_OUT = 20_000, 1000
+SENTENCES, PIECES = 20_000, 300
 
 
 def pair(rng: np.random.Generator) -> tuple[str, str]:
@@ -79,11 +82,19 @@ def _noun(rng: np.random.Generator, ending: str) -> tuple[str, str]:
     return plain, " ".join([hill, *(ADJECTIVES[word] for word in reversed(words))])
 
 
-def pairs(folder: Path) -> None:
-    """Writes `pairs.jsonl`, SENTENCES different ones of which the last HELD_OUT are to be held out."""
+def write(folder: Path) -> None:
+    """Writes `pairs.jsonl`, SENTENCES different pairs, and `tokenizer.model`."""
+    from gptjax.data.tokenizers import train_sentencepiece
+
     rng, made = np.random.default_rng(0), dict[str, str]()
     while len(made) < SENTENCES:
         source, target = pair(rng)
         made[source] = target
+    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"source": source, "target": target}) for source, target in made.items())
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    train_sentencepiece((text for both in made.items() for text in both), PIECES, folder / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "languages"))
