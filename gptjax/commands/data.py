@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gptjax.commands.arguments import Overrides, Positional
-from gptjax.config import Config, DataConfig, RankedConfig, RewardedConfig, SFTConfig
+from gptjax.config import Config, DataConfig, DialogueConfig, RankedConfig, RewardedConfig, SFTConfig
 from gptjax.config.fields import Positive, frozen
 from gptjax.config.load import load_config
 from gptjax.errors import UserError
@@ -45,7 +45,7 @@ class Command:
             self._build(load_config(self.config, [*self.overrides]))
 
     def _build(self, config: Config) -> None:
-        from gptjax.data.sources import build, left_out
+        from gptjax.data.sources import build, dropped, left_out
 
         data = config.data
         with Progress() as progress:
@@ -68,6 +68,8 @@ class Command:
             for name in (data.train_split, data.eval_split):
                 split = corpus.split(name, data.split_by)
                 print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
+                for reason, count in dropped(split).most_common() if isinstance(data, DialogueConfig) else ():
+                    print(f"  {count:,} left out: {reason}")
         print(f"digest {corpus.digest}, in {corpus.folder}")
 
     def _cache(self) -> None:
