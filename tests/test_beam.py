@@ -2,14 +2,12 @@
 Run: pytest tests/test_beam.py"""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,13 +116,12 @@ def test_one_beam_is_greedy(table: np.ndarray, penalty: float, early_stopping: A
 
 
 def test_one_beam_is_greedy_where_a_long_sum_rounds() -> None:
-    """Two tokens a little apart: their sums with -1,000 nats are the same float32."""
-    table = np.full((3, 3, 3), -1e3, np.float32)
-    table[0, FIRST] = [-1e3, 1e3, 0]
-    table[FIRST, FIRST] = [-1e3, 0, 1e-6]
-    table[0, FIRST, 2] = table[0, FIRST, 1] + 0  # the lower id of two alike
-    found = search(table, beams=1, max_tokens=2)
-    assert texts(found) == [greedy_text(table, 2)] == [(1, 2)]
+    """Tokens a millionth of a nat apart, behind sums in which as much is lost."""
+    table = random_table(0, spread=1e-6)
+    table[..., END] = -5
+    text = greedy_text(table, 64)
+    assert len(text) == 64 and len(set(text)) > 1
+    assert texts(search(table, beams=1, max_tokens=64)) == [text]
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,3 +161,36 @@ def test_a_beam_search_may_lose_to_greedy_unless_it_is_kept() -> None:
     np.testing.assert_allclose(kept.scores[0], [greedy.scores[0, 0], found.scores[0, 0]])
     again = at_least_greedy(kept, greedy)
     assert texts(again) == texts(kept)
+
+
+def test_sources_do_not_mind_each_other_and_what_is_not_allowed_is_never_drawn() -> None:
+    """Also several ids that end a text, and an end of -1, which is none."""
+    tables = np.stack([random_table(seed, 7, ending=4.0 * (seed - 1)) for seed in range(3)])
+    tables[0, ..., 5] -= 4
+    tables[1, ..., 5] += 2
+    allowed = jnp.where(jnp.arange(7) == 2, -jnp.inf, 0.0)
+    how = dict(max_tokens=6, length_penalty=1.0, early_stopping=False, allowed=allowed, beams=3)
+
+    @jax.jit
+    def of(tables: Any, end: Any) -> Found:
+        """Of sources whose tables lie row by row in what a step reads."""
+
+        def step(cache: Any, tokens: Any, place: Any) -> Any:
+            rows, before = cache
+            return rows[jnp.arange(len(tokens)), before, tokens], (rows, tokens)
+
+        cache = jnp.repeat(tables, 3, axis=0), jnp.zeros(3 * len(tables), jnp.int32)
+        move = lambda cache, rows: jax.tree.map(lambda leaf: leaf[rows], cache)  # noqa: E731
+        return beam_search(step, move, cache, jnp.full(len(tables), FIRST), end=end, **how)
+
+    end = jnp.array([END, 5, -1])
+    together = of(tables, end)
+    lengths = np.asarray(together.lengths)
+    assert lengths.min() == 1 and lengths.max() == 6
+    assert 2 not in np.asarray(together.tokens) and (np.asarray(together.tokens) == 5).any()
+    for source in range(3):
+        alone = of(tables[source : source + 1], end)
+        assert texts(alone) == texts(together, source)
+        np.testing.assert_allclose(alone.scores[0], together.scores[source], rtol=1e-6)
+        for text in texts(alone):
+            assert not {END, 5} & set(text[:-1]) and (text[-1] in (END, 5) or len(text) == 6)
