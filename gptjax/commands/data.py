@@ -68,8 +68,9 @@ class Command:
             for name in (data.train_split, data.eval_split):
                 split = corpus.split(name, data.split_by)
                 print(f"{corpus.name} {name}: {len(split):,} records; the first begins {split[0].text[:60]!r}")
-                for reason, number in dropped(split).most_common() if isinstance(data, DialogueConfig) else ():
-                    print(f"  {number:,} left out: {reason}")
+                if isinstance(data, DialogueConfig):
+                    for reason, number in dropped(split).most_common():
+                        print(f"  {number:,} left out: {reason}")
         print(f"digest {corpus.digest}, in {corpus.folder}")
 
     def _cache(self) -> None:

@@ -12,7 +12,7 @@ from jax import Array
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.beam import Found, beam_search, better
+from gptjax.infer.beam import Found, at_least_greedy, beam_search
 from gptjax.model.cache import At, empty_cache, memory_of
 from gptjax.model.gpt import forward
 from gptjax.model.loss import logits
@@ -43,7 +43,7 @@ class Writing:
         def write(params: Any, source: Array, segments: Array) -> Found:
             memory = self.network.alone.encode(params, source, segments, None)
             found = self.searched(params, memory, segments, self.beams)
-            return better(found, self.searched(params, memory, segments, 1)) if self.beams > 1 else found
+            return at_least_greedy(found, self.searched(params, memory, segments, 1)) if self.beams > 1 else found
 
         return jax.jit(write)
 
@@ -74,8 +74,9 @@ class Writing:
             jnp.full(len(memory), self.start, jnp.int32),
             beams=beams,
             max_tokens=size,
-            end=self.end,
+            end=jnp.array([self.end]),
             length_penalty=self.length_penalty,
+            early_stopping=False,
             allowed=self._allowed,
         )
 
