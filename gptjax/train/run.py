@@ -39,7 +39,7 @@ CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
 HISTORY, DATA = "history.jsonl", "data.json"
 COMMIT = "GPTJAX_COMMIT"
 """Environment variable that names the commit where no clone does."""
-PINS = {"init_from": "base.json", "reward": "reward.json"}
+PINS = {"init_from": "base.json", "reward": "reward.json", "distill.teacher": "teacher.json"}
 """Fields that name weights which no checkpoint of the run holds, and the files that hold their digests."""
 NEW_DATA = "give the old one, or --new-data to go on with this one"
 RESTORE = "put it back from a copy, or start a new run"
