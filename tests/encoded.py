@@ -32,7 +32,7 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import AnyStage, stage_class
 
-T, V = 48, 264
+T, V = 48, 266
 SHAPE: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "embed_dim": 16, "seq_len": T, "vocab_size": V}
 BERT: dict[str, Any] = {"causal": False, "norm_place": "after", "norm_embedding": True, "token_types": 2}
 BERT |= {"head_bias": True, "activation": "gelu"}
