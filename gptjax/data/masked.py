@@ -19,7 +19,6 @@ from gptjax.data.tokenizers.marks import Marks, marks, word_starts
 from gptjax.data.windows import Windows, cut_windows
 
 FOLLOWS, FOREIGN = 0, 1  # as `transformers` counts them
-TRIES = 8  # draws of another record, of which a split may have one alone
 
 
 class MaskedRows(NamedTuple):
@@ -71,7 +70,7 @@ class MaskedWindows(Windows):
     def made(self, indices: Sequence[int], rng: np.random.Generator) -> MaskedRows:
         about, texts, foreign = self._marks, [self.window(index) for index in indices], PADDING
         if self.masking.next_sentence and texts:
-            texts, foreign = self._pair(int(self.numbers[indices[0]]), texts[0], rng)
+            texts, foreign = self._pair(int(indices[0]), texts[0], rng)
         ids = np.concatenate([[about.cls], *(part for text in texts for part in (text, [about.sep]))]).astype(np.int32)
         ids = ids[: len(ids) * bool(texts)]
         chosen, room = self._hidden(ids, rng), num_hidden(self.masking, self.seq_len)
@@ -94,18 +93,23 @@ class MaskedWindows(Windows):
         chosen[np.flatnonzero(chosen)[num_hidden(self.masking, self.seq_len) :]] = False
         return chosen
 
-    def _pair(self, record: int, text: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+    def _pair(self, index: int, text: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
         """A text cut in two, at the end of a sentence where it has one; and, in half of the cases, the beginning of a
         text from elsewhere as its second part."""
         inside = np.flatnonzero(self.ends_sentence(text)[:-1]) + 1
         at = int(rng.choice(inside)) if len(inside) else int(rng.integers(1, len(text)))
         if rng.random() < 0.5:
             return [text[:at], text[at:]], FOLLOWS
-        for _ in range(TRIES):
-            other = int(rng.integers(len(self.numbers)))
-            if self.numbers[other] != record:
-                break
-        return [text[:at], self._from_sentence(self.window(other))[: self.seq_len - 3 - at]], FOREIGN
+        return [text[:at], self._from_sentence(self.window(self._other(index, rng)))[: self.seq_len - 3 - at]], FOREIGN
+
+    def _other(self, index: int, rng: np.random.Generator) -> int:
+        """A window of another record, each as likely; of a split that is one record another window."""
+        record = self.numbers[index]
+        first, end = map(int, np.searchsorted(self.numbers, [record, record + 1]))
+        if end - first == len(self.numbers):
+            first, end = index, index + 1
+        drawn = int(rng.integers(len(self.numbers) - (end - first)))
+        return drawn if drawn < first else drawn + end - first
 
     def _from_sentence(self, text: np.ndarray) -> np.ndarray:
         """A text from the beginning of a sentence on, where it has one, as that of a text that follows does."""

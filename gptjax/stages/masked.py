@@ -107,18 +107,33 @@ class Masked(FromExamples[MaskedWindows]):
         own, theirs, name = self.config.model, self.taught.config.model, self.config.distill.teacher
         if TRANSFORM not in self.taught.heads:
             raise UserError(f"distill.teacher = {name}: tells no hidden words; name a run of stage masked")
-        for field in ("embed_dim", "vocab_size", "seq_len"):
+        for field in ("embed_dim", "vocab_size", "seq_len", *self._block):
             if getattr(own, field) != getattr(theirs, field):
+                shown = getattr(theirs, field)
+                shown = ",".join(shown) if isinstance(shown, tuple) else str(shown).lower()
                 raise UserError(
-                    f"distill.teacher = {name}: its model.{field} is {getattr(theirs, field)}, not "
-                    f"{getattr(own, field)}; set --model.{field} {getattr(theirs, field)}"
+                    f"distill.teacher = {name}: its model.{field} is {shown}, not {getattr(own, field)}; set "
+                    f"--model.{field} {shown}"
                 )
-        if not self.config.init_from and theirs.num_layers % own.num_layers:
+        if self.config.init_from:
+            return
+        if theirs.num_layers % own.num_layers:
             near = nearest_divisor(theirs.num_layers, own.num_layers)
             raise UserError(
                 f"model.num_layers = {own.num_layers}: the run starts with every so many of the teacher's "
                 f"{theirs.num_layers} layers; nearest {near}"
             )
+
+    @property
+    def _block(self) -> tuple[str, ...]:
+        """Fields of a model in which one that begins with a teacher's layers does not differ."""
+        if self.config.init_from:
+            return ()
+        from gptjax.stages.weights import BLOCK
+
+        own = self.config.model
+        untyped = not own.token_types and own.positions == "learned"  # see _from_teacher
+        return tuple(field for field in BLOCK if not (untyped and field == "token_types"))
 
     def of_weights(self, load: Callable[[Any], Any], places: Any) -> Any:
         """The teacher, and the model from its own weights or from some of the teacher's layers."""

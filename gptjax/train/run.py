@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from gptjax import bucket
-from gptjax.config import Config, PolicyConfig, RewardedConfig, from_json, to_json, validate
+from gptjax.config import Config, MaskedConfig, PolicyConfig, RewardedConfig, from_json, to_json, validate
 from gptjax.config.fields import OnResume
 from gptjax.config.saved import Change, changes, get
 from gptjax.data import files
@@ -39,7 +39,7 @@ CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer"
 HISTORY, DATA = "history.jsonl", "data.json"
 COMMIT = "GPTJAX_COMMIT"
 """Environment variable that names the commit where no clone does."""
-PINS = {"init_from": "base.json", "reward": "reward.json"}
+PINS = {"init_from": "base.json", "reward": "reward.json", "distill.teacher": "teacher.json"}
 """Fields that name weights which no checkpoint of the run holds, and the files that hold their digests."""
 NEW_DATA = "give the old one, or --new-data to go on with this one"
 RESTORE = "put it back from a copy, or start a new run"
@@ -68,6 +68,8 @@ def located(config: Config) -> Config:
         config = replace(config, reward=judge(config.reward), gold=judge(config.gold))
     if isinstance(config, PolicyConfig):
         config = replace(config, ptx=replace(config.ptx, source=found(config.ptx.source)))
+    if isinstance(config, MaskedConfig):
+        config = replace(config, distill=replace(config.distill, teacher=whole(config.distill.teacher)))
     data = replace(config.data, source=found(config.data.source))
     train = replace(config.train, local_dir=whole(config.train.local_dir))
     return replace(config, data=data, train=train, init_from=whole(config.init_from))
