@@ -100,7 +100,8 @@ class MaskedWindows(Windows):
         at = int(rng.choice(inside)) if len(inside) else int(rng.integers(1, len(text)))
         if rng.random() < 0.5:
             return [text[:at], text[at:]], FOLLOWS
-        return [text[:at], self._from_sentence(self.window(self._other(index, rng)))[: self.seq_len - 3 - at]], FOREIGN
+        other = self._from_sentence(self.window(self._other(index, rng)))
+        return [text[:at], other[: len(text) - at]], FOREIGN  # as long as what followed: its length tells nothing
 
     def _other(self, index: int, rng: np.random.Generator) -> int:
         """A window of another record, each as likely; of a split that is one record another window."""
