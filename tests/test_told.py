@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gptjax.classes import of_classes, of_numbers
 from gptjax.errors import UserError
 from gptjax.evaluate import texts
-from gptjax.evaluate.classes import of_classes, of_numbers
 
 # Classes
 

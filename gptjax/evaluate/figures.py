@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from gptjax.classes import KINDS, of_each_class
 from gptjax.intervals import wilson
 
 LEVEL = 0.95
-KINDS = ("precision", "recall", "f1")
 DRAWS = 1000  # of the questions, for what is no mean of theirs
 
 
@@ -87,10 +87,3 @@ def classification(truth: Sequence[int], chosen: Sequence[int], names: Sequence[
         for c, name in enumerate(names)
     }
     return Measure({}, figures, {"rows": rows})
-
-
-def of_each_class(tables: np.ndarray) -> np.ndarray:
-    """Confusion tables [N, C, C], truth before choice -> KINDS, [3, N, C]; 0 of a class that does not occur."""
-    right = np.diagonal(tables, axis1=1, axis2=2)
-    chosen, asked = tables.sum(1), tables.sum(2)
-    return np.stack([k * right / np.maximum(of, 1) for k, of in ((1, chosen), (1, asked), (2, chosen + asked))])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax.classes import of_classes, of_numbers
 from gptjax.config import ClassifyConfig, Config
 from gptjax.data.classed import LabelledRows, LabelledTexts, frame, labelled_row, open_labelled
 from gptjax.data.examples import eval_batches
@@ -16,7 +17,6 @@ from gptjax.data.rows import Rows
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
-from gptjax.evaluate.classes import of_classes, of_numbers
 from gptjax.model.accounting import head_flops, head_params, num_params
 from gptjax.model.heads import CLASSIFIER, POOLER, init_heads, is_head, pooled, told
 from gptjax.stages.from_examples import FromExamples

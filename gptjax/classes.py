@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gptjax.evaluate.figures import KINDS, of_each_class
+KINDS = ("precision", "recall", "f1")
 
 
 def of_classes(truth: ArrayLike, told: ArrayLike, count: int) -> dict[str, float]:
@@ -47,3 +47,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     """From 1, the lowest; equal values share the mean of their places."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def of_each_class(tables: np.ndarray) -> np.ndarray:
+    """Confusion tables [N, C, C], truth before choice -> KINDS, [3, N, C]; 0 of a class that does not occur."""
+    right = np.diagonal(tables, axis1=1, axis2=2)
+    chosen, asked = tables.sum(1), tables.sum(2)
+    return np.stack([k * right / np.maximum(of, 1) for k, of in ((1, chosen), (1, asked), (2, chosen + asked))])
