@@ -92,7 +92,7 @@ def random_table(seed: int, size: int = V, spread: float = 2.0, ending: float = 
 CHAINS = st.builds(random_table, st.integers(0, 2**32 - 1), ending=st.floats(-3, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([-1.0, 0.0, 0.6, 1.0, 2.0]))
 def test_beams_for_every_text_rank_them_all(table: np.ndarray, penalty: float) -> None:
     possible = every_text(V, T)
@@ -106,7 +106,7 @@ def test_beams_for_every_text_rank_them_all(table: np.ndarray, penalty: float) -
     np.testing.assert_allclose(found.totals[0, :121], [total(table, text) for text in ours[:121]], atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([-1.0, 0.0, 2.0]), st.sampled_from([False, True, "never"]))
 def test_one_beam_is_greedy(table: np.ndarray, penalty: float, early_stopping: Any) -> None:
     found = search(table, penalty, beams=1, early_stopping=early_stopping)
@@ -124,7 +124,7 @@ def test_one_beam_is_greedy_where_a_long_sum_rounds() -> None:
     assert texts(search(table, beams=1, max_tokens=64)) == [text]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([0.0, 1.0]), st.integers(2, 3))
 def test_what_is_found_is_told_right_and_never_below_greedy_where_asked(
     table: np.ndarray, penalty: float, beams: int
