@@ -92,7 +92,7 @@ def random_table(seed: int, size: int = V, spread: float = 2.0, ending: float = 
 CHAINS = st.builds(random_table, st.integers(0, 2**32 - 1), ending=st.floats(-3, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([-1.0, 0.0, 0.6, 1.0, 2.0]))
 def test_beams_for_every_text_rank_them_all(table: np.ndarray, penalty: float) -> None:
     possible = every_text(V, T)
@@ -106,7 +106,7 @@ def test_beams_for_every_text_rank_them_all(table: np.ndarray, penalty: float) -
     np.testing.assert_allclose(found.totals[0, :121], [total(table, text) for text in ours[:121]], atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([-1.0, 0.0, 2.0]), st.sampled_from([False, True, "never"]))
 def test_one_beam_is_greedy(table: np.ndarray, penalty: float, early_stopping: Any) -> None:
     found = search(table, penalty, beams=1, early_stopping=early_stopping)
@@ -116,15 +116,15 @@ def test_one_beam_is_greedy(table: np.ndarray, penalty: float, early_stopping: A
 
 
 def test_one_beam_is_greedy_where_a_long_sum_rounds() -> None:
-    """Tokens a millionth of a nat apart, behind sums in which as much is lost."""
-    table = random_table(0, spread=1e-6)
+    """Tokens a millionth of a nat apart, behind sums in which as much is lost: the last stays the likeliest."""
+    table = np.broadcast_to(np.float32(1e-6) * np.arange(V, dtype=np.float32), (V, V, V)).copy()
     table[..., END] = -5
     text = greedy_text(table, 64)
-    assert len(text) == 64 and len(set(text)) > 1
+    assert text == (V - 1,) * 64
     assert texts(search(table, beams=1, max_tokens=64)) == [text]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CHAINS, st.sampled_from([0.0, 1.0]), st.integers(2, 3))
 def test_what_is_found_is_told_right_and_never_below_greedy_where_asked(
     table: np.ndarray, penalty: float, beams: int
@@ -159,8 +159,8 @@ def test_a_beam_search_may_lose_to_greedy_unless_it_is_kept() -> None:
     kept = at_least_greedy(found, greedy)
     assert texts(kept) == [(1, 3, END), texts(found)[0]]
     np.testing.assert_allclose(kept.scores[0], [greedy.scores[0, 0], found.scores[0, 0]])
-    again = at_least_greedy(kept, greedy)
-    assert texts(again) == texts(kept)
+    rounded = greedy._replace(scores=greedy.scores + 1e-6)  # as programs of other shapes may have it
+    assert texts(at_least_greedy(kept, rounded)) == texts(kept)
 
 
 def test_sources_do_not_mind_each_other_and_what_is_not_allowed_is_never_drawn() -> None:
