@@ -173,7 +173,7 @@ def _plain_scores(stage: Any, params: Any, rows: MaskedRows) -> tuple[np.ndarray
     """Of hidden words [b, M, V] and of pairs [b, 2], by numpy in float64 from the encoder's states on."""
     from scipy.special import erf
 
-    _, head, hidden = stage.heard(params, rows, None)
+    _, _, hidden = stage.heard(params, rows, None)
     of = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     states = np.asarray(hidden, np.float64)
     x = states[np.arange(len(states))[:, None], rows.places] @ of["transform"]["dense"]["kernel"]

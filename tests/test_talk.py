@@ -36,7 +36,8 @@ class Terminal:
         self.monkeypatch, self.capsys = monkeypatch, capsys
 
     def __call__(self, model: api.Model, line: str, stdin: bytes = b"") -> str:
-        self.monkeypatch.setattr(api, "load", lambda *_, **__: model)
+        for name in ("load", "load_any"):
+            self.monkeypatch.setattr(api, name, lambda *_, **__: model)
         self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), errors="surrogateescape"))
         assert cli.run(line.split(" ")) == 0
         return self.capsys.readouterr().out
