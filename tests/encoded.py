@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pytest
 from flax import linen as nn
 
 from gptjax import cli
@@ -28,6 +29,7 @@ from gptjax.config import (
 )
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import load_tokenizer
+from gptjax.errors import UserError
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import AnyStage, stage_class
@@ -155,10 +157,9 @@ def train(config: Config, folder: Path, *words: str) -> Path:
     return run
 
 
-def refusal(config: Config, folder: Path, capsys: Any, *words: str) -> str:
+def refusal(config: Config, folder: Path, *words: str) -> str:
     """The one line that a user gets who trains it."""
-    assert cli.run(["train", file_of(config, folder), "--run", str(folder / "run"), *words]) != 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert not (folder / "run").exists()
-    return lines[0]
+    with pytest.raises(UserError) as caught:
+        cli.run(["train", file_of(config, folder), "--run", str(folder / "run"), *words])
+    assert "\n" not in str(caught.value) and not (folder / "run").exists()
+    return str(caught.value)

@@ -1,6 +1,7 @@
 """Masked words and next sentences: rows, losses, a teacher, runs. Run: pytest tests/test_masked.py"""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from gptjax.config import DistillConfig, MaskedConfig, MaskingConfig, OptimizerC
 from gptjax.data.masked import FOLLOWS, FOREIGN, MaskedRows
 from gptjax.data.rows import PADDING
 from gptjax.data.tokenizers.marks import Marks, marks
+from gptjax.errors import UserError
 from gptjax.model.gpt import layers_of
 from gptjax.model.loss import Head, logits
 from gptjax.stages import Base
@@ -99,7 +101,7 @@ def test_a_row_is_two_texts_of_which_the_second_follows_or_is_foreign(stage: Mas
         kinds.append(int(row.foreign))
         if row.foreign == FOLLOWS:
             np.testing.assert_array_equal(np.concatenate([first, second]), found.window(index))
-        else:
+        elif len(second) > 5:  # fewer may be of any record
             record = found.numbers[index]
             theirs = {found.numbers[i] for i in range(len(found)) if second.tobytes() in found.window(i).tobytes()}
             assert theirs and record not in theirs  # each record has a letter that no other has
@@ -206,6 +208,7 @@ def _whole_and_in_parts(stage: Any, params: Any, rows: Any) -> tuple[Any, Any]:
     return graded(params, rows), jax.tree.map(lambda *parts: sum(parts), *each)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_one_and_of_all_learn_the_same(stage: Masked, params: Any) -> None:
     """And empty rows, as at the end of an epoch, nothing."""
     rows = _batch(stage, 5, empty=2)
@@ -264,6 +267,7 @@ def _saved(run: Path) -> dict[str, Any]:
     return jax.device_get(weights.load(weights.config.model, shapes))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     bert: MaskedConfig, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +325,7 @@ def _first(config: MaskedConfig) -> tuple[Masked, dict[str, Any]]:
     return stage, jax.device_get(found)
 
 
+@pytest.mark.slow
 def test_a_student_begins_with_every_other_layer_of_its_teacher(taught: MaskedConfig, whole_run: Path) -> None:
     stage, found = _first(taught)
     teacher = _saved(whole_run)
@@ -334,6 +339,7 @@ def test_a_student_begins_with_every_other_layer_of_its_teacher(taught: MaskedCo
     jax.tree.map(np.testing.assert_array_equal, found[TEACHER], {k: teacher[k] for k in found[TEACHER]})
 
 
+@pytest.mark.slow
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn_of_it(taught: MaskedConfig) -> None:
     """And one that does not learns by the cross-entropy of both, in float64."""
     stage, found = _first(replace(taught, model=replace(taught.model, num_layers=4)))
@@ -372,8 +378,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn_of_it(taught: Ma
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads[TEACHER]))
 
 
+@pytest.mark.slow
 def test_a_teacher_is_in_no_checkpoint_and_pinned(
-    taught: MaskedConfig, student: Path, whole_run: Path, capsys: Any, tmp_path: Path
+    taught: MaskedConfig, student: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     last = records(student, "train")[-1]["step"]
     held = json.loads((student / "checkpoints" / str(last) / "meta" / "metadata").read_text())["arrays"]
@@ -384,16 +391,11 @@ def test_a_teacher_is_in_no_checkpoint_and_pinned(
     other = tmp_path / "other"
     moved = whole_run.rename(tmp_path / "kept")
     try:
-        import shutil
-
         shutil.copytree(moved, other)
-        stage = Masked(open_weights(str(moved)).config, "cpu")  # type: ignore[arg-type]
         assert cli.run(["train", "--resume", str(other), "--train.epochs", "1.2"]) == 0
-        assert stage and other.rename(whole_run)
-        capsys.readouterr()
-        assert cli.run(again) != 0
-        assert "distill.teacher" in (said := capsys.readouterr().err) and "not the weights" in said
-        assert len(said.strip().splitlines()) == 1
+        other.rename(whole_run)
+        with pytest.raises(UserError, match="distill.teacher = .*: not the weights that"):
+            cli.run(again)
     finally:
         shutil.rmtree(whole_run, ignore_errors=True)
         moved.rename(whole_run)
@@ -404,11 +406,9 @@ def test_a_teacher_is_in_no_checkpoint_and_pinned(
 # What a user may get wrong
 
 
-def test_wrong_inputs_are_one_line(
-    bert: MaskedConfig, taught: MaskedConfig, whole_run: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_wrong_inputs_are_one_line(bert: MaskedConfig, taught: MaskedConfig, whole_run: Path, tmp_path: Path) -> None:
     def said(config: MaskedConfig, *words: str) -> str:
-        return refusal(config, tmp_path, capsys, *words)
+        return refusal(config, tmp_path, *words)
 
     assert "model.causal = true: stage masked has false there" in said(bert, "--model.causal", "true")
     assert "model.vocab_size = 250" in said(bert, "--model.vocab_size", "250")

@@ -119,11 +119,15 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
 def first_params(stage: AnyStage, load: Callable[[Any], Any], places: Any, heads: Collection[str] = frozenset()) -> Any:
     """Those that a run begins with, or a part of them, where `places` says; `load` gives those of a model, its `heads`
     among them. Adapters and other heads are born here."""
-    base, born = split(places, lambda name: stage.is_born(name) and name.split("/")[0] not in heads)
+
+    def is_born(name: str) -> bool:
+        return stage.is_born(name) and name.split("/")[0] not in heads
+
+    base, born = split(places, is_born)
     params = stage.of_weights(load, base)
     if born:
         shardings = jax.tree.map(lambda place: place.sharding, born)
-        make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), stage.is_born)[1], out_shardings=shardings)
+        make = jax.jit(lambda key: split(nn.unbox(stage.init(key)), is_born)[1], out_shardings=shardings)
         params = join(params, make(jax.random.key(stage.config.train.seed)))
     return params
 
