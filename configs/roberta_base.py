@@ -1,4 +1,4 @@
-"""RoBERTa base (arXiv 1907.11692): BERT base without the question of sentences, in large batches. Hardware: 64 x TPU v5e.
+"""RoBERTa base (arXiv 1907.11692): BERT base without pairs of sentences, in large batches. Hardware: 64 x TPU v5e.
 
     gptjax train configs/roberta_base.py --data.source 'text/*.jsonl' --data.tokenizer DIR
 

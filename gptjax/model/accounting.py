@@ -142,11 +142,13 @@ class Reading:
         frozen matrices are multiplied going forward and for the gradient of what went in, not for one of their own. 6 V
         D again with an adapter for the embedding, whose gradient is that of the whole table. Attention has no weights,
         and costs what it did. A model that does not predict, such as a reward model, has no term in V D. One that
-        is asked for hidden tokens has V D and the D² of its transform M / T times, and D² of a pooler once a row; of the
-        last few numbers none are counted. Forward alone is a third of what is trained whole.
+        is asked for hidden tokens has V D and the D² of its transform M / T times, and D² of a pooler once a row; none
+        of the last few numbers is counted. Forward alone is a third of what is trained whole.
         """
         c, (layer, head, adapter) = self.model, self.products_per_weight
-        weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim * (self.scored / c.seq_len)
+        weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim * (
+            self.scored / c.seq_len
+        )
         weights += head * c.embed_dim**2 * (self.places + self.pooled) / c.seq_len
         keys = sum(mean_keys(kind, c.seq_len, c.window, c.causal) for kind in c.layer_kinds)
         keys += c.num_layers * self.memory_length * c.cross_attention

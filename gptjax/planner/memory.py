@@ -108,8 +108,8 @@ def saved(place: Place, remat: str | None = None) -> float:
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner products
         return (heads + normaliser + shared) * (1 + across) + qkv + up
     # q, k and v for each head of queries, attention's output as it leaves the kernel and as the projection takes it,
-    # the MLP's inner products and what goes down; the norms' inputs and outputs; a byte for each number that dropout may
-    # take. Only what leaves attention's kernel is padded. Cross-attention keeps the keys and values that it looks at.
+    # the MLP's inner products and what goes down; the norms' inputs and outputs; a byte a number for dropout.
+    # Only what leaves attention's kernel is padded. Cross-attention keeps the keys and values that it looks at.
     down = token * place.products["mlp_down"].inner * (1 + model.gated)
     kept = 2 * heads + 3 * queries + up + down + normaliser + 2 * whole + 2 * shared
     if across:

@@ -17,7 +17,7 @@ from gptjax.parallel import pipeline
 from gptjax.planner.chips import Topology
 from gptjax.planner.products import Product
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
-from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
+from gptjax.sharding.rules import Rules, is_boxed, is_vector, leaf_name, partition_spec, rule_table
 from gptjax.stages import AnyStage, stage_class
 from gptjax.train.step import muon_axes
 
@@ -212,7 +212,7 @@ class Place:
     @property
     def vectors(self) -> float:
         """Bytes of the gradients of a stage's biases and LayerNorms, whole."""
-        arrays = [array for array in self.trained if array.name.endswith(("bias", "scale"))]
+        arrays = [array for array in self.trained if is_vector(array.name)]
         return FLOAT * sum(math.prod(array.shape) for array in arrays) / self.mesh["pipeline"]
 
     @property

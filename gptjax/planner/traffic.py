@@ -135,7 +135,8 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     # A pooler's gradient is made of its rows, which are few.
     square = model.embed_dim**2 * place.width if reading.places else 0.0
     add("all-gather", ("fsdp",), "what stands on an encoder", place.heads)
-    add("all-reduce", (*others, "fsdp"), "gradient of the transform", trained * square * micro)
+    add("reduce-scatter", ("fsdp",), "gradient of the transform", trained * square * micro)
+    add("all-reduce", others, "gradient of the transform", trained * square / fsdp * micro)
     if place.restarts:
         wide = positions * FLOAT / place.width / mesh["tensor"]
         add("all-reduce", (*others, "fsdp"), "positions' gradient", whole * wide * micro)
