@@ -21,8 +21,9 @@ from gptjax.config import Config, LayoutConfig, SFTConfig, to_json
 from gptjax.config.load import load_config
 from gptjax.data.rows import PADDING, Rows, next_token
 from gptjax.errors import UserError
-from gptjax.model.accounting import num_params, scalar_params
+from gptjax.model.accounting import num_params
 from gptjax.model.gpt import GPT, forward
+from gptjax.model.heads import HEADS
 from gptjax.model.loss import log_probs
 from gptjax.planner.bill import read
 from gptjax.planner.chips import Chip, Topology, topology
@@ -448,10 +449,9 @@ def test_shipped_config(path: Path, tmp_path: Path) -> None:
     task = stage_class(config)(config, "tpu", layout)
     state = abstract_state(config, task)
     model = config.model
-    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    head = 0 if config.predicts else scalar_params(model)
-    decoder = {name: part for name, part in state.params.items() if name not in task.apart}
-    assert sum(leaf.size for leaf in jax.tree.leaves(decoder)) == num_params(model) + padding + head
+    padding = (model.padded_vocab_size - model.vocab_size) * (model.embed_dim + model.head_bias)
+    whole = {name: part for name, part in state.params.items() if name not in task.apart or name in HEADS}
+    assert sum(leaf.size for leaf in jax.tree.leaves(whole)) == task.num_params + padding
     assert layout.replicated(state) == []
     kernel = layout.shardings(state).params
     for leaf in jax.tree.leaves(kernel):
@@ -460,6 +460,21 @@ def test_shipped_config(path: Path, tmp_path: Path) -> None:
         specs = {str(sharding.spec) for sharding in jax.tree.leaves(kernel)}
         assert any("fsdp" in spec for spec in specs)
     assert path.read_text().count("\n") <= 40
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [  # as transformers counts the parameters of its classes
+        ("bert_base", 110_106_428),  # BertForPreTraining
+        ("bert_large", 336_226_108),
+        ("roberta_base", 124_697_433),  # RobertaForMaskedLM
+        ("t5_small", 60_506_624),  # T5ForConditionalGeneration
+        ("transformer_base", 63_082_496),  # MarianMTModel, but for its waves, which are none here
+    ],
+)
+def test_encoders_have_the_published_parameters(name: str, count: int) -> None:
+    config = load_config(str(CONFIGS / f"{name}.py"), [])
+    assert stage_class(config)(config, "cpu").num_params == count
 
 
 def test_gpt3_sizes_are_the_papers() -> None:

@@ -20,7 +20,20 @@ from rich.console import Console
 from shipped import CONFIGS, PATHS, shipped
 
 from gptjax import cli
-from gptjax.config import Config, DialogueConfig, LayoutConfig, LoRAConfig, ModelConfig, SFTConfig, TrainConfig
+from gptjax.config import (
+    ClassifyConfig,
+    Config,
+    DenoiseConfig,
+    DialogueConfig,
+    EncoderDecoderConfig,
+    LabelledConfig,
+    LayoutConfig,
+    LoRAConfig,
+    MaskedConfig,
+    ModelConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from gptjax.config.load import load_config
 from gptjax.data.rows import Rows
 from gptjax.data.sources import build
@@ -59,8 +72,23 @@ LAYERS = LoRAConfig(rank=8, matrices=("qkv", "projection", "mlp_up", "mlp_down")
 LATER = replace(SMALL.model, num_heads=16, num_kv_heads=8, head_size=16, mlp_size=512, tied_head=False)
 LLAMA = replace(LATER, norm="rms", positions="rotary", activation="swiglu", qkv_bias=False, biases=False)
 FALCON = replace(LATER, positions="rotary", activation="gelu", parallel_mlp="one_norm", tied_head=True)
+BERT = replace(SMALL.model, causal=False, norm_place="after", norm_embedding=True, token_types=2, head_bias=True)
+WAVES = replace(SMALL.model, norm_place="after", positions="sinusoidal", scale_embedding=True, activation="relu")
+DISTANCES = replace(LLAMA, num_kv_heads=0, positions="relative", scale_scores=False, activation="relu", tied_head=True)
+
+
+def both_sides(block: ModelConfig) -> EncoderDecoderConfig:
+    """An encoder-decoder of such layers, whose decoder has half the length."""
+    decoder = replace(block, seq_len=128, cross_attention=True)
+    return DenoiseConfig("both", decoder, train=SMALL.train, encoder=replace(block, causal=False))
+
+
 KINDS = {
     "pretrain": SMALL,
+    "bert": MaskedConfig("bert", BERT, train=SMALL.train),
+    "classify": ClassifyConfig("classify", BERT, LabelledConfig("labels.jsonl"), train=SMALL.train),
+    "waves": both_sides(WAVES),
+    "t5": both_sides(DISTANCES),
     "llama": replace(SMALL, model=LLAMA),
     "falcon": replace(SMALL, model=FALCON),
     "sft": TUNING,
@@ -286,14 +314,18 @@ TUNED = [("sft", layout) for layout in ("fsdp", "fsdp_tensor", "context", "pipel
 ADAPTED = [("lora", layout) for layout in ("fsdp", "data", "tensor", "fsdp_tensor_sequence", "pipeline_fsdp")]
 LATER_ONES = [("llama", layout) for layout in BILLED if "replica" not in layout]
 LATER_ONES += [("falcon", layout) for layout in ("fsdp_tensor", "fsdp_tensor_sequence")]
+ENCODERS = [("bert", "fsdp_tensor"), ("bert", "pipeline_fsdp"), ("t5", "fsdp_tensor")]
 COVERED = [("lora", layout) for layout in ("fsdp_tensor", "replica_fsdp", "pipeline_tensor")]
-"""Of the parts of others: the network's axes as without adapters, and what adapters add on the axes above."""
+COVERED += [("bert", "fsdp"), ("bert", "data"), ("bert", "fsdp_tensor_sequence"), ("classify", "fsdp_tensor")]
+COVERED += [("waves", layout) for layout in ("fsdp", "data", "tensor")] + [("t5", "fsdp_tensor_sequence")]
+"""Of the parts of others: the network's axes as without adapters, and what adapters add on the axes above; of encoders
+all that one axis carries."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [*PRETRAINED, *LATER_ONES, *TUNED, *ADAPTED, ("lora of layers", "fsdp_tensor")]
+    [*PRETRAINED, *LATER_ONES, *TUNED, *ADAPTED, *ENCODERS, ("lora of layers", "fsdp_tensor")]
     + [pytest.param(*each, marks=pytest.mark.whole) for each in COVERED],
 )
 def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
@@ -302,7 +334,7 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
     lowered, mesh = lower(config, CPU)
     compiled, here = lowered.compile(), place(config, CPU)
     held = 4 * (here.local_trained + here.local_moments) + here.local_frozen
-    batch = 4 * (2 if kind in ("pretrain", "llama", "falcon") else 4) * 32 // here.ways("batch") * 256
+    batch = 4 * sum(leaf.size for leaf in jax.tree.leaves(here.stage.row)) * 32 // here.ways("batch")
     assert compiled.memory_analysis().argument_size_in_bytes - batch == pytest.approx(held, rel=1e-3)
     # With the residual cut as well, this compiler turns what was looked up once more, over fsdp: 6% of that axis.
     program = read(compiled.as_text(), mesh, config.max_accumulation)
@@ -310,7 +342,7 @@ def test_formulas_are_what_the_program_sends(kind: str, layout: str) -> None:
 
 
 def billed_config(config: Config, layout: str, remat: str = "none") -> Config:
-    config = replace(config, layout=BILLED[layout], model=replace(config.model, remat=remat))
+    config = replace(config, layout=BILLED[layout]).with_models(remat=remat)
     if config.layout.pipeline > 1:  # this compiler gathers a stage's weights once a step, the TPU's once a micro-batch
         config = replace(config, train=replace(config.train, micro_batch_size=32))
     return config
@@ -768,6 +800,56 @@ def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
     """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512, and a LLaMA."""
     where, peak = target(path)
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
+
+
+ENCODING = ("bert_base", "bert_large", "roberta_base", "t5_small", "transformer_base")
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_the_formula_for_memory_of_what_encodes(name: str) -> None:
+    """Within 10% of what the TPU compiler gave."""
+    where, peak = target(CONFIGS / f"{name}.py")
+    config = load_config(str(CONFIGS / f"{name}.py"), [])
+    assert priced(config, topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.1)
+
+
+def test_products_of_an_encoder_decoder_are_its_flops() -> None:
+    """Each matrix once a token of the text that goes through it, and the keys of both texts."""
+    here = place(replace(KINDS["t5"], layout=LayoutConfig(fsdp=4, tensor=2)), CPU)
+    decoder, encoder = here.learners
+    rows, dim, heads = 4, 256, 16 * 16
+    forward = 2 * rows / 2 * (128 * (6 * dim * heads + 2 * dim * 512) + 256 * 2 * dim * heads)
+    assert sum(product.flops for product in decoder.products.values()) == forward
+    assert sum(product.flops for product in encoder.products.values()) == 2 * rows / 2 * 256 * (
+        4 * dim * heads + 2 * dim * 512
+    )
+    keys = 4 * (65 / 2 + 32 + 256)  # of four layers: the mean of 1 to 128 of its own, and all that it looks at
+    weights = 4 * (6 * dim * heads + 2 * dim * 512) + 512 * dim + 4 * 2 * dim * heads * 256 / 128
+    assert decoder.reading.flops_per_token == pytest.approx(6 * weights + 12 * heads * (keys))
+    assert encoder.reading.flops_per_token == 4 * (6 * (4 * dim * heads + 2 * dim * 512) + 12 * heads * 256)
+
+
+def test_an_encoder_is_scored_at_its_hidden_places() -> None:
+    """15% of 256 places go through the transform and the head, and the first token of a row through the pooler."""
+    (reading,) = place(replace(KINDS["bert"], layout=LayoutConfig(fsdp=8)), CPU).stage.learning
+    layers = 4 * (6 * 12 * 256**2 + 12 * 256 * 256)
+    heads = 6 * (38 * (256**2 + 512 * 256) + 256**2) / 256
+    assert reading.flops_per_token == pytest.approx(layers + heads)
+
+
+@pytest.mark.parametrize(("name", "said"), [("bert_base", ""), ("t5_small", "and of the 512 that it looks at 6.3 MB")])
+def test_plan_says_what_generation_keeps_only_of_what_writes(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rematerialisation is both sides'. T5 small by hand: 2 bytes x 6 layers x 2 x 512 numbers x 512 tokens."""
+    words = ["plan", str(CONFIGS / f"{name}.py"), "--topology", "v5e-8", "--analytic", "--out", str(tmp_path)]
+    assert cli.run(words) == 0
+    text = capsys.readouterr().out
+    assert ("generation: keys and values" in text) == bool(said)
+    assert said in text
+    best = json.loads((tmp_path / f"{name}-v5e-8.json").read_text())["rows"][0]
+    again = load_config(words[1], best["flags"].split())
+    assert len({model.remat for model in again.models.values()}) == 1
 
 
 @pytest.mark.slow

@@ -434,7 +434,7 @@ def test_a_dry_run_of_a_resume(run: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_every_shipped_config_would_start_on_its_hardware(
     file: Path, corpus: Path, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the real process numbers of the pod that its header names, and GPT-2's own tokenizer (bytes for a LLaMA,
+    """With the real process numbers of the pod that its header names, and GPT-2's own tokenizer (bytes for those
     whose own is not at hand)."""
     pod = file.read_text().split("Compiled for ")[1].split(":")[0]
     place = [] if pod.startswith("cpu") else ["--topology", pod]
@@ -453,7 +453,9 @@ def test_every_shipped_config_would_start_on_its_hardware(
         words = [*start, "--data.source", str(shared / f"{data}.jsonl")]
     elif "gpt" in file.stem:
         words += ["--data.tokenizer", f"gpt2:{shared / 'gpt2-bpe'}"]
-    elif "llama" in file.stem:
+    elif file.stem == "transformer_base":
+        words = ["--data.source", str(shared / "gsm8k-train.jsonl"), "--data.fields", "question,answer"]
+    if file.stem.startswith(("llama", "bert", "roberta", "t5", "transformer")):
         words += ["--data.tokenizer", "bytes"]
     if file.stem == "shakespeare_cpu":
         words += ["--train.batch_size", "24", "--data.lanes", "8", "--train.micro_batch_size", "24"]  # 8 devices here

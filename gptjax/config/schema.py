@@ -2,8 +2,8 @@
 whether a run that goes on may change it.
 """
 
-from dataclasses import field
-from typing import Annotated, ClassVar, Literal
+from dataclasses import field, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field
 
@@ -205,6 +205,10 @@ class Config:
     def models(self) -> dict[str, ModelConfig]:
         """Section -> the models that are trained together."""
         return {"model": self.model}
+
+    def with_models(self, **values: Any) -> Self:
+        """The config with other values of some fields in each of its models."""
+        return replace(self, **{section: replace(model, **values) for section, model in self.models.items()})
 
     @property
     def starts_from(self) -> str:

@@ -79,14 +79,6 @@ def head_params(config: ModelConfig, names: Collection[str], classes: int = 0) -
     return sum(sizes[name] for name in names)
 
 
-def head_flops(config: ModelConfig, places: int, names: Collection[str]) -> int:
-    """Of a row, forward and backward: the transform at so many places, each of which is scored against the vocabulary,
-    and the pooler at one. Of the last few numbers none are counted."""
-    dim = config.embed_dim
-    scored = places * (dim * dim + config.vocab_size * dim) if "transform" in names else 0
-    return 6 * (scored + ("pooler" in names) * dim * dim)
-
-
 def mean_keys(kind: str, seq_len: int, window: int, causal: bool = True) -> float:
     """Keys that a query sees, averaged over positions: (T+1)/2 dense, W - W(W-1)/(2T) banded; T of an encoder's."""
     if not causal:
@@ -122,6 +114,12 @@ class Reading:
     lora: LoRAConfig | None = None
     predicts: bool = True
     """Whether it is asked for tokens; else the head over the vocabulary is not computed."""
+    own_table: bool = True
+    """Whether it reads by an embedding of its own; an encoder beside a decoder reads by the decoder's."""
+    places: int = 0
+    """M: hidden tokens of a sequence, which alone go through `transform` and are scored, where it does not predict."""
+    pooled: bool = False
+    """Whether the first token goes through `pooler`."""
     memory_length: int = 0
     """S: tokens of the text that each layer looks at by cross-attention."""
 
@@ -131,6 +129,11 @@ class Reading:
         return self.sequences * self.model.seq_len * self.flops_per_token
 
     @property
+    def scored(self) -> int:
+        """Tokens of a sequence that are scored against the vocabulary."""
+        return self.model.seq_len if self.predicts else self.places
+
+    @property
     def flops_per_token(self) -> float:
         """Model FLOPs, counting causality and the band exactly.
 
@@ -138,11 +141,15 @@ class Reading:
         Where adapters are trained, of P numbers in all layers, 4 (12 L D² + V D) + 6 P in place of the first term:
         frozen matrices are multiplied going forward and for the gradient of what went in, not for one of their own. 6 V
         D again with an adapter for the embedding, whose gradient is that of the whole table. Attention has no weights,
-        and costs what it did. A model that does not predict, such as a reward model, has no term in V D. Forward alone
-        is a third of what is trained whole.
+        and costs what it did. A model that does not predict, such as a reward model, has no term in V D. One that
+        is asked for hidden tokens has V D and the D² of its transform M / T times, and D² of a pooler once a row; none
+        of the last few numbers is counted. Forward alone is a third of what is trained whole.
         """
         c, (layer, head, adapter) = self.model, self.products_per_weight
-        weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim
+        weights = layer * c.num_layers * layer_weights(c) + head * c.vocab_size * c.embed_dim * (
+            self.scored / c.seq_len
+        )
+        weights += head * c.embed_dim**2 * (self.places + self.pooled) / c.seq_len
         keys = sum(mean_keys(kind, c.seq_len, c.window, c.causal) for kind in c.layer_kinds)
         keys += c.num_layers * self.memory_length * c.cross_attention
         memory = layer * c.num_layers * math.prod(memory_matrix(c)) * self.memory_length / c.seq_len
@@ -152,11 +159,10 @@ class Reading:
     @property
     def products_per_weight(self) -> tuple[int, int, int]:
         """FLOPs per token and number of a layer's matrix, of the head's and of an adapter's: 2 forward, 2 for the
-        gradient of what goes in, 2 for its own where it has one; 0 of a head that is not computed."""
+        gradient of what goes in, 2 for its own where it has one; of the head where it is computed."""
         if not self.trained:
-            return 2, 2 * self.predicts, 2
-        layer, head = (4, 6 if "embedding" in self.lora.matrices else 4) if self.lora else (6, 6)
-        return layer, head * self.predicts, 6
+            return 2, 2, 2
+        return *((4, 6 if "embedding" in self.lora.matrices else 4) if self.lora else (6, 6)), 6
 
     @property
     def products_per_key(self) -> int:

@@ -94,8 +94,9 @@ class Network:
     @property
     def _from_others(self) -> dict[str, Any]:
         """What the model takes of another, of the smallest shapes."""
-        width = self.config.model.embed_dim
-        return {"memory": jnp.zeros((1, 1, width))} if self.config.model.cross_attention else {}
+        if not self.config.model.cross_attention:
+            return {}
+        return {"memory": jnp.zeros((1, 1, self.config.model.embed_dim), self.plain_model.dtype)}
 
     def hidden(self, params: Any, rows: Rows, key: Array | None, **beside: Any) -> tuple[Array, Head]:
         """rows [b, T], in the order of `context` where the sequence is split -> hidden [b, T, D], and the head. beside:
@@ -137,7 +138,7 @@ class Encoder(Network):
 
     @property
     def _from_others(self) -> dict[str, Any]:
-        return {"table": jnp.zeros((1, self.config.model.embed_dim))}
+        return {"table": jnp.zeros((1, self.config.model.embed_dim), self.plain_model.dtype)}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ def passes(place: Place) -> dict[str, float]:
     width, float8, layers = place.width, model.fp8, place.layers
     each, in_head, in_adapter = place.reading.products_per_weight
     matrices = sum(_with_gradients(product, each, chip, width, float8) for product in place.products.values())
-    head = Product(place.outside_tokens, model.embed_dim, model.padded_vocab_size / place.mesh["tensor"])
+    scored, dim = place.outside_tokens * place.reading.scored / model.seq_len, model.embed_dim
+    head = Product(scored, dim, model.padded_vocab_size / place.mesh["tensor"])
+    transform = Product(place.outside_tokens * place.reading.places / model.seq_len, dim, dim)
+    heads = sum(_with_gradients(product, in_head, chip, width) for product in (head, transform) if product.rows)
     adapters = 2 * sum(place.adapters) / width * place.tokens * layers / (chip.flops * chip.matmul)
     attention = _attention(place)
     again = dict(place.recomputed) if trained else {}
@@ -39,7 +42,7 @@ def passes(place: Place) -> dict[str, float]:
     between = UNFUSED * width * place.between * place.tokens * layers / chip.hbm_rate
     crossings = 3 + (1 if model.remat == "full" else 0.5 if model.remat == "dots" else 0) if trained else 1
     return {
-        "matrix products": layers * matrices + in_adapter / 2 * adapters + _with_gradients(head, in_head, chip, width),
+        "matrix products": layers * matrices + in_adapter / 2 * adapters + heads,
         "recomputation": layers * remade + (adapters if again else 0.0) + attended,
         "attention": (3.5 if trained else 1) * attention,
         "memory traffic": crossings * between,
@@ -51,8 +54,9 @@ def _attention(place: Place) -> float:
     """Seconds of queries, keys and values of all layers, forward."""
     model, chip = place.model, place.topology.chip
     kinds = model.layer_kinds
-    keys = sum(mean_keys(kind, model.seq_len, model.window) + KERNEL_BLOCK for kind in kinds) / len(kinds)
-    flops = 4 * place.attention_width / place.mesh["tensor"] * min(keys, model.seq_len) * place.tokens * place.layers
+    keys = sum(mean_keys(kind, model.seq_len, model.window, model.causal) + KERNEL_BLOCK for kind in kinds) / len(kinds)
+    keys = min(keys, model.seq_len) + place.reading.memory_length
+    flops = 4 * place.attention_width / place.mesh["tensor"] * keys * place.tokens * place.layers
     return flops / (chip.flops * chip.matmul * ATTENTION_RATE)
 
 

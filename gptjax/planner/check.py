@@ -6,7 +6,7 @@ from collections import defaultdict
 from gptjax.planner.bill import Collective
 from gptjax.planner.place import Place
 from gptjax.planner.traffic import traffic
-from gptjax.sharding.rules import TOLERANCE
+from gptjax.sharding.rules import TOLERANCE, is_vector
 
 EXCESS = 1.25  # times the formula's bytes over the same mesh axes
 SHARE = 0.02  # of all that the step sends: below, a surprise does not matter
@@ -21,8 +21,7 @@ def replicated(place: Place) -> list[str]:
     for array in place.arrays:
         numbers, here = math.prod(array.shape), place.local(array)
         cut = math.prod(place.mesh[name] for axis in array.axes if axis for name in place.rules[axis])
-        vector = array.name.endswith(("bias", "scale"))
-        if numbers / cut - numbers / ways > TOLERANCE * total and not vector:
+        if numbers / cut - numbers / ways > TOLERANCE * total and not is_vector(array.name):
             rules = ", ".join(f"{axis} -> {' x '.join(place.rules[axis]) or 'nothing'}" for axis in array.axes if axis)
             size = array.dtype.itemsize * here / 1e6
             lines.append(f"{array.name}: {size:,.1f} MB on every device; its rules are {rules}")

@@ -157,7 +157,7 @@ class Rehearsal:
         return f"{base}, new" + (" (or the next free number)" if inside else "")
 
     def facts(self) -> Iterator[str]:
-        if self.config.model.fp8:
+        if any(model.fp8 for model in self.config.models.values()):
             require_float8(self.devices[0] if self.hardware.name == ATTACHED else self.hardware.chip)
         processes, train = len({device.process_index for device in self.devices}), self.config.train
         known = replace(self.config, train=replace(train, total_tokens=known_tokens(self.config)))

@@ -1,7 +1,7 @@
 """Why an array lies where it lies, and how two layouts differ."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ ACTIVATIONS: dict[Axes, str] = {
     ("rows", "residual_length", None): "residual outside the layers",
     ("rows", "length", None): "hidden",
     ("vocab", None): "embedding as the head reads it",
-    (None, "lookup"): "embedding and restarted positions as tokens look them up",
+    (None, "lookup"): "embedding, restarted positions and types as tokens look them up",
+    ("heads", None, None): "numbers for distances on the scores",
     ("stages", "batch", "residual_length", None): "batch in chunks on its way through the stages",
     ("stages", None, "batch", "residual_length", None): "chunks that wait for their next round",
 }
@@ -64,7 +65,7 @@ def explain(config: Config, topology: Topology, wanted: str) -> str:
 
 def _activations(config: Config, recorder: Recorder) -> list[tuple[str, tuple[int, ...], Axes, Any]]:
     """What the loss of one micro-batch pins; plain attention stands in for kernels, which pin nothing."""
-    plain = replace(config, model=replace(config.model, attention="blockwise"))
+    plain = config.with_models(attention="blockwise")
     stage = stage_class(plain)(plain, "tpu", recorder)
     params = nn.unbox(abstract_state(plain, stage).every_param)
     size = config.micro_batch_size

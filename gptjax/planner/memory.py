@@ -52,6 +52,7 @@ def activations(place: Place) -> list[Item]:
     model, unit = place.model, len(place.model.attention_pattern)
     units = place.ticks / place.chunks * place.layers / unit
     return [
+        ("activations", "the text looked at and its gradient", 2 * place.memory),
         ("activations", "inputs of the units", units * place.resting),
         ("activations", f"kept by remat {model.remat}", units * unit * saved(place)),
     ]
@@ -80,7 +81,7 @@ def moments(place: Place) -> Iterator[list[Item]]:
         ("temporaries", "activations of the unit at work", working),
         ("temporaries", "the embedding and its gradient, whole over fsdp", 2 * place.embedding),
     ]
-    scored = min(model.loss_chunk, model.seq_len) if place.reading.predicts else 0
+    scored = min(model.loss_chunk, place.reading.scored)
     logits = place.outside_tokens / place.length * scored
     yield [
         *staged,
@@ -103,10 +104,15 @@ def saved(place: Place, remat: str | None = None) -> float:
     qkv, up = (token * place.products[name].outer for name in ("qkv", "mlp_up"))  # what tensor leaves of them
     queries = token * place.attention_width / tensor
     heads = queries * place.padding
+    across = model.cross_attention
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner products
-        return heads + qkv + up + normaliser + shared
+        return (heads + normaliser + shared) * (1 + across) + qkv + up
     # q, k and v for each head of queries, attention's output as it leaves the kernel and as the projection takes it,
-    # the MLP's inner products and what goes down; both norms' inputs and outputs. Only what leaves attention's kernel
-    # is padded.
+    # the MLP's inner products and what goes down; the norms' inputs and outputs; a byte a number for dropout.
+    # Only what leaves attention's kernel is padded. Cross-attention keeps the keys and values that it looks at.
     down = token * place.products["mlp_down"].inner * (1 + model.gated)
-    return 2 * heads + 3 * queries + up + down + normaliser + 2 * whole + 2 * shared
+    kept = 2 * heads + 3 * queries + up + down + normaliser + 2 * whole + 2 * shared
+    if across:
+        looked_at = place.products["cross_keys_values"]
+        kept += 2 * heads + queries + normaliser + whole + shared + looked_at.rows * looked_at.outer * place.width
+    return kept + place.tokens * model.embed_dim * (2 + across) * bool(model.dropout)

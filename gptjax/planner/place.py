@@ -9,14 +9,15 @@ import numpy as np
 
 from gptjax.config import Config, ModelConfig
 from gptjax.hardware import require_float8
-from gptjax.model.accounting import Reading, matrices
+from gptjax.model.accounting import Reading, matrices, memory_matrix
 from gptjax.model.gpt import compute_dtype
+from gptjax.model.heads import is_head
 from gptjax.model.lora import is_adapter
 from gptjax.parallel import pipeline
 from gptjax.planner.chips import Topology
 from gptjax.planner.products import Product
 from gptjax.sharding.mesh import MESH_AXES, check, degrees
-from gptjax.sharding.rules import Rules, is_boxed, leaf_name, partition_spec, rule_table
+from gptjax.sharding.rules import Rules, is_boxed, is_vector, leaf_name, partition_spec, rule_table
 from gptjax.stages import AnyStage, stage_class
 from gptjax.train.step import muon_axes
 
@@ -124,6 +125,11 @@ class Place:
         return self.rows * self.length
 
     @property
+    def memory_tokens(self) -> int:
+        """Of a micro-batch, at which the layers look by cross-attention."""
+        return self.rows * self.reading.memory_length
+
+    @property
     def outside_tokens(self) -> float:
         """Of a micro-batch, in the embedding and the loss."""
         return self.tokens / self.mesh["pipeline"]
@@ -153,11 +159,15 @@ class Place:
         tensor, sides = self.mesh["tensor"], matrices(self.model)
 
         def cut(name: str, inner: int, outer: int) -> Product:
-            if name in ("projection", "mlp_down"):
+            if name in ("projection", "mlp_down", "cross_projection"):
                 return Product(self.tokens, inner / tensor, outer)
             return Product(self.tokens, inner, outer / tensor)
 
-        return {name: cut(name, *each) for name, each in sides.items()}
+        made = {name: cut(name, *each) for name, each in sides.items()}
+        if self.model.cross_attention:
+            inner, outer = memory_matrix(self.model)
+            made["cross_keys_values"] = Product(self.memory_tokens, inner, outer / tensor)
+        return made
 
     def share_of(self, name: str) -> float:
         """Of a layer's weights that are those of one of its products."""
@@ -171,7 +181,7 @@ class Place:
         if self.model.remat != "full":
             return {}
         unit = len(self.model.attention_pattern)
-        return {"qkv": 1.0, "projection": 1.0, "mlp_up": 1.0, "mlp_down": (unit - 1) / unit, "attention": 1.0}
+        return dict.fromkeys(self.products, 1.0) | {"mlp_down": (unit - 1) / unit, "attention": 1.0}
 
     @property
     def attention_width(self) -> int:
@@ -182,10 +192,11 @@ class Place:
     def between(self) -> float:
         """Numbers that a layer's forward pass reads and writes between its products, a token: 12 D of the residual
         stream; of what tensor splits 7 times attention's width and five passes over the MLP's, of which a gate adds
-        half."""
-        model = self.model
-        inside = 7 * self.attention_width + 5 * model.mlp_dim * (1 + model.gated / 2)
-        return 12 * model.embed_dim * self.residual_length / self.length + inside / self.mesh["tensor"]
+        half. Cross-attention adds half of the first and all of the second once more."""
+        model, across = self.model, self.model.cross_attention
+        inside = 7 * self.attention_width * (1 + across) + 5 * model.mlp_dim * (1 + model.gated / 2)
+        stream = (12 + 6 * across) * model.embed_dim * self.residual_length / self.length
+        return stream + inside / self.mesh["tensor"]
 
     @property
     def matrices(self) -> float:
@@ -193,9 +204,15 @@ class Place:
         return sum(product.inner * product.outer for product in self.products.values()) * self.width
 
     @property
+    def heads(self) -> float:
+        """Bytes of the matrices of what stands on an encoder, whole over fsdp."""
+        arrays = [array for array in self.trained if is_head(array.name) and array.name.endswith("kernel")]
+        return sum(math.prod(array.shape) for array in arrays) * self.width
+
+    @property
     def vectors(self) -> float:
         """Bytes of the gradients of a stage's biases and LayerNorms, whole."""
-        arrays = [array for array in self.trained if array.name.endswith(("bias", "scale"))]
+        arrays = [array for array in self.trained if is_vector(array.name)]
         return FLOAT * sum(math.prod(array.shape) for array in arrays) / self.mesh["pipeline"]
 
     @property
@@ -225,6 +242,11 @@ class Place:
     def resting(self) -> float:
         """Bytes of the residual stream of a micro-batch as a device holds it between layers."""
         return self.rows * self.residual_length * self.model.embed_dim * self.width
+
+    @property
+    def memory(self) -> float:
+        """Bytes of what an encoder made of a micro-batch, at which the layers look."""
+        return self.memory_tokens * self.model.embed_dim * self.width
 
     @property
     def embedding(self) -> float:
@@ -280,7 +302,7 @@ def place(
     """`arrays` saves deriving the parameters again, and `numbers` how many of them lie on a device of this layout;
     `rules` tries another table. Raises UserError where the layout does not fit the devices or the model, or where the
     trainer would for products that the chip does not have."""
-    if config.model.fp8:
+    if any(model.fp8 for model in config.models.values()):
         require_float8(topology.chip)
     sizes = degrees(config.layout, topology.num_devices)
     check(config, sizes)

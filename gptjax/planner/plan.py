@@ -1,7 +1,7 @@
 """`gptjax plan`: price every layout, compile the best ones with the real compiler, rank them, and say why."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -252,7 +252,7 @@ def _compiled(
 def for_compiler(config: Config, topology: Topology) -> Config:
     """cuDNN is called through a library that only a machine with a GPU has: there blockwise stands in."""
     if topology.chip.platform == "gpu" and config.model.attention == "auto":
-        return replace(config, model=replace(config.model, attention="blockwise"))
+        return config.with_models(attention="blockwise")
     return config
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from gptjax.config import Config, RewardedConfig
+from gptjax.config import Config, EncoderDecoderConfig, RewardedConfig
 from gptjax.config.fields import walk
-from gptjax.model.accounting import cache_bytes
+from gptjax.model.accounting import cache_bytes, memory_matrix
 from gptjax.model.gpt import compute_dtype
 from gptjax.planner.cost import learning
 from gptjax.planner.plan import Plan, Row
@@ -93,7 +93,7 @@ def headline(plan: Plan) -> str:
         + f"\n{plan.trust}"
         + (f"\ndays: {plan.endless}" if plan.endless else "")
         + (f"\nreward: {assumed}" if (assumed := assumption(plan.config)) else "")
-        + f"\n{decoding(plan.config, plan.topology.chip.platform)}"
+        + (f"\n{kept}" if (kept := decoding(plan.config, plan.topology.chip.platform)) else "")
     )
 
 
@@ -105,14 +105,22 @@ def assumption(config: Config) -> str:
 
 
 def decoding(config: Config, platform: str) -> str:
-    """What generation will keep of a text of the whole context, over all devices that its heads are split over."""
+    """What generation will keep of a text of the whole context, over all devices that its heads are split over; empty
+    for what writes nothing."""
     model = config.model
+    if not model.causal:
+        return ""
     width = compute_dtype(model, platform).itemsize
     kept, dense = (
         cache_bytes(m, 1, m.seq_len, width) for m in (model, dataclasses.replace(model, attention_pattern=("dense",)))
     )
     saved = f", {dense / 1e6:,.1f} MB were all layers dense" if kept < dense else ""
-    return f"generation: keys and values of a text of {model.seq_len:,} tokens are {kept / 1e6:,.1f} MB{saved}"
+    own = f"generation: keys and values of a text of {model.seq_len:,} tokens are {kept / 1e6:,.1f} MB{saved}"
+    if not isinstance(config, EncoderDecoderConfig):
+        return own
+    read = config.encoder.seq_len
+    looked_at = model.num_layers * memory_matrix(model)[1] * read * width
+    return f"{own}, and of the {read:,} that it looks at {looked_at / 1e6:,.1f} MB"
 
 
 def details(row: Row) -> str:
@@ -161,7 +169,8 @@ def flags(config: Config) -> str:
     given = {f"layout.{f.name}": getattr(layout, f.name) for f in dataclasses.fields(layout)}
     plain = {f"layout.{f.name}": f.default for f in dataclasses.fields(layout)}
     words = {name: value for name, value in given.items() if value != plain[name]}
-    words |= {"model.remat": config.model.remat, "train.micro_batch_size": config.micro_batch_size}
+    words |= {f"{section}.remat": model.remat for section, model in config.models.items()}
+    words |= {"train.micro_batch_size": config.micro_batch_size}
     used = {leaf.name for leaf in walk(type(config))}
     some = {"train.ramp_start": train.ramp_start} | ({"data.lanes": config.data.lanes} if "data.lanes" in used else {})
     words |= {name: value for name, value in some.items() if name in used}

@@ -127,7 +127,7 @@ def variants(config: Config, layout: LayoutConfig, topology: Topology, refused: 
         return
     for tried in tries:
         for remat in ("none", "dots", "full"):
-            yield replace(tried, model=replace(tried.model, remat=remat))
+            yield tried.with_models(remat=remat)
 
 
 def with_micro(config: Config, micro: int) -> Config:
@@ -210,7 +210,7 @@ def named(config: Config, text: str) -> Config:
     if remat:
         if remat not in ("none", "dots", "full"):
             raise UserError(f"layout {text}: {remat} is no remat policy; choose from none, dots, full")
-        made = replace(made, model=replace(made.model, remat=remat))  # type: ignore[arg-type]
+        made = made.with_models(remat=remat)
     if micro:
         if not micro.isdigit() or int(micro) < 1:
             raise UserError(f"layout {text}: {micro} is not a number of sequences; nearest 1")

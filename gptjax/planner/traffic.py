@@ -117,17 +117,26 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     # The embedding, whole over fsdp, once a step; its gradient from the head and, in float32, from the lookup. The
     # positions' gradient is a product, and goes as those of matrices; where positions are looked up, it is as the
     # embedding's.
-    positions = model.seq_len * model.embed_dim * place.width if model.positions == "learned" else 0
+    learned = model.seq_len + model.position_offset if model.positions == "learned" else 0
+    positions = learned * model.embed_dim * place.width
     others = ("pipeline", *copies)
-    tables = place.embedding * (1 if model.tied_head else 2)
+    tables = place.embedding * (reading.own_table + (not model.tied_head))
     add("all-gather", ("fsdp",), "embedding", tables + positions)
     looked_up = place.embedding * FLOAT / place.width
-    scored = place.embedding if reading.predicts else 0.0
+    scored = place.embedding if reading.scored else 0.0
     add("all-reduce", (*others, "fsdp"), "embedding's gradient", table * (scored + looked_up) * micro)
     if lora and "embedding" in adapted:  # of the half that has all of the vocabulary, in float32
         half = lora.rank * model.padded_vocab_size * FLOAT / mesh["tensor"]
         add("all-reduce", ("fsdp",), "gradient of the embedding's adapter", half * micro)
     add("all-reduce", (*others, "fsdp"), "gradients of biases and norms", trained * place.vectors * micro)
+    if model.positions == "relative":  # of what is added to the scores, which every layer gives its own of
+        scores = model.num_heads / mesh["tensor"] * model.seq_len**2 * FLOAT
+        add("all-reduce", (*others, "fsdp"), "gradient of distances", trained * scores * place.layers * micro)
+    # A pooler's gradient is made of its rows, which are few.
+    square = model.embed_dim**2 * place.width if reading.places else 0.0
+    add("all-gather", ("fsdp",), "what stands on an encoder", place.heads)
+    add("reduce-scatter", ("fsdp",), "gradient of the transform", trained * square * micro)
+    add("all-reduce", others, "gradient of the transform", trained * square / fsdp * micro)
     if place.restarts:
         wide = positions * FLOAT / place.width / mesh["tensor"]
         add("all-reduce", (*others, "fsdp"), "positions' gradient", whole * wide * micro)
@@ -139,22 +148,26 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     ends = place.residual / stages * micro
     # What goes into the second half of an adapter is summed with what its matrix sums.
     sums = residual * (1 + (len(adapted.intersection(MATRICES)) * lora.rank / (4 * model.embed_dim) if lora else 0))
-    recomputed = (2 * unit - 1) / unit if full else 0.0  # a unit's last sum is not needed again
-    summed = 2 + trained * (2 + recomputed)
+    parts = 2 + model.cross_attention
+    recomputed = (parts * unit - 1) / unit if full else 0.0  # a unit's last sum is not needed again
+    summed = parts + trained * (parts + recomputed)
     add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + table * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
-    add("all-reduce", ("tensor",), "the loss's gradient", trained * ends)
+    add("all-reduce", ("tensor",), "the loss's gradient", trained * ends * reading.scored / model.seq_len)
     if layout.sequence_sharding:
         # What attention and the MLP read, and the gradient of what they give: once where both read, or give, the same.
         # No policy but none keeps what a matrix read, whole along the length. Of an adapter's gradient, once more what
         # its matrix needs of the residual's.
-        reads, gives = 1 if model.parallel_mlp == "one_norm" else 2, 2 if model.parallel_mlp == "no" else 1
+        across = model.cross_attention
+        reads = (1 if model.parallel_mlp == "one_norm" else 2) + across
+        gives = (2 if model.parallel_mlp == "no" else 1) + across
         gathers = reads + trained * (gives + (0 if model.remat == "none" else reads))
         gathers += len({"projection", "mlp_down"} & adapted)
         add("all-gather", ("tensor",), "residual", residual * gathers, HIDDEN_RESIDUAL)
         add("reduce-scatter", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
     else:
         add("all-reduce", ("tensor",), "residual", sums * summed, HIDDEN_RESIDUAL)
+    add("all-reduce", ("tensor",), "gradient of the text looked at", trained * place.memory * place.layers * micro)
 
     add("collective-permute", ("context",), "keys and values", _context_bytes(place) * micro * place.stretch, 0.5)
 

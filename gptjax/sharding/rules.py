@@ -124,7 +124,7 @@ class Layout:
             yield leaf_name(path), leaf.shape, str(tuple(sharding.spec)), local * leaf.dtype.itemsize
 
     def replicated(self, boxed: Any) -> list[str]:
-        """Names of the parameters whose copies cost a device more than TOLERANCE of its share of the whole tree."""
+        """Names of the matrices whose copies cost a device more than TOLERANCE of its share of the whole tree."""
         ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]  # the stages do not divide the embeddings
         leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
         share = sum(leaf.size for _, leaf in leaves) / ways
@@ -133,11 +133,17 @@ class Layout:
             leaf_name(path)
             for (path, leaf), sharding in pairs
             if np.prod(sharding.shard_shape(leaf.shape)) - leaf.size / ways > TOLERANCE * share
+            and not is_vector(leaf_name(path))
         ]
 
 
 def is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter is a bias or a norm's, of which devices have copies by design."""
+    return name.endswith(("bias", "scale"))
 
 
 def leaf_name(path: Any) -> str:

@@ -17,7 +17,7 @@ from gptjax.data.rows import Rows
 from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
-from gptjax.model.accounting import head_flops, head_params, num_params
+from gptjax.model.accounting import Reading, head_params, num_params
 from gptjax.model.heads import CLASSIFIER, POOLER, init_heads, is_head, pooled, told
 from gptjax.stages.from_examples import FromExamples
 
@@ -58,9 +58,8 @@ class Classify(FromExamples[LabelledTexts]):
         return num_params(self.config.model) + head_params(self.config.model, HEAD_NAMES, self.classes)
 
     @property
-    def flops(self) -> dict[str, float]:
-        heads = self.config.train.batch_size * head_flops(self.config.model, 0, HEAD_NAMES)
-        return {"updates": super().flops["updates"] + heads}
+    def learning(self) -> tuple[Reading, ...]:
+        return (Reading(self.config.model, predicts=False, pooled=True),)
 
     # Rows
 

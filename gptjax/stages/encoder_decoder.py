@@ -38,7 +38,8 @@ class ReadsAndWrites(FromExamples[Kind]):
     @property
     def learning(self) -> tuple[Reading, ...]:
         c = self.config
-        return Reading(c.model, memory_length=c.encoder.seq_len), Reading(c.encoder, ENCODER, predicts=False)
+        encoder = Reading(c.encoder, ENCODER, predicts=False, own_table=False)
+        return Reading(c.model, memory_length=c.encoder.seq_len), encoder
 
     @property
     def num_params(self) -> int:

@@ -20,7 +20,7 @@ from gptjax.data.sources import TextSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
 from gptjax.errors import UserError
-from gptjax.model.accounting import Reading, head_flops, head_params, num_params
+from gptjax.model.accounting import Reading, head_params, num_params
 from gptjax.model.gpt import as_layers, layers_of
 from gptjax.model.heads import HEADS, NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, is_head, pooled, told, transformed
 from gptjax.model.loss import IGNORED, Head, cross_entropy, divergence, judged
@@ -200,9 +200,11 @@ class Masked(FromExamples[MaskedWindows]):
 
     @property
     def learning(self) -> tuple[Reading, ...]:
+        asked = {"predicts": False, "places": self.row.places.shape[0]}
+        own = Reading(self.config.model, **asked, pooled=POOLER in self.head_names)
         if self.taught is None:
-            return super().learning
-        return *super().learning, Reading(self.teacher.config.model, TEACHER, trained=False, predicts=False)
+            return (own,)
+        return own, Reading(self.teacher.config.model, TEACHER, trained=False, **asked)
 
     def counts(self, rows: MaskedRows) -> dict[str, Array]:
         """The hidden tokens; the rows of which is asked whether their texts follow each other; with a teacher the
@@ -254,12 +256,6 @@ class Masked(FromExamples[MaskedWindows]):
     @property
     def num_params(self) -> int:
         return num_params(self.config.model) + head_params(self.config.model, self.head_names)
-
-    @property
-    def flops(self) -> dict[str, float]:
-        c = self.config
-        heads = c.train.batch_size * head_flops(c.model, self.row.places.shape[0], self.head_names)
-        return {"updates": super().flops["updates"] + heads}
 
     # Evaluation
 

@@ -340,7 +340,8 @@ def copies_apart(config: Config, mesh: Mapping[str, int], width: int) -> bool:
     Dropout draws by a row's place in the batch, and a pipeline has a way of its own to sum over its chunks.
     """
     fewer = config.max_accumulation * width > np.dtype(np.float32).itemsize
-    return fewer and math.prod(mesh[axis] for axis in COPIES) > 1 and not config.model.dropout and mesh["pipeline"] == 1
+    drops = any(model.dropout for model in config.models.values())
+    return fewer and math.prod(mesh[axis] for axis in COPIES) > 1 and not drops and mesh["pipeline"] == 1
 
 
 @dataclass(frozen=True)
