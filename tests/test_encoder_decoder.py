@@ -225,7 +225,7 @@ def test_wrong_inputs_are_one_line(pairs: Seq2SeqConfig, damaged: DenoiseConfig,
     assert "encoder.causal = true" in said(pairs, "--encoder.causal", "true")
     assert "encoder.seq_len = 1:" in said(pairs, "--encoder.seq_len", "1")
     assert "model.seq_len = 1:" in said(pairs, "--model.seq_len", "1")
-    both = ("--model.vocab_size", "270", "--encoder.vocab_size", "270")
+    both = ("--model.vocab_size", "261", "--encoder.vocab_size", "261")
     assert "<extra_id_0>" in (said(damaged, *both))
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"source": "ab", "target": ""}) + "\n")
