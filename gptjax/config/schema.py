@@ -208,7 +208,8 @@ class Config:
 
     def with_models(self, **values: Any) -> Self:
         """The config with other values of some fields in each of its models."""
-        return replace(self, **{section: replace(model, **values) for section, model in self.models.items()})
+        changed: dict[str, Any] = {section: replace(model, **values) for section, model in self.models.items()}
+        return replace(self, **changed)
 
     @property
     def starts_from(self) -> str:
