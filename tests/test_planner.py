@@ -846,7 +846,7 @@ def test_plan_says_what_generation_keeps_only_of_what_writes(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """By the real compiler, with the peak that the header records, within 5%; within 10% where that is the formula's."""
+    """By the real compiler, with the peak that the header records, within 5%, or 10% where it is the formula's."""
     where, peak, compiled = target(path)
     if path.stem not in QUICK and not request.config.getoption("--whole"):
         return  # half an hour for all of them
