@@ -6,7 +6,7 @@
 write. The rate falls with the root of the steps after 10,000; its peak is for Adam, the paper has Adafactor. DIR is a
 folder with T5's tokenizer.json; its vocabulary of 32,100 pieces is padded to 32,128.
 
-Compiled for v5e-8: 0 GB a device.
+Compiled for v5e-8: 1.85 GB a device.
 """
 
 from dataclasses import replace

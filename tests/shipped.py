@@ -1,5 +1,6 @@
 """The configs that are shipped. Those that start from weights get a run folder that has all but the weights."""
 
+import re
 from pathlib import Path
 
 from gptjax.config import Config
@@ -21,6 +22,14 @@ BASES = {
     "ppo_lm_human_preferences": "quickstart",
 }
 REWARDED = ("ppo", "grpo", "ppo_instructgpt", "ppo_lm_human_preferences")
+
+
+def target(path: Path) -> tuple[str, float, bool]:
+    """The topology that a config's header names, the peak in GB recorded beside it, and whether a compiler gave it or
+    the planner's formula."""
+    found = re.search(r"(Compiled|Planned) for (\S+): ([\d.]+) GB a device", path.read_text())
+    assert found, f"{path.name} names no topology"
+    return found[2], float(found[3]), found[1] == "Compiled"
 
 
 def start_words(name: str, folder: Path) -> list[str]:

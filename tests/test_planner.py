@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from rich.console import Console
-from shipped import CONFIGS, PATHS, shipped
+from shipped import CONFIGS, PATHS, shipped, target
 
 from gptjax import cli
 from gptjax.config import (
@@ -786,29 +786,20 @@ def test_without_the_compiler_it_says_so(six: Config, monkeypatch: pytest.Monkey
 QUICK = ("shakespeare_gpu",)  # the TPU compiler takes 75 s for gpt3_125m: test_layouts.py gives it a smaller model
 
 
-def target(path: Path) -> tuple[str, float]:
-    """The topology that a config's header names, and the peak in GB recorded beside it."""
-    found = re.search(r"Compiled for (\S+): ([\d.]+) GB a device", path.read_text())
-    assert found, f"{path.name} names no topology"
-    return found[1], float(found[2])
-
-
 @pytest.mark.parametrize(
     "path", sorted([*CONFIGS.glob("gpt3_*.py"), CONFIGS / "llama_1b.py"]), ids=lambda path: path.stem
 )
 def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
     """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512, and a LLaMA."""
-    where, peak = target(path)
+    where, peak, _ = target(path)
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
-ENCODING = ("bert_base", "bert_large", "roberta_base", "t5_small", "transformer_base")
-
-
-@pytest.mark.parametrize("name", ENCODING)
+@pytest.mark.parametrize("name", ["bert_base", "t5_small"])
 def test_the_formula_for_memory_of_what_encodes(name: str) -> None:
     """Within 10% of what the TPU compiler gave."""
-    where, peak = target(CONFIGS / f"{name}.py")
+    where, peak, compiled = target(CONFIGS / f"{name}.py")
+    assert compiled
     config = load_config(str(CONFIGS / f"{name}.py"), [])
     assert priced(config, topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.1)
 
@@ -825,7 +816,7 @@ def test_products_of_an_encoder_decoder_are_its_flops() -> None:
     )
     keys = 4 * (65 / 2 + 32 + 256)  # of four layers: the mean of 1 to 128 of its own, and all that it looks at
     weights = 4 * (6 * dim * heads + 2 * dim * 512) + 512 * dim + 4 * 2 * dim * heads * 256 / 128
-    assert decoder.reading.flops_per_token == pytest.approx(6 * weights + 12 * heads * (keys))
+    assert decoder.reading.flops_per_token == pytest.approx(6 * weights + 12 * heads * keys)
     assert encoder.reading.flops_per_token == 4 * (6 * (4 * dim * heads + 2 * dim * 512) + 12 * heads * 256)
 
 
@@ -855,8 +846,8 @@ def test_plan_says_what_generation_keeps_only_of_what_writes(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """By the real compiler, with the peak that the header records, within 5%."""
-    where, peak = target(path)
+    """By the real compiler, with the peak that the header records, within 5%, or 10% where it is the formula's."""
+    where, peak, compiled = target(path)
     if path.stem not in QUICK and not request.config.getoption("--whole"):
         return  # half an hour for all of them
     config = shipped(path.stem, tmp_path)
@@ -871,4 +862,4 @@ def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureReques
         ((_, result),) = compile_all({path.stem: for_compiler(config, pod)}, pod, tmp_path, 1800, 1)
         assert not result.error
         found = result.peak
-    assert found / 1e9 == pytest.approx(peak, rel=0.05)
+    assert found / 1e9 == pytest.approx(peak, rel=0.05 if compiled else 0.1)

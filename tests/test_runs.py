@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import environment
-from shipped import PATHS, start_words
+from shipped import PATHS, start_words, target
 
 from gptjax import cli
 from gptjax.config import Config, to_json
@@ -436,7 +436,7 @@ def test_every_shipped_config_would_start_on_its_hardware(
 ) -> None:
     """With the real process numbers of the pod that its header names, and GPT-2's own tokenizer (bytes for those
     whose own is not at hand)."""
-    pod = file.read_text().split("Compiled for ")[1].split(":")[0]
+    pod, *_ = target(file)
     place = [] if pod.startswith("cpu") else ["--topology", pod]
     if place:
         from gptjax.planner.compile import available

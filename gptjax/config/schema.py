@@ -197,7 +197,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     layout: Annotated[LayoutConfig, FREE] = field(default_factory=LayoutConfig)
     init_from: str = ""
-    """A Hugging Face directory (see README, Real checkpoints) or a run folder whose weights a new run starts from."""
+    """A Hugging Face directory (GPT-2, GPT-Neo) or a run folder whose weights a new run starts from."""
     run: Annotated[str, FREE] = ""
     """Run folder; empty means the first free of runs/NAME, runs/NAME-2, ..."""
 
@@ -208,8 +208,8 @@ class Config:
 
     def with_models(self, **values: Any) -> Self:
         """The config with other values of some fields in each of its models."""
-        made: dict[str, Any] = {section: replace(model, **values) for section, model in self.models.items()}
-        return replace(self, **made)
+        changed: dict[str, Any] = {section: replace(model, **values) for section, model in self.models.items()}
+        return replace(self, **changed)
 
     @property
     def starts_from(self) -> str:

@@ -69,11 +69,13 @@ def named(init: Any, axes: Axes) -> Any:
     return nn.with_logical_partitioning(init, axes)
 
 
-def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, product: Product) -> Array:
-    """The product in the dtype of x, plus the bias [*out]."""
+def affine(x: Array, kernel: Array, bias: Array | None, num_in: int, product: Product, merge: bool = True) -> Array:
+    """The product in the dtype of x, plus the bias [*out], as one axis where nothing is cut behind its first axis."""
     out = product(x, kernel.astype(x.dtype), num_in)
     if bias is None:
         return out
+    if not merge:
+        return out + bias.astype(x.dtype)
     return (out.reshape(*x.shape[:-num_in], -1) + bias.astype(x.dtype).reshape(-1)).reshape(out.shape)
 
 
@@ -94,7 +96,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", named(nn.initializers.normal(self.std), axes), shape)
         out_shape, out_axes = self.shape[self.num_in :], self.axes[self.num_in :]
         bias = self.param("bias", named(nn.initializers.zeros, out_axes), out_shape) if self.has_bias else None
-        out = affine(x, kernel, bias, self.num_in, self.product)
+        out = affine(x, kernel, bias, self.num_in, self.product, merge=out_axes[0] is not None)
         if self.lora:
             out += LowRank(self.lora, self.shape, self.axes, self.num_in, self.product, name=ADAPTER)(x)
         return out
