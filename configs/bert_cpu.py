@@ -3,7 +3,7 @@
     gptjax train configs/bert_cpu.py --data.source PATH/wikitext2-valid.txt
     gptjax tell runs/bert_cpu --text 'It was released in the United [MASK] .'
 Any text will do. --masking.next_sentence false is RoBERTa's form, --masking.unit words hides whole words.
-Compiled for cpu-1: 0.000 GB a device.
+Compiled for cpu-1: 0.198 GB a device.
 """
 
 from gptjax.config import MaskedConfig, ModelConfig, OptimizerConfig, TrainConfig, WindowConfig

@@ -4,7 +4,7 @@
     gptjax train configs/classify_cpu.py --data.source sentences.jsonl
     gptjax tell runs/classify_cpu --text 'He was born in the city of London .'
 Whether two words of a sentence have changed places; labels.names are the values of the field `label`.
-Compiled for cpu-1: 0.000 GB a device.
+Compiled for cpu-1: 0.105 GB a device.
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@
     gptjax train configs/translation_cpu.py
     gptjax sample runs/translation_cpu --beams 4 --prompt 'the old miller gives the bread to a small dog today'
 The second language moves words about; see gptjax/recipe/languages.py.
-Compiled for cpu-1: 0.000 GB a device.
+Compiled for cpu-1: 0.231 GB a device.
 """
 
 from dataclasses import replace

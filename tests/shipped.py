@@ -16,6 +16,7 @@ BASES = {
     "sft_gpt2": "gpt2_124m",
     "reward": "quickstart",
     "dpo": "quickstart",
+    "classify_cpu": "bert_cpu",
     "ppo": "quickstart",
     "grpo": "quickstart",
     "ppo_instructgpt": "quickstart",
