@@ -42,6 +42,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "BertForMaskedLM": ("BertConfig", BERT | {"max_position_embeddings": LENGTH}),
     "BertForPreTraining": ("BertConfig", BERT | {"max_position_embeddings": LENGTH}),
     "BertForSequenceClassification": ("BertConfig", BERT | {"max_position_embeddings": LENGTH, "num_labels": 3}),
+    "RobertaModel": ("RobertaConfig", BERT | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1}),
     "RobertaForMaskedLM": ("RobertaConfig", BERT | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1}),
     "RobertaForSequenceClassification": (
         "RobertaConfig",
@@ -140,7 +141,8 @@ def test_states_scores_and_gradients_equal_transformers(both: Both, torch: Any) 
     leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
     architecture = counterpart(model)
     table = every_box(architecture, {"model": model})
-    table += [box for group in head_boxes(architecture, model, heads, 3) for box in group]
+    classes = 3 if CLASSIFIER in heads else 0
+    table += [box for group in head_boxes(architecture, model, heads, classes).values() for box in group]
     assert {box.leaf for box in table} == leaves.keys()
     for box in table:
         grad = theirs[full_name(architecture, heads, box)].grad.numpy()
@@ -206,6 +208,50 @@ def test_files_of_old(bert: Path) -> None:
     assert all((before[name] == tensor.open()).all() for name, tensor in old.tensors.items())
 
 
+def add(*names: str, shape: tuple[int, ...] = (12,)) -> Callable[[dict[str, np.ndarray]], None]:
+    """Tensors of ones."""
+    return lambda tensors: tensors.update({name: np.ones(shape, np.float32) for name in names})
+
+
+def test_a_base_without_heads(torch: Any, transformers: Any, tmp_path: Path) -> None:
+    """DistilBERT's comes back as it was; of BERT's pooler, which transformers would draw, nothing is made up."""
+    torch.manual_seed(0)
+    transformers.DistilBertModel(transformers.DistilBertConfig(**BASE, **DISTILBERT)).save_pretrained(tmp_path / "a")
+    opened = open_directory(tmp_path / "a")
+    config, place = finetune_config(tmp_path / "a"), jax.devices()[0]
+    (tmp_path / "b").mkdir()
+    write_directory(tmp_path / "b", config.models, opened.load(config.model, on_device(config, place)), 2)
+    assert not opened.heads and same_bytes(bytes_of(tmp_path / "a"), bytes_of(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["architectures"] == ["DistilBertModel"]
+
+    config = transformers.BertConfig(**BASE, **BERT, max_position_embeddings=LENGTH)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "c")
+    opened = open_directory(tmp_path / "c")
+    assert opened.heads == frozenset()
+    config = finetune_config(tmp_path / "c")
+    with pytest.raises(UserError, match=r"^heads none: bert has pooler \(BertModel\); [^\n]*$"):
+        write_directory(tmp_path / "b", config.models, opened.load(config.model, on_device(config, place)), 2)
+
+
+def test_more_heads_than_the_class_has(bert: Path, torch: Any, transformers: Any, tmp_path: Path) -> None:
+    """As in the published files of bert-base-uncased, roberta-base and roberta-large-mnli."""
+    configure(bert, architectures=["BertForMaskedLM"])
+    assert open_directory(bert).heads == {TRANSFORM, POOLER, NEXT_SENTENCE}
+    config = transformers.RobertaConfig(**BASE, **PEERS["RobertaForSequenceClassification"][1])
+    for kind, heads in (("MaskedLM", {TRANSFORM, POOLER}), ("SequenceClassification", {POOLER, CLASSIFIER})):
+        folder = tmp_path / kind
+        getattr(transformers, f"RobertaFor{kind}")(config).save_pretrained(folder)
+        before = bytes_of(folder)
+        rewrite(folder, add("roberta.pooler.dense.bias"))
+        rewrite(folder, add("roberta.pooler.dense.weight", shape=(12, 12)))
+        opened = open_directory(folder)
+        assert opened.heads == heads
+        if CLASSIFIER in heads:  # which has a product of its own in the pooler's place
+            made = finetune_config(folder)
+            params = opened.load(made.model, on_device(made, jax.devices()[0], opened.heads))
+            np.testing.assert_array_equal(params["pooler"]["kernel"].T, before["classifier.dense.weight"])
+
+
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "activation": (lambda f: configure(f, hidden_act="silu"), "hidden_act = 'silu': gptjax has only 'gelu'"),
     "positions": (
@@ -220,6 +266,38 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a head": (
         lambda f: rewrite(f, lambda tensors: tensors.pop("cls.predictions.transform.dense.bias")),
         "no tensor cls.predictions.transform.dense.bias",
+    ),
+    "no next sentence": (
+        lambda f: rewrite(f, lambda t: [t.pop(f"cls.seq_relationship.{part}") for part in ("weight", "bias")]),
+        "no tensor cls.seq_relationship.weight",
+    ),
+    "no classifier": (
+        lambda f: configure(f, architectures=["BertForSequenceClassification"]),
+        "no tensor classifier.weight",
+    ),
+    "a classifier of no class": (
+        lambda f: rewrite(f, add("classifier.weight", "classifier.bias")),
+        "unexpected tensor classifier.bias",
+    ),
+    "other classes": (
+        lambda f: (
+            configure(f, architectures=["BertForSequenceClassification"], id2label={"0": "a", "1": "b", "2": "c"}),
+            rewrite(f, add("classifier.weight", shape=(5, 12))),
+            rewrite(f, add("classifier.bias", shape=(5,))),
+        ),
+        "classifier.weight is [5, 12], but config.json makes it [3, 12]",
+    ),
+    "names of classes": (
+        lambda f: configure(f, architectures=["BertForSequenceClassification"], id2label={"no": 0}),
+        "id2label = {'no': 0}: expected a name for each class",
+    ),
+    "several at once": (
+        lambda f: configure(f, problem_type="multi_label_classification"),
+        "problem_type = 'multi_label_classification': gptjax has only None",
+    ),
+    "padding": (
+        lambda f: configure(f, model_type="roberta", architectures=["RobertaForMaskedLM"], pad_token_id=0),
+        "pad_token_id = 0: gptjax has only 1",
     ),
     "another head": (
         lambda f: rewrite(
@@ -241,11 +319,22 @@ def test_bad_input_is_one_line(wrong: str, bert: Path) -> None:
 
 def test_a_model_that_none_of_them_computes_names_the_field() -> None:
     plain = ModelConfig(2, 2, 8, causal=False, norm_place="after", norm_embedding=True, activation="gelu")
-    assert counterpart(plain).model_type == "distilbert" if plain.norm_eps == 1e-12 else True
+    assert counterpart(replace(plain, norm_eps=1e-12)).model_type == "distilbert"
     with pytest.raises(UserError, match=r"model.norm_eps = 1e-05: DistilBertModel.* has 1e-12"):
         counterpart(plain)
     with pytest.raises(UserError, match=r"model.activation = relu: BertModel"):
         counterpart(replace(plain, token_types=2, activation="relu"))
+    with pytest.raises(UserError, match=r"model.token_types = 0: RobertaModel.* has 1; .* --model.token_types 1"):
+        counterpart(replace(plain, position_offset=2))
+
+
+def test_what_scores_words_without_a_bias_is_not_written(tmp_path: Path) -> None:
+    model = ModelConfig(
+        1, 1, 8, causal=False, norm_place="after", norm_embedding=True, activation="gelu", token_types=2
+    )
+    with pytest.raises(UserError, match=r"model.head_bias = false: BertForMaskedLM .* --model.head_bias true"):
+        write_directory(tmp_path, {"model": model}, {TRANSFORM: {}}, 2)
+    assert not any(tmp_path.iterdir())
 
 
 def test_in_and_out_by_the_command_line(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,11 +89,11 @@ class Architecture:
     """Tensor -> another that it equals, which alone is needed."""
     beside: re.Pattern[str] = re.compile(r"lm_head\.weight|final_logits_bias")
     """Tensors that stand beside the model, not below its prefix."""
-    unused: re.Pattern[str] = re.compile(r"(?!)")
-    """Tensors of a part that our model has not, which is left out."""
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> another beside which no class reads it, which is left out there."""
     heads: Mapping[str, Callable[[ModelConfig, int], list[Box]]] = field(default_factory=dict)
     """Name of a head (see model.heads) -> its tensors, of which a directory has all or none; the number is that of
-    classes."""
+    classes, 0 without a classifier."""
     class_of: Mapping[frozenset[str], str] = field(default_factory=dict)
     """Heads -> the class that has exactly these; else there are no heads, and the first class is meant."""
     encoder: "Architecture | None" = None
@@ -126,9 +126,9 @@ def boxes(architecture: Architecture, config: ModelConfig) -> list[Box]:
 
 def head_boxes(
     architecture: Architecture, config: ModelConfig, names: Collection[str], classes: int
-) -> list[list[Box]]:
-    """The tensors of each of these heads."""
-    return [_placed(make(config, classes)) for name, make in architecture.heads.items() if name in names]
+) -> dict[str, list[Box]]:
+    """The tensors of each of these heads; classes: 0 where no classifier is among them."""
+    return {name: _placed(make(config, classes)) for name, make in architecture.heads.items() if name in names}
 
 
 def _placed(boxes: list[Box]) -> list[Box]:

@@ -114,6 +114,9 @@ def _reader(names: Names) -> Callable[[dict[str, Any], str], ModelConfig]:
         expect(values, where, **{names.sizes["activation"]: ("gelu",)})
         expect(values, where, position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,))
         expect(values, where, tie_word_embeddings=(True,), sinusoidal_pos_embds=(False,))
+        expect(values, where, problem_type=(None, "single_label_classification", "regression"))
+        if names.offset:  # the first position is the one behind padding's
+            expect(values, where, pad_token_id=(names.offset - 1,))
         eps = names.eps
         if typed:
             eps = above_zero({"layer_norm_eps": 1e-12} | values, "layer_norm_eps", where)
@@ -146,7 +149,7 @@ def _writer(names: Names) -> Callable[[ModelConfig], dict[str, Any]]:
             "max_position_embeddings": config.seq_len + names.offset,
             "position_embedding_type": "absolute",
             "tie_word_embeddings": True,
-            "pad_token_id": 1 if names.offset else 0,
+            "pad_token_id": names.offset - 1 if names.offset else 0,
         }
         if "token_types" in names.embeddings:
             return values | {"type_vocab_size": config.token_types, "layer_norm_eps": config.norm_eps}
@@ -193,6 +196,7 @@ def _fixed_of(names: Names) -> Callable[[ModelConfig], dict[str, tuple[Any, ...]
             "norm_embedding": (True,),
             "norm_eps": (config.norm_eps if "token_types" in names.embeddings else names.eps,),
             "position_offset": (names.offset,),
+            "token_types": (config.token_types or 1,) if "token_types" in names.embeddings else (0,),
             "activation": ("gelu",),
             "num_kv_heads": (0, config.num_heads),
             "head_size": (0, config.embed_dim // config.num_heads),
@@ -220,6 +224,11 @@ def _product(tensor: str, leaf: str, num_out: int = 0) -> Callable[[ModelConfig,
         return linear(tensor, leaf, (dim, out), dim, out)
 
     return boxes
+
+
+def _pooler_of_roberta(config: ModelConfig, classes: int) -> list[Box]:
+    """Its classes are told by a product of their own in that place."""
+    return _product("classifier.dense" if classes else "pooler.dense", "pooler")(config, classes)
 
 
 def _family(
@@ -272,19 +281,19 @@ ROBERTA = _family(
     "Roberta",
     ROBERTA_NAMES,
     {
-        frozenset(): "Model",
+        frozenset([POOLER]): "Model",
         WORDS: "ForMaskedLM",
         frozenset([POOLER, CLASSIFIER]): "ForSequenceClassification",
     },
     {
-        POOLER: _product("classifier.dense", "pooler"),
+        POOLER: _pooler_of_roberta,
         CLASSIFIER: _product("classifier.out_proj", "classifier", -1),
     },
     layers="encoder.layer",
     copies=("lm_head.decoder.weight",),
     twins={"lm_head.decoder.bias": "lm_head.bias"},
     beside=re.compile(r"lm_head\..*|classifier\..*"),
-    unused=re.compile(r"pooler\.dense\.(weight|bias)"),
+    replaced={f"pooler.dense.{part}": f"classifier.dense.{part}" for part in ("weight", "bias")},
 )
 DISTILBERT = _family(
     "distilbert",

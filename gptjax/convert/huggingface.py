@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from gptjax.config import (
     validate,
 )
 from gptjax.config.fields import explain
-from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, head_boxes, usual
+from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, head_boxes, usual, whole
 from gptjax.convert.bart import BART
 from gptjax.convert.bert import BERT, DISTILBERT, ROBERTA
 from gptjax.convert.falcon import FALCON
@@ -51,14 +51,13 @@ from gptjax.convert.tensors import (
 from gptjax.convert.tokenizer import tokenizer_spec
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.model.heads import TRANSFORM
+from gptjax.model.heads import CLASSIFIER, TRANSFORM
 from gptjax.sharding.rules import leaf_name
 from gptjax.train.run import CONFIG, META
 
 KNOWN = (GPT2, GPT_NEO, LLAMA, FALCON, BERT, ROBERTA, DISTILBERT, T5, BART)
 ARCHITECTURES = {known.model_type: known for known in KNOWN}
 HEAD = "lm_head.weight"
-CLASSIFIERS = "classifier.weight", "classifier.out_proj.weight"
 OLD = {".gamma": ".weight", ".beta": ".bias"}  # names of a norm's vectors in the first files of BERT
 SIZES = {"head_size": "head_dim", "mlp_size": "mlp_dim"}  # a field that may be 0 -> what it stands for
 UNROLLED_LAYERS = 12  # as in configs/: unrolled is faster, but deeper models would compile for long
@@ -109,15 +108,20 @@ def _around(folder: Path, name: str, models: Mapping[str, ModelConfig], **how: A
     classes = values.get("architectures") or ()
     if any("ForSequenceClassification" in each for each in classes):
         texts = LabelledConfig(source="labelled.jsonl", tokenizer=tokenizer_spec(folder))
-        return ClassifyConfig(name, models["model"], texts, labels=LabelsConfig(_labels(values)), **how)
+        return ClassifyConfig(name, models["model"], texts, labels=LabelsConfig(_labels(folder, values)), **how)
     masking = MaskingConfig(next_sentence=any("ForPreTraining" in each for each in classes))
     return MaskedConfig(name, models["model"], WindowConfig(tokenizer=tokenizer_spec(folder)), masking=masking, **how)
 
 
-def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes, in order; none for a number."""
-    named, count = values.get("id2label") or {}, values.get("num_labels") or 2
-    names = tuple(str(named[i]) for i in sorted(named, key=int)) or tuple(map(str, range(count)))
+def _labels(folder: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes, in order; none for a number. Raises UserError where they are not told by their numbers."""
+    where, named = str(folder / CONFIG), values.get("id2label")
+    if not named:  # which transformers leaves out where it is this
+        count = whole({"num_labels": 2, **values}, "num_labels", where)
+        named = {str(i): f"LABEL_{i}" for i in range(count)}
+    if not isinstance(named, dict) or {*named} != {*map(str, range(len(named)))}:
+        raise UserError(f"{where}: id2label = {named!r}: expected a name for each class 0, 1, ...")
+    names = tuple(str(named[str(i)]) for i in range(len(named)))
     return () if len(names) == 1 or values.get("problem_type") == "regression" else names
 
 
@@ -143,8 +147,13 @@ class Directory:
     architecture: Architecture
     models: dict[str, ModelConfig]
     tensors: dict[str, Tensor]
-    heads: frozenset[str] = frozenset()
-    """What stands beside the model; see model.heads."""
+    of_heads: tuple[Box, ...] = ()
+    """The tensors of what stands beside the model."""
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """What stands beside the model; see model.heads."""
+        return frozenset(box.leaf.split("/")[0] for box in self.of_heads)
 
     @property
     def model(self) -> ModelConfig:
@@ -161,7 +170,7 @@ class Directory:
         models = self.models | {"model": model}
         if ENCODER in models:
             models[ENCODER] = replace(models[ENCODER], scan_layers="units" in abstract[ENCODER])
-        for box in [*every_box(self.architecture, models), *_of_heads(self.architecture, model, self.tensors)]:
+        for box in [*every_box(self.architecture, models), *self.of_heads]:
             if box.tensor in self.tensors:  # else it is one that a file may lack
                 parts[box.leaf].append((box, self.tensors[box.tensor].open))
 
@@ -172,11 +181,16 @@ class Directory:
         return jax.tree_util.tree_map_with_path(load_leaf, abstract)
 
 
-def _of_heads(architecture: Architecture, model: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Box]:
-    """The tensors of those heads of which there is one."""
-    classes = next((t.shape[0] for n, t in tensors.items() if n.endswith(CLASSIFIERS)), 0)
-    groups = head_boxes(architecture, model, architecture.heads, classes)
-    return [box for group in groups if any(box.tensor in tensors for box in group) for box in group]
+def _of_heads(folder: Path, architecture: Architecture, model: ModelConfig, tensors: Collection[str]) -> list[Box]:
+    """The tensors of the heads that the class of config.json has, and of others of which there is one. A base may lack
+    its pooler, and no class but its own says how many classes a classifier has."""
+    values = read_json(folder / CONFIG, AGAIN)
+    named = {name for name in values.get("architectures") or () if not name.endswith("Model")}
+    wanted = frozenset[str]().union(*(heads for heads, name in architecture.class_of.items() if name in named))
+    classes = (len(_labels(folder, values)) or 1) if CLASSIFIER in wanted else 0
+    groups = head_boxes(architecture, model, wanted | architecture.heads.keys() - {CLASSIFIER}, classes)
+    there = (boxes for name, boxes in groups.items() if name in wanted or any(box.tensor in tensors for box in boxes))
+    return [box for boxes in there for box in boxes]
 
 
 def _named(name: str) -> str:
@@ -198,12 +212,13 @@ def open_directory(folder: Path) -> Directory:
     if len(tensors) < len(found):
         twice = next(name for name in found if prefix + name in found)
         raise UserError(f"{folder}: both {twice} and {prefix}{twice}")
-    left_out = architecture.constants, architecture.unused
-    tensors = {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in left_out)}
+    left_out = {name for name, other in architecture.replaced.items() if other in tensors}
+    left_out |= {name for name in tensors if architecture.constants.fullmatch(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     depth = sum(model.num_layers for model in models.values())
     if depth > len(tensors):  # before a table of so many layers is made
         raise UserError(f"{folder / CONFIG}: {depth} layers, and only {len(tensors)} tensors beside it")
-    of_heads = _of_heads(architecture, models["model"], tensors)
+    of_heads = _of_heads(folder, architecture, models["model"], tensors)
     table = {box.tensor: box for box in [*every_box(architecture, models), *of_heads]}
     embedding = next(iter(table))
     twins = dict.fromkeys((*architecture.copies, *[HEAD] * models["model"].tied_head), embedding) | dict(
@@ -228,8 +243,7 @@ def open_directory(folder: Path) -> Directory:
         if not all(np.array_equal(a, b) for a, b in pairs):
             what = "the embedding is the head" if copy.name == HEAD else f"there is one {_thing(original, embedding)}"
             raise UserError(f"{folder}: {copy.name} differs from {original}; {CONFIG} says that {what}")
-    heads = frozenset(box.leaf.split("/")[0] for box in of_heads)
-    return Directory(architecture, models, tensors, heads)
+    return Directory(architecture, models, tensors, tuple(of_heads))
 
 
 def _thing(original: str, embedding: str) -> str:
@@ -305,8 +319,14 @@ def write_directory(
     """
     architecture, model = counterpart(**models), models["model"]
     heads = frozenset(name for name in architecture.heads if name in params)
+    name = class_of(architecture, heads)
+    if TRANSFORM in heads and not model.head_bias:
+        raise UserError(
+            f"model.head_bias = false: {name} scores words with a bias; train a model to export with "
+            "--model.head_bias true"
+        )
     values = {
-        "architectures": [class_of(architecture, heads)],
+        "architectures": [name],
         "model_type": architecture.model_type,
         "vocab_size": models["model"].vocab_size,
     }
@@ -331,7 +351,8 @@ def write_directory(
     table = every_box(architecture, models)
     if architecture.heads and TRANSFORM not in heads:  # which alone scores words
         table = [box for box in table if box.leaf != "head_bias"]
-    table += [box for group in head_boxes(architecture, model, heads, len(labels or ()) or 1) for box in group]
+    classes = len(labels or ()) or 1 if CLASSIFIER in heads else 0
+    table += [box for group in head_boxes(architecture, model, heads, classes).values() for box in group]
     return write_tensors(folder, map(outgoing, table), np.dtype(dtype), shard_bytes)
 
 
