@@ -414,14 +414,14 @@ def test_wrong_inputs_are_one_line(bert: MaskedConfig, taught: MaskedConfig, who
     assert "model.vocab_size = 250" in said(bert, "--model.vocab_size", "250")
     assert "[MASK]" in (room := said(bert, "--model.vocab_size", "264")) and "model.vocab_size >= " in room
     assert "model.parallel_mlp" in said(bert, "--model.parallel_mlp", "one_norm")
-    band = said(bert, "--model.attention_pattern", "dense,banded")
+    band = said(bert, "--model.attention_pattern", "dense,banded", "--model.window", "8")
     assert "model.attention_pattern = dense,banded: a band sees the past alone" in band
     moved = said(bert, "--model.position_offset", "2", "--model.positions", "rotary")
     assert "model.position_offset = 2: is of learned positions; nearest 0" in moved
     assert "model.seq_len = 4" in said(bert, "--model.seq_len", "4")
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"text": "ab."}) + "\n")
-    assert "data.source" in said(bert, "--data.source", str(few))
+    assert "empty, as" in said(bert, "--data.source", str(few))
     assert "its model.embed_dim is 16, not 32" in said(taught, "--model.embed_dim", "32")
     assert "its model.activation is gelu, not relu" in said(taught, "--model.activation", "relu")
     assert "nearest" in said(taught, "--model.num_layers", "3")

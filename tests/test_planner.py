@@ -795,7 +795,7 @@ def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
-@pytest.mark.parametrize("name", ["bert_base", "t5_small"])
+@pytest.mark.parametrize("name", ["bert_base", "bert_large", "t5_small"])
 def test_the_formula_for_memory_of_what_encodes(name: str) -> None:
     """Within 10% of what the TPU compiler gave."""
     where, peak, compiled = target(CONFIGS / f"{name}.py")

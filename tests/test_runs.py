@@ -447,15 +447,19 @@ def test_every_shipped_config_would_start_on_its_hardware(
     else:
         place = ["--layout.fsdp", "1", "--layout.data", "-1"] if "cpu" in file.stem else ["--layout.fsdp", "8"]
     words = ["--data.source", str(corpus / "*.txt")]
-    if start := start_words(file.stem, tmp_path):
+    if file.stem == "classify_cpu":
+        sentences = tmp_path / "sentences.jsonl"
+        sentences.write_text("".join(json.dumps({"text": f"a {i}", "label": i % 2}) + "\n" for i in range(200)))
+        words = [*start_words(file.stem, tmp_path), "--data.source", str(sentences)]
+    elif start := start_words(file.stem, tmp_path):
         ranked = file.stem in ("reward", "dpo") or file.stem.startswith("ppo")
         data = "hh-harmless" if ranked else "gsm8k-train"
         words = [*start, "--data.source", str(shared / f"{data}.jsonl")]
     elif "gpt" in file.stem:
         words += ["--data.tokenizer", f"gpt2:{shared / 'gpt2-bpe'}"]
-    elif file.stem == "transformer_base":
+    elif file.stem in ("transformer_base", "translation_cpu"):
         words = ["--data.source", str(shared / "gsm8k-train.jsonl"), "--data.fields", "question,answer"]
-    if file.stem.startswith(("llama", "bert", "roberta", "t5", "transformer")):
+    if file.stem.startswith(("llama", "bert", "roberta", "t5", "trans")):
         words += ["--data.tokenizer", "bytes"]
     if file.stem == "shakespeare_cpu":
         words += ["--train.batch_size", "24", "--data.lanes", "8", "--train.micro_batch_size", "24"]  # 8 devices here

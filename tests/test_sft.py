@@ -40,14 +40,14 @@ from gptjax.config import (
 )
 from gptjax.data.chat import Message
 from gptjax.data.dialogues import Dropped, parse
-from gptjax.data.examples import ExampleFeed, open_examples
+from gptjax.data.examples import ExampleFeed, open_examples, stacked
 from gptjax.data.rows import PADDING, Rows
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
 from gptjax.model.kernels import BACKENDS
 from gptjax.model.lora import is_adapter, merge
-from gptjax.model.loss import log_probs
+from gptjax.model.loss import Head, log_probs
 from gptjax.parallel.network import Network
 from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rules import Layout, rule_table
@@ -237,7 +237,7 @@ def _params(stage: SFT) -> Any:
 
 
 def _stacked(rows: list[Rows]) -> Rows:
-    return Rows(*(jnp.asarray(np.stack(leaves)) for leaves in zip(*rows, strict=True)))
+    return jax.tree.map(jnp.asarray, stacked(rows))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_no_conversation_sees_another(backend: str, stage: SFT, small: SFTConfig
         hidden, _, targets = stage.network.before_head(whole, rows, None)
         asked = jnp.where(jnp.asarray(others), jnp.maximum(targets, PADDING), PADDING)
         head = jax.lax.stop_gradient(embedding)
-        return jnp.sum(log_probs(hidden, head, asked, config.model.vocab_size, 64))
+        return jnp.sum(log_probs(hidden, Head(head), asked, config.model.vocab_size, 64))
 
     # A token of its own for the second conversation: whatever reaches its row in the table has leaked.
     rows = rows._replace(tokens=rows.tokens.at[0, own].set(200))

@@ -53,6 +53,7 @@ class Toy(ByGradient):
 
     on_policy = False
     flops_per_token = 1.0
+    num_params = 4
 
     def is_frozen(self, name: str) -> bool:
         return False

@@ -30,14 +30,24 @@ class Translator(Writes):
         return Request([self.stage.start], source=ids, **how)
 
     def write(
-        self, texts: Sequence[str], *, beams: int = 4, length_penalty: float = 1.0, max_tokens: int = 0
+        self,
+        texts: Sequence[str],
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        max_tokens: int = 0,
+        cut: bool = False,
     ) -> list[tuple[str, float]]:
         """What is written for each text, by beam search, or greedily with one beam; and its score, the sum of
         log-probabilities in nats over length^length_penalty, which is never below what greedy writing would have.
-        max_tokens: of a text; 0 is what the context holds."""
+        max_tokens: of a text; 0 is what the context holds. cut: texts that are longer than the encoder reads lose their
+        end, as in training; else they are refused."""
         writing = self.stage.writing(beams, length_penalty, max_tokens)
         found: list[tuple[str, float]] = []
         for first in range(0, len(texts), ROWS):
             some = [self.prompt(text) for text in texts[first : first + ROWS]]
+            if cut:
+                room = self.stage.config.encoder.seq_len
+                some = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in some]
             found += writing.texts(self.params, some, ROWS, self.tokenizer)
         return found

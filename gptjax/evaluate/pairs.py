@@ -32,7 +32,7 @@ def pairs(
     texts, references = list[str](), [target for _, target in every]
     for first in range(0, len(every), AT_ONCE):
         some = [asked for asked, _ in every[first : first + AT_ONCE]]
-        texts += [text for text, _ in model.write(some, beams=beams, length_penalty=length_penalty)]
+        texts += [text for text, _ in model.write(some, beams=beams, length_penalty=length_penalty, cut=True)]
         report("writing", len(texts), len(every))
     right = [float(text.strip() == wanted.strip()) for text, wanted in zip(texts, references, strict=True)]
     figures = {"exact": mean(right), "bleu": Figure(bleu(texts, references)), "chrf": Figure(chrf(texts, references))}

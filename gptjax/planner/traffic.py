@@ -153,7 +153,8 @@ def _sent(place: Place, micro: int) -> list[tuple[About, float]]:
     summed = parts + trained * (parts + recomputed)
     add("all-to-all", ("tensor",), "embedding from vocabulary to width", place.embedding * (1 + table * micro))
     add("all-gather", ("tensor",), "tokens looked up", ends)
-    add("all-reduce", ("tensor",), "the loss's gradient", trained * ends * reading.scored / model.seq_len)
+    told = 1.0 if model.causal else reading.scored / model.seq_len  # of an encoder's tokens the hidden ones
+    add("all-reduce", ("tensor",), "the loss's gradient", trained * ends * told)
     if layout.sequence_sharding:
         # What attention and the MLP read, and the gradient of what they give: once where both read, or give, the same.
         # No policy but none keeps what a matrix read, whole along the length. Of an adapter's gradient, once more what

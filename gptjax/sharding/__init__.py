@@ -1,1 +1,2 @@
-"""The device mesh, the table of rules from logical to mesh axes, and the rows that each process holds. Knows no model."""
+"""The device mesh, the table of rules from logical to mesh axes, and the rows that each process holds. It knows no
+model."""

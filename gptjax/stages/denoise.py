@@ -34,5 +34,6 @@ class Denoise(ReadsAndWrites[DamagedWindows]):
 
     def facts(self) -> str:
         """What it learns, in words."""
-        found = self.training
-        return f"{len(found):,} training windows of at most {found.sizes.max():,} tokens"
+        found, spans = self.training, len(ids_of(self.config.noise, self.known_tokenizer).sentinels)
+        sentinels = f", {spans} sentinels" * (self.config.noise.kind != "infill")
+        return f"{len(found):,} training windows of at most {found.sizes.max():,} tokens{sentinels}"

@@ -115,6 +115,12 @@ class Masked(FromExamples[MaskedWindows]):
                     f"distill.teacher = {name}: its model.{field} is {shown}, not {getattr(own, field)}; set "
                     f"--model.{field} {shown}"
                 )
+        read = type(self).fit_tokenizer(self.taught.config, self.taught.tokenizer()).pieces
+        if self.tokenizer and self.tokenizer.pieces != read:
+            raise UserError(
+                f"distill.teacher = {name}: reads by another tokenizer than data.tokenizer = "
+                f"{self.config.data.tokenizer}; leave that out, the teacher's is taken"
+            )
         if self.config.init_from:
             return
         if theirs.num_layers % own.num_layers:
