@@ -771,7 +771,7 @@ def test_explain_knows_what_is_frozen() -> None:
     pod = topology("v5e-8")
     assert "bfloat16[4, 256, 3, 8, 32]" in explain(config, pod, "qkv/kernel")
     assert "float32[4, 256, 8]" in explain(config, pod, "qkv/lora/a")
-    assert "activation embedding and restarted positions" in explain(config, pod, "restarted")
+    assert "activation embedding, restarted positions and types" in explain(config, pod, "restarted")
 
 
 def test_without_the_compiler_it_says_so(six: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Processes:
     def batch(self, num_micro: int) -> np.ndarray:
         whole = np.full((num_micro, self.micro_batch, 2, T), -1, np.int32)
         for rows, stream in zip(self.rows, self.streams, strict=True):
-            tokens, targets, segments, _ = stream.batch(num_micro)
+            tokens, targets, segments, *_ = stream.batch(num_micro)
             assert tokens.dtype == targets.dtype == np.int32 and segments is None
             batch = np.stack([tokens, targets], axis=2)
             assert (whole[:, rows] == -1).all() or (whole[:, rows] == batch).all()
