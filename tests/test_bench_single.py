@@ -23,7 +23,7 @@ from gptjax.bench.single import OPTIONS, Options, alone, climb, search
 from gptjax.bench.single_report import doubts, markdown
 from gptjax.bench.work import Work
 from gptjax.config import Config, LoRAConfig, ModelConfig, SFTConfig
-from gptjax.data.rows import PADDING, Rows, next_token
+from gptjax.data.rows import PADDING, next_token
 from gptjax.errors import UserError
 from gptjax.hardware import COMPILER_OPTIONS, compiler_options
 from gptjax.model.accounting import train_flops_per_token
