@@ -394,7 +394,7 @@ def test_init_from_names_the_side_that_differs(tmp_path: Path) -> None:
         weights.require({"model": BART["model"]})
 
 
-@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("beams", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_texts_of_the_engine_and_of_beams_are_those_of_generate(both: Both, torch: Any, beams: int) -> None:
     """Greedily by the engine, which reads each source once; by beams with texts of several lengths, since the id that
     ends them is one that is often likely."""
