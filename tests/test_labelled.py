@@ -23,6 +23,7 @@ from gptjax.data.labelled import Labelled, Told, parse
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
+from gptjax.recipe.topics import labelled as by_topic
 
 Make = Callable[..., LabelledConfig]
 CLS, SEP = 300, 301
@@ -288,3 +289,15 @@ def test_an_epoch_gives_every_text_once(config: Make, tokenizer: Tokenizer) -> N
     batches = [*eval_batches(found, 8, range(8), -1)]
     assert [int(batch.weight.sum()) for batch in batches] == [8, 8, 4]
     assert sorted(label for batch in batches for label in batch.label[batch.weight > 0]) == [*range(20)]
+
+
+def test_sentences_of_the_longest_articles_are_labelled_by_them() -> None:
+    """Headings within an article are no titles, and what stands before the first is nobody's."""
+    about = {f"Article {i}": [f"This is sentence {j} of number {i} ." for j in range(20 - i)] for i in range(9)}
+    text = "No article has this sentence at all .\n" + "\n".join(
+        f" = {title} = \n\n {' '.join(found[:3])}\n = = Its <unk> = = \nToo short .\n{' '.join(found[3:])}"
+        for title, found in about.items()
+    )
+    rows = by_topic(text)
+    assert sorted(rows) == sorted((each, f"article-{i}") for i in range(8) for each in about[f"Article {i}"])
+    assert rows == by_topic(text) != by_topic(text, seed=1)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import environment
-from shipped import PATHS, start_words, target
+from shipped import PATHS, shipped, start_words, target
 
 from gptjax import cli
 from gptjax.config import Config, to_json
@@ -449,7 +449,9 @@ def test_every_shipped_config_would_start_on_its_hardware(
     words = ["--data.source", str(corpus / "*.txt")]
     if file.stem == "classify_cpu":
         sentences = tmp_path / "sentences.jsonl"
-        sentences.write_text("".join(json.dumps({"text": f"a {i}", "label": i % 2}) + "\n" for i in range(200)))
+        names = shipped(file.stem, tmp_path).labels.names  # type: ignore[attr-defined]
+        rows = [json.dumps({"text": f"a {i}", "label": names[i % len(names)]}) for i in range(200)]
+        sentences.write_text("\n".join(rows) + "\n")
         words = [*start_words(file.stem, tmp_path), "--data.source", str(sentences)]
     elif start := start_words(file.stem, tmp_path):
         ranked = file.stem in ("reward", "dpo") or file.stem.startswith("ppo")
