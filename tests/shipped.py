@@ -25,12 +25,11 @@ BASES = {
 REWARDED = ("ppo", "grpo", "ppo_instructgpt", "ppo_lm_human_preferences")
 
 
-def target(path: Path) -> tuple[str, float, bool]:
-    """The topology that a config's header names, the peak in GB recorded beside it, and whether a compiler gave it or
-    the planner's formula."""
-    found = re.search(r"(Compiled|Planned) for (\S+): ([\d.]+) GB a device", path.read_text())
+def target(path: Path) -> tuple[str, float]:
+    """The topology that a config's header names, and the peak in GB beside it, which a compiler gave."""
+    found = re.search(r"Compiled for (\S+): ([\d.]+) GB a device", path.read_text())
     assert found, f"{path.name} names no topology"
-    return found[2], float(found[3]), found[1] == "Compiled"
+    return found[1], float(found[2])
 
 
 def start_words(name: str, folder: Path) -> list[str]:

@@ -211,6 +211,24 @@ def test_a_damaged_text_is_learned(damaged: DenoiseConfig, tmp_path: Path) -> No
     assert records(run, "eval")[-1]["loss"] < first["loss"] - 0.3
 
 
+@pytest.mark.slow
+def test_texts_of_pairs_are_written_as_the_run_says_unless_asked(pairs: Seq2SeqConfig, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason="needs the eval extra")
+    run = train(
+        replace(pairs, writing=WritingConfig(beams=2, length_penalty=0.5)), tmp_path, "--train.total_steps", "1"
+    )
+    asked = ["eval", str(run), "--pairs", pairs.data.source, "--limit", "3", "--cache-dir", pairs.data.cache_dir]
+
+    def about(out: Path, *words: str) -> tuple[int, float]:
+        assert cli.run([*asked, "--out", str(out), *words]) == 0
+        (found,) = json.loads(next(out.glob("*.json")).read_text())["measures"].values()
+        assert found["about"]["pairs"] == 3
+        return found["about"]["beams"], found["about"]["length_penalty"]
+
+    assert about(tmp_path / "own") == (2, 0.5)
+    assert about(tmp_path / "other", "--beams", "3", "--length-penalty", "1") == (3, 1.0)
+
+
 # What a user may get wrong
 
 

@@ -791,15 +791,14 @@ QUICK = ("shakespeare_gpu",)  # the TPU compiler takes 75 s for gpt3_125m: test_
 )
 def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
     """Within 7% of what the TPU compiler gave each GPT-3, from 125M on 8 chips to 175B on 512, and a LLaMA."""
-    where, peak, _ = target(path)
+    where, peak = target(path)
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
-@pytest.mark.parametrize("name", ["bert_base", "bert_large", "t5_small"])
+@pytest.mark.parametrize("name", ["bert_base", "bert_large", "roberta_base", "t5_small"])
 def test_the_formula_for_memory_of_what_encodes(name: str) -> None:
     """Within 10% of what the TPU compiler gave."""
-    where, peak, compiled = target(CONFIGS / f"{name}.py")
-    assert compiled
+    where, peak = target(CONFIGS / f"{name}.py")
     config = load_config(str(CONFIGS / f"{name}.py"), [])
     assert priced(config, topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.1)
 
@@ -846,8 +845,8 @@ def test_plan_says_what_generation_keeps_only_of_what_writes(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """By the real compiler, with the peak that the header records, within 5%, or 10% where it is the formula's."""
-    where, peak, compiled = target(path)
+    """By the real compiler, with the peak that the header records, within 5%."""
+    where, peak = target(path)
     if path.stem not in QUICK and not request.config.getoption("--whole"):
         return  # half an hour for all of them
     config = shipped(path.stem, tmp_path)
@@ -862,4 +861,4 @@ def test_a_config_compiles_for_its_pod(path: Path, request: pytest.FixtureReques
         ((_, result),) = compile_all({path.stem: for_compiler(config, pod)}, pod, tmp_path, 1800, 1)
         assert not result.error
         found = result.peak
-    assert found / 1e9 == pytest.approx(peak, rel=0.05 if compiled else 0.1)
+    assert found / 1e9 == pytest.approx(peak, rel=0.05)

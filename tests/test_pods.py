@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = [
     (path.stem, found[1], 1, "")
     for path in sorted((ROOT / "configs").glob("*.py"))
-    if (found := re.search(r"(?:Compiled|Planned) for (\S+):", path.read_text())) and not found[1].startswith("cpu")
+    if (found := re.search(r"Compiled for (\S+):", path.read_text())) and not found[1].startswith("cpu")
 ]
 PLANNED = [  # what `gptjax plan` recommends: README's table, over two slices, on GPUs
     ("gpt3_175b", pod, slices, layout)

@@ -436,7 +436,7 @@ def test_every_shipped_config_would_start_on_its_hardware(
 ) -> None:
     """With the real process numbers of the pod that its header names, and GPT-2's own tokenizer (bytes for those
     whose own is not at hand)."""
-    pod, *_ = target(file)
+    pod, _ = target(file)
     place = [] if pod.startswith("cpu") else ["--topology", pod]
     if place:
         from gptjax.planner.compile import available

@@ -1,10 +1,11 @@
 """An encoder-decoder: what it writes of texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptjax.api.writes import Writes
+from gptjax.config import WritingConfig
 from gptjax.errors import UserError
 from gptjax.infer.engine import Request
 from gptjax.stages.encoder_decoder import ReadsAndWrites
@@ -29,20 +30,27 @@ class Translator(Writes):
     def _asked(self, ids: list[int], how: dict[str, Any]) -> Request:
         return Request([self.stage.start], source=ids, **how)
 
+    def how(self, beams: int = 0, length_penalty: float | None = None) -> WritingConfig:
+        """How it writes if these are asked."""
+        own = self.stage.how
+        penalty = own.length_penalty if length_penalty is None else length_penalty
+        return replace(own, beams=beams or own.beams, length_penalty=penalty)
+
     def write(
         self,
         texts: Sequence[str],
         *,
-        beams: int = 4,
-        length_penalty: float = 1.0,
+        beams: int = 0,
+        length_penalty: float | None = None,
         max_tokens: int = 0,
         cut: bool = False,
     ) -> list[tuple[str, float]]:
         """What is written for each text, by beam search, or greedily with one beam; and its score, the sum of
-        log-probabilities in nats over length^length_penalty, which is never below what greedy writing would have.
+        log-probabilities in nats over length^length_penalty, which is never below what greedy writing would have. 0
+        beams, and no length_penalty, are those of the run's config (section writing), 4 and 1 where it has none.
         max_tokens: of a text; 0 is what the context holds. cut: texts that are longer than the encoder reads lose their
         end, as in training; else they are refused."""
-        writing = self.stage.writing(beams, length_penalty, max_tokens)
+        writing = self.stage.writing(self.how(beams, length_penalty), max_tokens)
         found: list[tuple[str, float]] = []
         for first in range(0, len(texts), ROWS):
             some = [self.prompt(text) for text in texts[first : first + ROWS]]

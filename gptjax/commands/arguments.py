@@ -11,7 +11,8 @@ from typing import Annotated, Any, Protocol
 
 from gptjax.config.fields import described, docs, explained, infos, parse, walk
 from gptjax.config.fields import flag as as_flag
-from gptjax.config.schema import STAGES, Config
+from gptjax.config.schema import Config
+from gptjax.config.stages import STAGES
 from gptjax.errors import UserError
 
 

@@ -42,10 +42,11 @@ class Command:
     """Pairs of texts, of which an encoder-decoder writes the second for the first: what data.source takes."""
     fields: tuple[str, ...] = ()
     """Fields of the pairs, source,target; empty takes the first form found."""
-    beams: Positive = 4
-    """Of the search that writes them; 1 takes the likeliest token each time."""
-    length_penalty: float = 1.0
-    """A text's log-probability is divided by its length to this power before texts are compared."""
+    beams: Count = 0
+    """Of the search that writes them; 1 takes the likeliest token each time, 0 is the run's writing.beams."""
+    length_penalty: float | None = None
+    """A text's log-probability is divided by its length to this power before texts are compared; none is the run's
+    writing.length_penalty."""
     limit: Count = 0
     """Questions of each task, or pairs; 0 is all."""
     shots: Annotated[int, Field(ge=-1)] = -1
@@ -116,9 +117,10 @@ class Command:
         model = api.load_any(path, weights=self.weights)
         if not isinstance(model, api.Translator):
             raise UserError(f"{path}: no encoder-decoder, which --pairs is for; measure it by --text or --tasks")
+        how = model.how(self.beams, self.length_penalty)
         with Progress() as progress:
-            made = pairs(model, source, self.beams, self.length_penalty, self.limit, progress)
-        name = [self.split] * (self.split != "train") + [f"{self.beams} beams"]
+            made = pairs(model, source, how, self.limit, progress)
+        name = [self.split] * (self.split != "train") + [f"{how.beams} beams"]
         name += [f"first {self.limit}"] * bool(self.limit)
         return results.about(model), {_named(Path(self.pairs).name or self.pairs, name): made}
 

@@ -47,8 +47,9 @@ class Command:
     beams: Count = 0
     """Of an encoder-decoder: search for the likeliest text with so many of them in sight, in place of drawing one; 0
     draws."""
-    length_penalty: float = 1.0
-    """With --beams: a text's log-probability is divided by its length to this power."""
+    length_penalty: float | None = None
+    """With --beams: a text's log-probability is divided by its length to this power; none is the run's
+    writing.length_penalty."""
     samples: Positive = 1
     """How many of each prompt."""
     tokens: Positive = 200

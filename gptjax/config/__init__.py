@@ -1,4 +1,5 @@
-"""What a run is, and how a user's words become one: the sections (`schema`), how their fields are checked (`fields`)
+"""What a run is, and how a user's words become one: the sections (`schema`, and `stages` for those after
+pretraining), how their fields are checked (`fields`)
 and agree with each other (`check`), and the ways in: Python files and the command line (`load`), saved JSON (`saved`).
 Nothing here imports JAX, so that a wrong config fails before anything is compiled.
 """
@@ -16,23 +17,22 @@ from gptjax.config.data import (
 )
 from gptjax.config.model import LoRAConfig, ModelConfig
 from gptjax.config.saved import from_json, to_json
-from gptjax.config.schema import (
-    LAYOUT_PRESETS,
+from gptjax.config.schema import LAYOUT_PRESETS, Config, LayoutConfig, OptimizerConfig, TrainConfig
+from gptjax.config.stages import (
+    ENCODER,
     STAGES,
     ClassifyConfig,
-    Config,
     DenoiseConfig,
     DistillConfig,
     DPOConfig,
+    EncoderConfig,
     EncoderDecoderConfig,
     GroupPolicyConfig,
     GRPOConfig,
     LabelsConfig,
-    LayoutConfig,
     MaskedConfig,
     MaskingConfig,
     NoiseConfig,
-    OptimizerConfig,
     PolicyConfig,
     PPOConfig,
     PreferenceConfig,
@@ -43,11 +43,11 @@ from gptjax.config.schema import (
     RolloutConfig,
     Seq2SeqConfig,
     SFTConfig,
-    TrainConfig,
     WritingConfig,
 )
 
 __all__ = [
+    "ENCODER",
     "LAYOUT_PRESETS",
     "STAGES",
     "ClassifyConfig",
@@ -57,6 +57,7 @@ __all__ = [
     "DenoiseConfig",
     "DialogueConfig",
     "DistillConfig",
+    "EncoderConfig",
     "EncoderDecoderConfig",
     "GRPOConfig",
     "GroupPolicyConfig",

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptjax import bucket
-from gptjax.config.fields import every_leaf
+from gptjax.config.fields import every_leaf, typed
 from gptjax.config.model import ModelConfig
-from gptjax.config.schema import (
-    ClassifyConfig,
-    Config,
+from gptjax.config.schema import Config
+from gptjax.config.stages import (
+    EncoderConfig,
     EncoderDecoderConfig,
     GroupPolicyConfig,
-    MaskedConfig,
     PolicyConfig,
     PreferenceConfig,
     RankedConfig,
@@ -116,14 +115,12 @@ def _agreeing(model: ModelConfig) -> None:
         (relative and model.position_reach <= exact, "position_reach", f"{exact} distances are exact", str(exact + 1)),
     ):
         if wrong:
-            value = getattr(model, name)
-            shown = ",".join(value) if isinstance(value, tuple) else str(value).lower()
-            raise UserError(f"model.{name} = {shown}: {why}; nearest {remedy}")
+            raise UserError(f"model.{name} = {typed(getattr(model, name))}: {why}; nearest {remedy}")
 
 
 def _side(config: Config) -> None:
     """Encoders where a stage has one, decoders elsewhere, and two that fit each other."""
-    if isinstance(config, MaskedConfig | ClassifyConfig):
+    if isinstance(config, EncoderConfig):
         wanted: dict[str, dict[str, bool]] = {"model": {"causal": False, "cross_attention": False}}
     elif isinstance(config, EncoderDecoderConfig):
         encoder = {"causal": False, "cross_attention": False, "tied_head": True, "head_bias": False}
@@ -134,9 +131,7 @@ def _side(config: Config) -> None:
         for name, value in values.items():
             given = getattr(config.models[section], name)
             if given != value:
-                raise UserError(
-                    f"{section}.{name} = {str(given).lower()}: stage {config.stage} has {str(value).lower()} there"
-                )
+                raise UserError(f"{section}.{name} = {typed(given)}: stage {config.stage} has {typed(value)} there")
     if isinstance(config, EncoderDecoderConfig):
         for name in ("embed_dim", "vocab_size", "dtype"):
             ours, theirs = getattr(config.model, name), getattr(config.encoder, name)

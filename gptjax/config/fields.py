@@ -46,6 +46,7 @@ __all__ = [
     "infos",
     "nearest_name",
     "parse",
+    "typed",
     "walk",
 ]
 
@@ -349,6 +350,11 @@ def _written(value: Any) -> str:
     """A value as the messages show it, short enough for a line."""
     text = str(value) if isinstance(value, str) and value and value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return ",".join(value) if isinstance(value, tuple) else str(value).lower()
 
 
 def parse(hint: Any, text: str, name: str) -> Any:

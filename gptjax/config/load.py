@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from gptjax.config.check import validate
 from gptjax.config.fields import explain, explained, infos, nearest_name, parse
-from gptjax.config.schema import LAYOUT_PRESETS, STAGES, Config, LayoutConfig
+from gptjax.config.schema import LAYOUT_PRESETS, Config, LayoutConfig
+from gptjax.config.stages import STAGES
 from gptjax.errors import UserError
 
 

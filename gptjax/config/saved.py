@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from gptjax.config.check import validate
 from gptjax.config.fields import OnResume, explain, walk
-from gptjax.config.schema import STAGES, Config
+from gptjax.config.schema import Config
+from gptjax.config.stages import STAGES
 from gptjax.errors import UserError
 
 

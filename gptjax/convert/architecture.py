@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import ModelConfig
+from gptjax.config import ENCODER, ModelConfig
 from gptjax.errors import UserError
 
 Index = tuple[slice, ...]
 
-ENCODER = "encoder"
 """The section of our config, and where its parameters stand beside the decoder's."""
 
 GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the tanh approximation

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gptjax.config import (
+    ENCODER,
     ClassifyConfig,
     Config,
     DataConfig,
@@ -28,8 +29,8 @@ from gptjax.config import (
     WindowConfig,
     validate,
 )
-from gptjax.config.fields import explain
-from gptjax.convert.architecture import ENCODER, Architecture, Box, assemble, every_box, head_boxes, usual, whole
+from gptjax.config.fields import explain, typed
+from gptjax.convert.architecture import Architecture, Box, assemble, every_box, head_boxes, usual, whole
 from gptjax.convert.bart import BART
 from gptjax.convert.bert import BERT, DISTILBERT, ROBERTA
 from gptjax.convert.falcon import FALCON
@@ -290,16 +291,11 @@ def _require_fixed(near: Architecture, fixed: Mapping[str, tuple[Any, ...]], sec
     for name, values in fixed.items():
         given = getattr(model, name)
         if not {given, getattr(model, SIZES.get(name, name))} & {*values}:
-            shown = " or ".join(map(_typed, values))
+            shown = " or ".join(map(typed, values))
             raise UserError(
-                f"{section}.{name} = {_typed(given)}: {near.classes[0]}, which is nearest of what gptjax writes for "
-                f"Hugging Face, has {shown}; train a model to export with --{section}.{name} {_typed(values[0])}"
+                f"{section}.{name} = {typed(given)}: {near.classes[0]}, which is nearest of what gptjax writes for "
+                f"Hugging Face, has {shown}; train a model to export with --{section}.{name} {typed(values[0])}"
             )
-
-
-def _typed(value: Any) -> str:
-    """As it is typed on the command line."""
-    return ",".join(value) if isinstance(value, tuple) else str(value).lower()
 
 
 def write_directory(

@@ -56,6 +56,12 @@ class ExampleSet:
         return len(self.numbers)
 
     @property
+    def losses(self) -> str:
+        """How many were cut and how many left out, in words that go on from others."""
+        left_out = sum(self.left_out.values())
+        return f", {self.num_cut:,} cut" * bool(self.num_cut) + f", {left_out:,} left out" * bool(left_out)
+
+    @property
     def num_rows(self) -> int:
         """Rows of an epoch."""
         return self.packing.num_rows

@@ -49,8 +49,6 @@ class MaskedWindows(Windows):
     """Windows of which an encoder is asked for hidden words."""
 
     masking: MaskingConfig
-    types: bool
-    """Whether the model tells two texts apart."""
 
     @cached_property
     def _marks(self) -> Marks:
@@ -79,7 +77,7 @@ class MaskedWindows(Windows):
         segments, types = np.ones(self.seq_len, np.int32), np.zeros(self.seq_len, np.int32)
         places, targets = np.zeros(room, np.int32), np.full(room, PADDING, np.int32)
         tokens[: len(ids)], segments[: len(ids)] = inputs, 0
-        if self.masking.next_sentence and self.types and texts:
+        if self.masking.next_sentence and texts:
             types[len(texts[0]) + 2 : len(ids)] = 1
         here = np.flatnonzero(chosen)
         places[: len(here)], targets[: len(here)] = here, asked[here]
@@ -124,7 +122,6 @@ def open_masked(
     source: TextSource,
     tokenizer: Tokenizer,
     seq_len: int,
-    types: bool,
     report: Report = lambda *_: None,
 ) -> MaskedWindows:
     """The windows of a split. Raises UserError where it has too little text."""
@@ -133,4 +130,4 @@ def open_masked(
         least, room = 1, seq_len - 2
         arrange = lambda lengths: pack(lengths + 1, seq_len - 1)  # noqa: E731
     fields = cut_windows(config, source, tokenizer, seq_len, least, room, arrange, report)
-    return MaskedWindows(**fields, masking=masking, types=types)
+    return MaskedWindows(**fields, masking=masking)

@@ -39,12 +39,10 @@ class Pairs(ExampleSet):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """What the encoder reads, int32 [at most S], and what the decoder is to write, int32 [at most T]."""
         source, target = map(self.tokenizer.encode, self.pair(index))
-        return self.framed(source, self.source_len), self.framed(target, self.target_len)
+        return self._framed(source, self.source_len), self._framed(target, self.target_len)
 
-    def framed(self, ids: np.ndarray, room: int) -> np.ndarray:
-        """A text's ids with those that stand around it, cut to so many."""
-        lead = np.array(self.lead, np.int32)
-        return np.concatenate([lead, ids[: room - len(lead) - 1], [self.end]]).astype(np.int32)
+    def _framed(self, ids: np.ndarray, room: int) -> np.ndarray:
+        return framed(ids[: room - len(self.lead) - 1], self.lead, self.end)
 
     def row(self, indices: Sequence[int]) -> PairRows:
         read, written = self[indices[0]] if len(indices) else (np.zeros(0, np.int32),) * 2
@@ -77,6 +75,11 @@ def open_pairs(
     packing, num_cut = apart(np.minimum(size[numbers], most).sum(1)), int(long[numbers].sum())
     common = source, source_len + target_len, numbers, packing, left_out, num_cut
     return Pairs(*common, tokenizer, config.prefix, start, end, lead, source_len, target_len)
+
+
+def framed(ids: np.ndarray, lead: Sequence[int], end: int) -> np.ndarray:
+    """A text's ids with those that stand around it, int32."""
+    return np.concatenate([[*lead], ids, [end]]).astype(np.int32)
 
 
 def _sizes(text: str, tokenizer: Tokenizer, prefix: str) -> tuple[int, int]:

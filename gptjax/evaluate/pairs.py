@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from gptjax.api import Translator
-from gptjax.config import PairConfig
+from gptjax.config import PairConfig, WritingConfig
 from gptjax.data.dialogues import why_dropped
 from gptjax.data.pairs import parse
 from gptjax.data.sources import TextSource
@@ -18,8 +18,7 @@ AT_ONCE = 256  # pairs between two reports
 def pairs(
     model: Translator,
     source: TextSource,
-    beams: int = 4,
-    length_penalty: float = 1.0,
+    how: WritingConfig,
     limit: int = 0,
     report: Report = lambda *_: None,
 ) -> Measure:
@@ -32,7 +31,7 @@ def pairs(
     texts, references = list[str](), [target for _, target in every]
     for first in range(0, len(every), AT_ONCE):
         some = [asked for asked, _ in every[first : first + AT_ONCE]]
-        texts += [text for text, _ in model.write(some, beams=beams, length_penalty=length_penalty, cut=True)]
+        texts += [text for text, _ in model.write(some, beams=how.beams, length_penalty=how.length_penalty, cut=True)]
         report("writing", len(texts), len(every))
     right = [float(text.strip() == wanted.strip()) for text, wanted in zip(texts, references, strict=True)]
     figures = {"exact": mean(right), "bleu": Figure(bleu(texts, references)), "chrf": Figure(chrf(texts, references))}
@@ -40,8 +39,8 @@ def pairs(
     about = {
         "source": source.name,
         "pairs": len(every),
-        "beams": beams,
-        "length_penalty": length_penalty,
+        "beams": how.beams,
+        "length_penalty": how.length_penalty,
         "interval": "95% of exact alone, Wilson's",
     }
     return Measure(about, figures)

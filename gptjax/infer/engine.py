@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptjax.config import ENCODER
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 from gptjax.infer.prepare import for_cpu
@@ -24,7 +25,7 @@ from gptjax.infer.text import TextStream
 from gptjax.model.cache import ring_size
 from gptjax.model.gpt import GPT
 from gptjax.model.loss import IGNORED
-from gptjax.parallel.network import ENCODER, EncoderDecoder
+from gptjax.parallel.network import EncoderDecoder
 from gptjax.sharding.rules import Layout
 
 SHARED = 16  # tokens that a prefix must have to be worth a copy

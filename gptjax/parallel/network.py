@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.config import Config, EncoderDecoderConfig
+from gptjax.config import ENCODER, Config, EncoderDecoderConfig
 from gptjax.data.rows import PairRows, Rows
 from gptjax.model.attention import Need
 from gptjax.model.block import Parallelism, layer_mask
@@ -19,7 +19,6 @@ from gptjax.model.loss import Head
 from gptjax.parallel import context, pipeline
 from gptjax.sharding.rules import Layout
 
-ENCODER = "encoder"
 """Where the parameters of an encoder stand beside a decoder's, whose embedding it reads by."""
 
 

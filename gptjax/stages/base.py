@@ -122,6 +122,15 @@ class Base(ByGradient):
     def keep(self, run: Path, step: int, figures: dict[str, Any]) -> None:
         """Nothing: the log has the figures."""
 
+    def sample(self, params: Any) -> str:
+        """A text that shows what the model can do; the config of one that writes none has no train.sample_interval."""
+        raise NotImplementedError
+
+    def pins(self, params: Any) -> dict[str, tuple[str, dict[str, str]]]:
+        """Field -> its value and the fingerprints of what it names, which stays as it is beside what is trained and
+        must be the same at every start."""
+        return {}
+
     @staticmethod
     def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
         """A tokenizer as a run of the stage keeps it."""

@@ -13,49 +13,30 @@ from gptjax.classes import of_classes, of_numbers
 from gptjax.config import ClassifyConfig, Config
 from gptjax.data.classed import LabelledRows, LabelledTexts, frame, labelled_row, open_labelled
 from gptjax.data.examples import eval_batches
-from gptjax.data.rows import Rows
 from gptjax.data.sources import TextSource
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.marks import marks
-from gptjax.model.accounting import Reading, head_params, num_params
-from gptjax.model.heads import CLASSIFIER, POOLER, init_heads, is_head, pooled, told
-from gptjax.stages.from_examples import FromExamples
+from gptjax.model.accounting import Reading
+from gptjax.model.heads import CLASSIFIER, POOLER, pooled, told
+from gptjax.stages.encoder import WithHeads, encoded
 
 HEAD_NAMES = (POOLER, CLASSIFIER)
 
 
-class Classify(FromExamples[LabelledTexts]):
+class Classify(WithHeads[LabelledTexts]):
     """Batches and evaluation of an encoder on labelled texts."""
 
     config: ClassifyConfig
     grows = True
     apart = HEAD_NAMES
-    example_prompt = ""
-
-    @classmethod
-    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
-        fitted = super().fit_tokenizer(config, tokenizer.with_marks())
-        marks(fitted)
-        return fitted
 
     @classmethod
     def heads_of(cls, config: Config) -> frozenset[str]:
         return frozenset(HEAD_NAMES)
 
     @property
-    def classes(self) -> int:
+    def classes(self) -> int:  # type: ignore[override]
         """Numbers that the classifier gives; one for regression."""
         return len(self.config.labels.names) or 1
-
-    def init(self, key: Array) -> Any:
-        return super().init(key) | init_heads(self.config.model, HEAD_NAMES, jax.random.fold_in(key, 1), self.classes)
-
-    def is_born(self, name: str) -> bool:
-        return is_head(name)
-
-    @property
-    def num_params(self) -> int:
-        return num_params(self.config.model) + head_params(self.config.model, HEAD_NAMES, self.classes)
 
     @property
     def learning(self) -> tuple[Reading, ...]:
@@ -84,12 +65,9 @@ class Classify(FromExamples[LabelledTexts]):
 
     def facts(self) -> str:
         """What it learns, in words."""
-        found, left_out = self.training, sum(self.training.left_out.values())
-        return (
-            f"{len(found):,} training texts, {found.packing.efficiency(self.config.model.seq_len):.1%} full"
-            + f", {found.num_cut:,} cut" * bool(found.num_cut)
-            + f", {left_out:,} left out" * bool(left_out)
-        )
+        found = self.training
+        share = found.packing.efficiency(self.config.model.seq_len)
+        return f"{len(found):,} training texts, {share:.1%} full{found.losses}"
 
     def unlabelled(self, texts: Sequence[str]) -> LabelledRows:
         """A row of one text, or of two, of which nothing is known."""
@@ -112,8 +90,7 @@ class Classify(FromExamples[LabelledTexts]):
 
     def scores(self, params: Any, rows: LabelledRows, key: Array | None) -> Array:
         """float32 [b, classes]: logits, or the number."""
-        types = rows.types if self.config.model.token_types > 1 else None
-        hidden, _ = self.network.hidden(params, Rows(rows.tokens, None, rows.segments, types=types), key)
+        hidden, _ = encoded(self.network, params, rows, key)
         return told(params, CLASSIFIER, pooled(params, hidden))
 
     def _losses(self, scores: Array, label: Array) -> Array:
@@ -144,7 +121,3 @@ class Classify(FromExamples[LabelledTexts]):
             return self._losses(scores, rows.label), scores, rows.label, rows.weight
 
         return jax.jit(judged, out_shardings=self.layout.sharding(()) if self.layout else None)
-
-    def sample(self, params: Any) -> str:
-        """An encoder writes nothing, and its config has no train.sample_interval."""
-        raise NotImplementedError

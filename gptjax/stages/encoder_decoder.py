@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gptjax.config import EncoderDecoderConfig
+from gptjax.config import ENCODER, EncoderDecoderConfig, WritingConfig
 from gptjax.data.examples import eval_batches
 from gptjax.data.rows import PADDING, PairRows
 from gptjax.infer.writing import Writing
 from gptjax.model.accounting import Reading, num_params, stack_params
 from gptjax.model.loss import IGNORED, cross_entropy, judged
-from gptjax.parallel.network import ENCODER, EncoderDecoder
+from gptjax.parallel.network import EncoderDecoder
 from gptjax.stages.from_examples import FromExamples, Kind
 
 
@@ -46,9 +46,9 @@ class ReadsAndWrites(FromExamples[Kind]):
         return num_params(self.config.model) + stack_params(self.config.encoder)
 
     @property
-    def smoothing(self) -> float:
-        """Of the targets in training."""
-        return 0.0
+    def how(self) -> WritingConfig:
+        """How it learns to write, and writes where nothing else is asked."""
+        return WritingConfig()
 
     # What it reads and writes
 
@@ -65,11 +65,11 @@ class ReadsAndWrites(FromExamples[Kind]):
         """What a user is shown of both."""
         return f"{prompt}\n{reply}"
 
-    def writing(self, beams: int, length_penalty: float, max_tokens: int = 0) -> Writing:
+    def writing(self, how: WritingConfig, max_tokens: int = 0) -> Writing:
         """What writes for many texts at once."""
         tokenizer = self.known_tokenizer
         about = self.start, tokenizer.eot, tokenizer.possible
-        return Writing(self.network, *about, beams, length_penalty, max_tokens)
+        return Writing(self.network, *about, how.beams, how.length_penalty, max_tokens)
 
     # Rows
 
@@ -102,7 +102,7 @@ class ReadsAndWrites(FromExamples[Kind]):
         hidden, head, targets = self.network.before_head(params, rows, key)
         with jax.named_scope("loss"):
             c = self.config.model
-            return cross_entropy(hidden, head, targets, c.vocab_size, c.loss_chunk, self.smoothing) / counts
+            return cross_entropy(hidden, head, targets, c.vocab_size, c.loss_chunk, self.how.label_smoothing) / counts
 
     def evaluate(self, params: Any, place: Callable[[PairRows], PairRows], rows: Sequence[int]) -> dict[str, float]:
         """loss: nats of a target without smoothing, given those before it; accuracy: share of them that are the
@@ -124,7 +124,3 @@ class ReadsAndWrites(FromExamples[Kind]):
             return -jnp.sum(values), jnp.sum(right), jnp.sum(targets != PADDING)
 
         return jax.jit(sums)
-
-    def sample(self, params: Any) -> str:
-        """Its config has no train.sample_interval."""
-        raise NotImplementedError

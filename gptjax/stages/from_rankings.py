@@ -39,13 +39,11 @@ class FromRankings(FromChat[Rankings]):
 
     def facts(self) -> str:
         """What it learns, in words."""
-        found, left_out = self.training, sum(self.training.left_out.values())
+        found = self.training
         share = found.num_replies / (len(found) * found.max_replies)
         return (
             f"{len(found):,} training prompts with {found.num_replies:,} ranked replies, {share:.1%} of "
-            f"{found.max_replies} each"
-            + f", {found.num_cut:,} cut" * bool(found.num_cut)
-            + f", {left_out:,} left out" * bool(left_out)
+            f"{found.max_replies} each{found.losses}"
         )
 
     def _over_evaluation(

@@ -36,13 +36,10 @@ from gptjax.sharding.mesh import make_mesh
 from gptjax.sharding.rows import rows_by_process
 from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import AnyStage, Base, Pretrain, stage_class
-from gptjax.stages.masked import TEACHER, Masked
-from gptjax.stages.on_policy import REWARD, OnPolicy
 from gptjax.stages.weights import Weights, first_weights, given_tokenizer, load_base
 from gptjax.terminal import Progress
 from gptjax.train import goodput
 from gptjax.train import run as folders
-from gptjax.train.fingerprint import fingerprint
 from gptjax.train.lock import RunLock
 from gptjax.train.loop import fit
 from gptjax.train.metrics import LOG, read_log
@@ -107,12 +104,8 @@ def _first_params(stage: AnyStage, weights: Weights | None, run: Path, places: A
     stays = config.adapter or config.has_reference  # what no checkpoint holds must be the same at every start
     load = partial(load_base, run, config, weights) if stays else partial(weights.start, config.model)
     params = first_params(stage, load, places, weights.heads - {CLASSIFIER})  # of other labels
-    if isinstance(stage, OnPolicy) and stage.scorer:
-        prints = fingerprint(params[REWARD]) | {"scores": str(stage.scorer.statistics)}
-        folders.same_weights(run, "reward", stage.config.reward, prints)
-    if isinstance(stage, Masked) and TEACHER in params:
-        teacher = stage.config.distill.teacher
-        folders.same_weights(run, "distill.teacher", teacher, fingerprint(params[TEACHER]))
+    for field, (source, prints) in stage.pins(params).items():
+        folders.same_weights(run, field, source, prints)
     return params
 
 

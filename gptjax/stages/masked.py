@@ -13,19 +13,19 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import Config, MaskedConfig, nearest_divisor
+from gptjax.config.fields import typed
 from gptjax.data.examples import eval_batches
 from gptjax.data.masked import MaskedRows, MaskedWindows, num_hidden, open_masked
-from gptjax.data.rows import PADDING, Rows
+from gptjax.data.rows import PADDING
 from gptjax.data.sources import TextSource
-from gptjax.data.tokenizers import Tokenizer
-from gptjax.data.tokenizers.marks import marks
 from gptjax.errors import UserError
-from gptjax.model.accounting import Reading, head_params, num_params
+from gptjax.model.accounting import Reading
 from gptjax.model.gpt import as_layers, layers_of
-from gptjax.model.heads import HEADS, NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, is_head, pooled, told, transformed
+from gptjax.model.heads import HEADS, NEXT_SENTENCE, POOLER, TRANSFORM, init_heads, pooled, told, transformed
 from gptjax.model.loss import IGNORED, Head, cross_entropy, divergence, judged
 from gptjax.parallel.network import Network
-from gptjax.stages.from_examples import FromExamples
+from gptjax.stages.encoder import WithHeads, encoded
+from gptjax.train.fingerprint import fingerprint
 from gptjax.train.parts import split
 from gptjax.train.step import narrow
 
@@ -38,41 +38,28 @@ Heard = tuple[Array, Head, Array]
 """What the head over the vocabulary reads [b, M, D], that head, and the last hidden states [b, T, D]."""
 
 
-class Masked(FromExamples[MaskedWindows]):
+class Masked(WithHeads[MaskedWindows]):
     """Batches and evaluation of an encoder on texts with hidden words."""
 
     config: MaskedConfig
     grows = False
     apart = (TRANSFORM, POOLER, NEXT_SENTENCE)
-    example_prompt = ""
-
-    @classmethod
-    def fit_tokenizer(cls, config: Config, tokenizer: Tokenizer) -> Tokenizer:
-        fitted = super().fit_tokenizer(config, tokenizer.with_marks())
-        marks(fitted)  # refused here where the model has no room for them
-        return fitted
 
     # Parameters
 
     @classmethod
     def heads_of(cls, config: Config) -> frozenset[str]:
-        return frozenset(cls(config, "cpu").head_names)  # type: ignore[arg-type]
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        return (TRANSFORM, POOLER, NEXT_SENTENCE) if self.config.masking.next_sentence else (TRANSFORM,)
+        assert isinstance(config, MaskedConfig)
+        return frozenset(cls.apart if config.masking.next_sentence else (TRANSFORM,))
 
     def init(self, key: Array) -> Any:
-        made = super().init(key) | init_heads(self.config.model, self.head_names, jax.random.fold_in(key, 1))
+        made = super().init(key)
         if self.taught is None:
             return made
         return made | {TEACHER: narrow(self._init_teacher(key), self.teacher.plain_model.dtype)}
 
     def _init_teacher(self, key: Array) -> Any:
         return self.teacher.init(key) | init_heads(self.teacher.config.model, (TRANSFORM,), key)
-
-    def is_born(self, name: str) -> bool:
-        return is_head(name)
 
     def is_frozen(self, name: str) -> bool:
         return name.split("/")[0] == TEACHER
@@ -109,10 +96,9 @@ class Masked(FromExamples[MaskedWindows]):
             raise UserError(f"distill.teacher = {name}: tells no hidden words; name a run of stage masked")
         for field in ("embed_dim", "vocab_size", "seq_len", *self._block):
             if getattr(own, field) != getattr(theirs, field):
-                shown = getattr(theirs, field)
-                shown = ",".join(shown) if isinstance(shown, tuple) else str(shown).lower()
+                shown = typed(getattr(theirs, field))
                 raise UserError(
-                    f"distill.teacher = {name}: its model.{field} is {shown}, not {getattr(own, field)}; set "
+                    f"distill.teacher = {name}: its model.{field} is {shown}, not {typed(getattr(own, field))}; set "
                     f"--model.{field} {shown}"
                 )
         read = type(self).fit_tokenizer(self.taught.config, self.taught.tokenizer()).pieces
@@ -151,6 +137,11 @@ class Masked(FromExamples[MaskedWindows]):
             made |= load(own) if self.config.init_from else self._from_teacher(own)
         return made
 
+    def pins(self, params: Any) -> dict[str, tuple[str, dict[str, str]]]:
+        """The teacher's weights."""
+        teacher = self.config.distill.teacher
+        return {"distill.teacher": (teacher, fingerprint(params[TEACHER]))} if TEACHER in params else {}
+
     def _from_teacher(self, places: Any) -> Any:
         """Every so many of its layers, and the rest as it is; what it adds for the first type of token, where the model
         has no types, goes into the positions."""
@@ -187,14 +178,13 @@ class Masked(FromExamples[MaskedWindows]):
         tokens, targets = (rng.integers(0, c.model.vocab_size, (*lead, n), np.int32) for n in (length, room))
         places = np.argsort(rng.random((*lead, length)), axis=-1)[..., :room].astype(np.int32)
         zeros = np.zeros((*lead, length), np.int32)
-        second = np.broadcast_to(np.arange(length) >= length // 2, zeros.shape) & c.masking.next_sentence
+        second = (zeros + (np.arange(length) >= length // 2) * c.masking.next_sentence).astype(np.int32)
         foreign = rng.integers(0, 2, lead, np.int32) if c.masking.next_sentence else np.full(lead, PADDING, np.int32)
-        return MaskedRows(tokens, zeros, (zeros + second * (c.model.token_types > 1)), places, targets, foreign)
+        return MaskedRows(tokens, zeros, second, places, targets, foreign)
 
     def _examples(self, source: TextSource) -> MaskedWindows:
         c = self.config
-        about = c.model.seq_len, c.model.token_types > 1, self.report
-        return open_masked(c.data, c.masking, source, self.known_tokenizer, *about)
+        return open_masked(c.data, c.masking, source, self.known_tokenizer, c.model.seq_len, self.report)
 
     def facts(self) -> str:
         """What it learns, in words."""
@@ -259,10 +249,6 @@ class Masked(FromExamples[MaskedWindows]):
         """rows [b, ...]; a key of None switches dropout off."""
         return _heard(self.network, params, rows, key)
 
-    @property
-    def num_params(self) -> int:
-        return num_params(self.config.model) + head_params(self.config.model, self.head_names)
-
     # Evaluation
 
     def evaluate(self, params: Any, place: Callable[[MaskedRows], MaskedRows], rows: Sequence[int]) -> dict[str, float]:
@@ -292,14 +278,9 @@ class Masked(FromExamples[MaskedWindows]):
 
         return jax.jit(sums)
 
-    def sample(self, params: Any) -> str:
-        """An encoder writes nothing, and its config has no train.sample_interval."""
-        raise NotImplementedError
-
 
 def _heard(network: Network, params: Any, rows: MaskedRows, key: Array | None) -> Heard:
-    types = rows.types if network.config.model.token_types else None
-    hidden, head = network.hidden(params, Rows(rows.tokens, None, rows.segments, types=types), key)
+    hidden, head = encoded(network, params, rows, key)
     at_places = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
     return transformed(network.config.model, params, at_places), head, hidden
 

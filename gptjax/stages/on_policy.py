@@ -32,6 +32,7 @@ from gptjax.sharding.rules import Layout
 from gptjax.stages.assistant import Assistant
 from gptjax.stages.rewards import Judge, ask, function_digest, is_function, load_function
 from gptjax.stages.rollout import Drawn, Rollout, Rollouts, Stopwatch, draw
+from gptjax.train.fingerprint import fingerprint
 from gptjax.train.step import narrow
 
 if TYPE_CHECKING:
@@ -140,6 +141,14 @@ class OnPolicy(Assistant[Prompts]):
         from gptjax.stages.scorer import load_scorer  # which opens runs of any stage, and so imports all of them
 
         return load_scorer(self.config.reward, self.layout, policy=self.config, unit=self.unit_reward)
+
+    def pins(self, params: Any) -> dict[str, tuple[str, dict[str, str]]]:
+        """The reward model's weights, and what its scores are measured from."""
+        if REWARD not in params:
+            return {}
+        assert self.scorer
+        prints = fingerprint(params[REWARD]) | {"scores": str(self.scorer.statistics)}
+        return {"reward": (self.config.reward, prints)}
 
     @cached_property
     def _function(self) -> Judge:

@@ -76,7 +76,3 @@ class Reward(FromRankings):
             write_whole(path, json_text(known, indent=1).encode())
         except OSError as error:
             raise UserError(f"{path}: cannot write ({error.strerror}); mend that and resume") from error
-
-    def sample(self, params: Any) -> str:
-        """A reward model says nothing, and its config has no train.sample_interval."""
-        raise NotImplementedError

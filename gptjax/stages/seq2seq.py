@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from gptjax.config import Seq2SeqConfig
-from gptjax.data.paired import Pairs, open_pairs
+from gptjax.config import Seq2SeqConfig, WritingConfig
+from gptjax.data.paired import Pairs, framed, open_pairs
 from gptjax.data.sources import TextSource
 from gptjax.stages.encoder_decoder import ReadsAndWrites
 
@@ -15,13 +15,12 @@ class Seq2Seq(ReadsAndWrites[Pairs]):
     grows = True
 
     @property
-    def smoothing(self) -> float:
-        return self.config.writing.label_smoothing
+    def how(self) -> WritingConfig:
+        return self.config.writing
 
     def read(self, text: str) -> np.ndarray:
         tokenizer = self.known_tokenizer
-        ids = tokenizer.encode(self.config.data.prefix + text)
-        return np.concatenate([[*tokenizer.begin], ids, [tokenizer.eot]]).astype(np.int32)
+        return framed(tokenizer.encode(self.config.data.prefix + text), tokenizer.begin, tokenizer.eot)
 
     def _examples(self, source: TextSource) -> Pairs:
         c, tokenizer = self.config, self.known_tokenizer
@@ -30,10 +29,6 @@ class Seq2Seq(ReadsAndWrites[Pairs]):
 
     def facts(self) -> str:
         """What it learns, in words."""
-        found, left_out = self.training, sum(self.training.left_out.values())
+        found = self.training
         share = found.packing.efficiency(self.config.row_tokens)
-        return (
-            f"{len(found):,} training pairs, one a row, {share:.1%} full"
-            + f", {found.num_cut:,} cut" * bool(found.num_cut)
-            + f", {left_out:,} left out" * bool(left_out)
-        )
+        return f"{len(found):,} training pairs, one a row, {share:.1%} full{found.losses}"

@@ -58,12 +58,7 @@ class SFT(Assistant[Examples], NextToken):
         """What it learns, in words."""
         found = self.training
         share = found.packing.efficiency(self.config.model.seq_len)
-        left_out = sum(found.left_out.values())
-        return (
-            f"{len(found):,} training conversations in {found.num_rows:,} rows, {share:.1%} full"
-            + f", {found.num_cut:,} cut" * bool(found.num_cut)
-            + f", {left_out:,} left out" * bool(left_out)
-        )
+        return f"{len(found):,} training conversations in {found.num_rows:,} rows, {share:.1%} full{found.losses}"
 
     def _examples(self, source: TextSource) -> Examples:
         return open_examples(self.config.data, source, self.chat, self.config.model.seq_len, self.report)

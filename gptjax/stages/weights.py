@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax import bucket
 from gptjax.config import ClassifyConfig, Config, EncoderDecoderConfig, LoRAConfig, ModelConfig, RewardConfig, SFTConfig
+from gptjax.config.fields import typed
 from gptjax.convert.huggingface import finetune_config, is_huggingface, open_directory
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
@@ -63,9 +64,11 @@ class Weights:
         for section, name in ((section, name) for section in models for name in self.same):
             theirs, ours = getattr(there[section], name), getattr(models[section], name)
             if theirs != ours and not (grows and name == "vocab_size" and ours > theirs):
-                shown = ",".join(theirs) if isinstance(theirs, tuple) else str(theirs).lower()
                 field = f"{section}.{name}"
-                raise UserError(f"init_from = {self.path}: its {field} is {theirs}, not {ours}; set --{field} {shown}")
+                raise UserError(
+                    f"init_from = {self.path}: its {field} is {typed(theirs)}, not {typed(ours)}; set --{field} "
+                    f"{typed(theirs)}"
+                )
 
     def start(self, model: ModelConfig, places: Any, see: Callable[[Any], None] = lambda params: None) -> Any:
         """Parameters of a model that may have more ids: each of those gets the mean row of each table, so that none is
