@@ -120,7 +120,7 @@ class Command:
         how = model.how(self.beams, self.length_penalty)
         with Progress() as progress:
             made = pairs(model, source, how, self.limit, progress)
-        name = [self.split] * (self.split != "train") + [f"{how.beams} beams"]
+        name = [self.split] * (self.split != "train") + [f"{how.beams} beam{'s' * (how.beams > 1)}"]
         name += [f"first {self.limit}"] * bool(self.limit)
         return results.about(model), {_named(Path(self.pairs).name or self.pairs, name): made}
 
