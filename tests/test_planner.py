@@ -795,12 +795,13 @@ def test_the_formula_for_memory_is_the_compilers_peak(path: Path) -> None:
     assert priced(load_config(str(path), []), topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
-@pytest.mark.parametrize("name", ["bert_base", "bert_large", "roberta_base", "t5_small"])
+@pytest.mark.parametrize("name", ["bert_base", "bert_large", "roberta_base", "t5_small", "transformer_base"])
 def test_the_formula_for_memory_of_what_encodes(name: str) -> None:
-    """Within 10% of what the TPU compiler gave."""
+    """Within 7% of what the TPU compiler gave. The Transformer of 2017 has 1,024 rows and a chunk of logits of 1.2 GB,
+    of which the compiler has three at once."""
     where, peak = target(CONFIGS / f"{name}.py")
     config = load_config(str(CONFIGS / f"{name}.py"), [])
-    assert priced(config, topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.1)
+    assert priced(config, topology(where)).estimate.peak / 1e9 == pytest.approx(peak, rel=0.07)
 
 
 def test_products_of_an_encoder_decoder_are_its_flops() -> None:

@@ -82,11 +82,15 @@ def moments(place: Place) -> Iterator[list[Item]]:
         ("temporaries", "the embedding and its gradient, whole over fsdp", 2 * place.embedding),
     ]
     scored = min(model.loss_chunk, place.reading.scored)
-    logits = place.outside_tokens / place.length * scored
+    logits = place.outside_tokens / place.length * scored * model.padded_vocab_size / mesh["tensor"] * place.width
     yield [
         *staged,
         ("temporaries", "the embedding and its float32 gradient", place.embedding * (1 + FLOAT / place.width)),
-        ("temporaries", "a chunk of logits", logits * model.padded_vocab_size / mesh["tensor"] * 2 * place.width),
+        (
+            "temporaries",
+            "a chunk of logits, their gradient and its transpose",
+            3 * logits,
+        ),
         ("temporaries", "what the loss is computed from", 2 * place.residual / mesh["pipeline"]),
     ]
 
@@ -103,16 +107,17 @@ def saved(place: Place, remat: str | None = None) -> float:
     normaliser = place.tokens * model.num_heads / tensor * FLOAT
     qkv, up = (token * place.products[name].outer for name in ("qkv", "mlp_up"))  # what tensor leaves of them
     queries = token * place.attention_width / tensor
-    heads = queries * place.padding
+    heads = queries * (1 if model.positions == "relative" else place.padding)
     across = model.cross_attention
     if remat == "dots":  # qkv, attention's output and normaliser, the projection, the MLP's inner products
-        return (heads + normaliser + shared) * (1 + across) + qkv + up
+        return heads + normaliser + shared + across * (queries + normaliser + shared) + qkv + up
     # q, k and v for each head of queries, attention's output as it leaves the kernel and as the projection takes it,
     # the MLP's inner products and what goes down; the norms' inputs and outputs; a byte a number for dropout.
-    # Only what leaves attention's kernel is padded. Cross-attention keeps the keys and values that it looks at.
+    # Only what leaves attention's kernel is padded, which relative positions and cross-attention do without. This keeps
+    # the keys and values that it looks at.
     down = token * place.products["mlp_down"].inner * (1 + model.gated)
     kept = 2 * heads + 3 * queries + up + down + normaliser + 2 * whole + 2 * shared
     if across:
         looked_at = place.products["cross_keys_values"]
-        kept += 2 * heads + queries + normaliser + whole + shared + looked_at.rows * looked_at.outer * place.width
+        kept += 3 * queries + normaliser + whole + shared + looked_at.rows * looked_at.outer * place.width
     return kept + place.tokens * model.embed_dim * (2 + across) * bool(model.dropout)
