@@ -28,6 +28,7 @@ VERBS = (
     "checkpoint ls",
     "checkpoint verify",
     "checkpoint inspect",
+    "data build",
     "data",
     "tokenizer train",
     "plan",

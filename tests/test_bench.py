@@ -9,7 +9,7 @@ from devices import environment
 from gptjax import cli
 from gptjax.bench import data as bench_data
 from gptjax.bench.attention import exponent
-from gptjax.data.build import cores
+from gptjax.data.pool import cores
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops
 from gptjax.planner.chips import CHIPS

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from gptjax import terminal
 from gptjax.config import DataConfig
 from gptjax.data import build as builds
-from gptjax.data import cache
+from gptjax.data import cache, pool, sources
 from gptjax.data.files import TextFile
 from gptjax.data.formats import TextField, documents, in_spans
 from gptjax.data.sources import build, open_source
@@ -60,8 +60,8 @@ def test_parts_and_cores_change_nothing(many, monkeypatch, tmp_path, cores, part
         record for i in range(400) for record in cut([f"{i} " + "word " * (i * 7919 % 300)], many.max_chars)
     ]
     monkeypatch.setattr(builds, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(builds, "ALONE_BYTES", 0)
-    monkeypatch.setattr(builds, "cores", lambda: cores)
+    monkeypatch.setattr(pool, "ALONE_BYTES", 0)
+    monkeypatch.setattr(sources, "cores", lambda: cores)
     heard = []
     other = replace(many, cache_dir=str(tmp_path / "other"))
     made = build(other, lambda *words: heard.append(words))
@@ -101,8 +101,8 @@ def test_a_mistake_is_named_with_its_line_whatever_the_span(tmp_path, monkeypatc
 def processes(monkeypatch):
     """Two of them, and small parts."""
     monkeypatch.setattr(builds, "PART_BYTES", 1 << 14)
-    monkeypatch.setattr(builds, "ALONE_BYTES", 0)
-    monkeypatch.setattr(builds, "cores", lambda: 2)
+    monkeypatch.setattr(pool, "ALONE_BYTES", 0)
+    monkeypatch.setattr(sources, "cores", lambda: 2)
 
 
 def test_the_first_mistake_of_several_is_said_and_nothing_left(many, processes, tmp_path):
@@ -116,19 +116,19 @@ def test_the_first_mistake_of_several_is_said_and_nothing_left(many, processes, 
 
 
 def test_a_process_that_dies_is_said_and_the_next_build_goes_on(many, processes, monkeypatch):
-    ask = builds._ask
+    ask = pool._ask
 
     def killed(worker, task, heard):
         if task.number == 5:
             worker.kill()
         ask(worker, task, heard)
 
-    monkeypatch.setattr(builds, "_ask", killed)
+    monkeypatch.setattr(pool, "_ask", killed)
     with pytest.raises(UserError, match=r"process that built part 5 of it ended with status -9.*goes on from there"):
         build(many)
     (entry,) = cache.entries(many.cache_dir)
     assert entry.state == cache.UNFINISHED and [*entry.folder.glob("table-*")]
-    monkeypatch.setattr(builds, "_ask", ask)
+    monkeypatch.setattr(pool, "_ask", ask)
     assert len(texts_of(many)) >= 400
     assert [entry.state for entry in cache.entries(many.cache_dir)] == [cache.WHOLE]
 
@@ -138,10 +138,10 @@ import resource, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
 from gptjax import terminal
 from gptjax.config import DataConfig
-from gptjax.data import build, sources
+from gptjax.data import build, pool, sources
 from gptjax.errors import UserError
 from gptjax.terminal import Progress
-build.PART_BYTES, build.ALONE_BYTES, build.cores = 1 << 20, 0, lambda: 2
+build.PART_BYTES, pool.ALONE_BYTES, sources.cores = 1 << 20, 0, lambda: 2
 if sys.argv[3] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptjax.bench.measure import provenance, save
 from gptjax.config import Config, DataConfig
-from gptjax.data import build as builds
+from gptjax.data.pool import cores
 from gptjax.data.sources import TextSource, build
 from gptjax.data.stream import TokenStream
 from gptjax.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ NUM_MICRO = 8  # rows of a turn come in batches of so many micro-batches, as in 
 
 def run(config: Config, tokenizers: list[str], rounds: int, out: Path) -> str:
     """Measure, write OUT/data.json, return the tables as text. Raises what building and loading raise."""
-    rates = [_building(config.data, processes) for processes in sorted({1, builds.cores()})]
+    rates = [_building(config.data, processes) for processes in sorted({1, cores()})]
     corpus = build(config.data)
     text = corpus.split(config.data.train_split, config.data.split_by)
     made = [open_tokenizer(replace(config.data, tokenizer=spec), corpus) for spec in tokenizers]

@@ -5,6 +5,7 @@ Nothing here imports JAX, so that a wrong config fails before anything is compil
 """
 
 from gptjax.config.check import nearest_divisor, validate
+from gptjax.config.corpus import CorpusConfig, NearConfig, OriginConfig, RepairConfig, RulesConfig
 from gptjax.config.data import (
     DataConfig,
     DialogueConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "STAGES",
     "ClassifyConfig",
     "Config",
+    "CorpusConfig",
     "DPOConfig",
     "DataConfig",
     "DenoiseConfig",
@@ -68,8 +70,10 @@ __all__ = [
     "MaskedConfig",
     "MaskingConfig",
     "ModelConfig",
+    "NearConfig",
     "NoiseConfig",
     "OptimizerConfig",
+    "OriginConfig",
     "PPOConfig",
     "PairConfig",
     "PolicyConfig",
@@ -78,9 +82,11 @@ __all__ = [
     "PromptConfig",
     "RankedConfig",
     "RankingConfig",
+    "RepairConfig",
     "RewardConfig",
     "RewardedConfig",
     "RolloutConfig",
+    "RulesConfig",
     "SFTConfig",
     "Seq2SeqConfig",
     "SourceConfig",

@@ -166,7 +166,7 @@ def explain(error: ValidationError, root: type, flags: bool = False) -> str:
 
     first = min(error.errors(), key=lambda one: "unexpected" not in one["type"])
     section = _section(root, error.title)
-    path = [*section, *(part for part in first["loc"] if isinstance(part, str))]
+    path = [*section, *(part for part in _by_name(root, section, first["loc"]) if isinstance(part, str))]
     name, kind, value = ".".join(path), first["type"], first["input"]
     if kind == "unexpected_keyword_argument":
         return f"{show(name, value)}: no such field; did you mean {nearest_name(root, name)}?"
@@ -183,6 +183,14 @@ def explain(error: ValidationError, root: type, flags: bool = False) -> str:
     if any(isinstance(part, int) for part in first["loc"]):
         info = FieldInfo.from_annotation(_item_hint(info.annotation))
     return f"{show(name, value)}: {_remedy(first, info)}"
+
+
+def _by_name(root: type, section: list[str], loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where an error is, of a value that was given by its place the field's name."""
+    if not loc or not isinstance(loc[0], int):
+        return loc
+    made = infos(root)[section[0]].annotation if section else root
+    return ([*infos(made)][loc[0]], *loc[1:])
 
 
 def nearest_name(root: type, name: str) -> str:

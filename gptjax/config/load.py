@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptjax.config.check import validate
+from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.config.fields import explain, explained, infos, nearest_name, parse
 from gptjax.config.schema import LAYOUT_PRESETS, Config, LayoutConfig
 from gptjax.config.stages import STAGES
@@ -93,9 +94,9 @@ def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield flag, value
 
 
-def _root(error: ValidationError) -> type[Config]:
-    """The stage whose config has a section of the class that was made wrongly."""
-    for root in STAGES.values():
+def _root(error: ValidationError) -> type:
+    """The stage, or recipe, whose config has a section of the class that was made wrongly."""
+    for root in (*STAGES.values(), CorpusConfig, OriginConfig):
         if error.title in (root.__name__, *(getattr(info.annotation, "__name__", "") for info in infos(root).values())):
             return root
     return Config

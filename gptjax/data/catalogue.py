@@ -6,13 +6,14 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from gptjax.config import SourceConfig
-from gptjax.data.formats import Extract, Heard, TextField, no_field, reason
+from gptjax.data.formats import Extract, Failed, Heard, TextField, found, no_field, reason, refused
 from gptjax.errors import UserError
 
 PREFIX = "tfds:"
@@ -29,16 +30,17 @@ class Rows:
     extract: Extract
     size: int
 
-    def documents(self, heard: Heard) -> Iterator[Iterable[str]]:
-        """Raises UserError for a row that cannot be read, and what `extract` raises."""
+    def documents(self, heard: Heard, failed: Failed = refused) -> Iterator[Iterable[str]]:
+        """`failed` is told of a row that cannot be read, and of one that is no record."""
         rows = _rows(self.source, self.split)
         for number in range(self.start, self.stop):
             where = f"{self.source} {self.split} record {number}"
             try:
                 row = rows[number]
             except Exception as error:  # whatever a library makes of damaged bytes
-                raise UserError(f"data.source: {where}: damaged ({reason(error)}); prepare it again") from None
-            yield [self.extract.document(row, where)]
+                failed(UserError(f"data.source: {where}: damaged ({reason(error)}); prepare it again"))
+                continue
+            yield from found(self.extract, row, where, failed)
             heard(self.size // (self.stop - self.start))
 
 
@@ -95,6 +97,8 @@ def _builder(source: str) -> Any:
 
     name = source.removeprefix(PREFIX)
     try:
+        if (Path(name).expanduser() / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(Path(name).expanduser())
         return tfds.builder(name, file_format="array_record")
     except ValueError as error:  # an unknown data set, configuration or version
         base = name.split("/")[0].split(":")[0]

@@ -24,6 +24,8 @@ BLOCK_BYTES = 1 << 20
 ROWS = 256  # that are taken from a table at once
 MARK = "\ufeff"
 Heard = Callable[[int], None]
+Failed = Callable[[UserError], None]
+"""Told of a record that is none, and of a file that cannot be read on; it may raise what it is told."""
 
 
 class Extract(Protocol):
@@ -55,14 +57,35 @@ class TextField:
         return text_of(row, self.name, where)
 
 
-def documents(file: TextFile, extract: Extract, heard: Heard = lambda size: None) -> Iterator[Iterable[str]]:
+def refused(error: UserError) -> None:
+    """Raises it."""
+    raise error
+
+
+def documents(
+    file: TextFile, extract: Extract, heard: Heard = lambda size: None, failed: Failed = refused
+) -> Iterator[Iterable[str]]:
     """Each document of a file as blocks of text: of plain text the whole file, else what `extract` finds in each
     record; `heard` is told of the bytes that were read.
 
-    Raises UserError that names file and place for what cannot be read, and what `extract` raises.
+    `failed` is told of what cannot be read, a UserError that names file and place: of a record that is none, after
+    which the next one comes, and of a file that is broken, which ends there.
     """
-    with _own_errors(file):
-        yield from READERS[file.kind](file, extract, heard)
+    try:
+        with _own_errors(file):
+            yield from READERS[file.kind](file, extract, heard, failed)
+    except UserError as error:
+        failed(error)
+
+
+def found(extract: Extract, row: Any, where: object, failed: Failed) -> Iterator[list[str]]:
+    """The document of a record, if it has one."""
+    try:
+        text = extract.document(row, where)
+    except UserError as error:
+        failed(error)
+        return
+    yield [text]
 
 
 def in_spans(file: TextFile, span_bytes: int) -> list[tuple[TextFile, int]]:
@@ -87,14 +110,14 @@ def _row_groups(file: TextFile, span_bytes: int) -> list[tuple[TextFile, int]]:
         about = parquet.read_metadata(file.path)
     except pyarrow.ArrowException as error:
         raise _damaged(file, error) from None
-    found, start, size = [], 0, 0
+    groups, start, size = [], 0, 0
     for i in range(about.num_row_groups):
         group = about.row_group(i)
         size += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
         if size >= span_bytes or i + 1 == about.num_row_groups:
-            found.append((replace(file, span=(start, i + 1)), size))
+            groups.append((replace(file, span=(start, i + 1)), size))
             start, size = i + 1, 0
-    return found
+    return groups
 
 
 @contextmanager
@@ -176,7 +199,7 @@ def _plain(file: TextFile, heard: Heard) -> Iterator[IO[bytes]]:
         raise _damaged(file, error) from None
 
 
-def _text(file: TextFile, _: Extract, heard: Heard) -> Iterator[Iterable[str]]:
+def _text(file: TextFile, _: Extract, heard: Heard, failed: Failed) -> Iterator[Iterable[str]]:
     yield _decoded(file, heard)
 
 
@@ -201,7 +224,7 @@ def _decoded(file: TextFile, heard: Heard) -> Iterator[str]:
                 return
 
 
-def _jsonl(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
+def _jsonl(file: TextFile, extract: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     """A line belongs to the span that its first byte lies in."""
     start, end = file.span or (0, sys.maxsize)
     with _plain(file, heard) as lines:
@@ -217,8 +240,9 @@ def _jsonl(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]
                 try:
                     row = json.loads(line)
                 except (RecursionError, ValueError) as error:
-                    raise _no_json(where, error) from None
-                yield [extract.document(row, where)]
+                    failed(_no_json(where, error))
+                    continue
+                yield from found(extract, row, where, failed)
 
 
 @dataclass(frozen=True)
@@ -242,7 +266,7 @@ def _no_json(where: object, error: Exception) -> UserError:
     return UserError(f"data.source: {where}: not JSON ({error}); mend or remove it")
 
 
-def _json(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
+def _json(file: TextFile, extract: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     """Objects one after another, on lines or over several, or in one array."""
     values = _Values(file, heard)
     in_array = values.passes("[")
@@ -251,7 +275,7 @@ def _json(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]
             in_array = False
             continue
         where = f"{file.path}:{values.line}"
-        yield [extract.document(values.take(where), where)]
+        yield from found(extract, values.take(where), where, failed)
     if in_array:
         raise UserError(f"data.source: {file.path}:{values.line}: not JSON (an array without its end); write it again")
 
@@ -308,7 +332,7 @@ class _Values:
             return value
 
 
-def _csv(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
+def _csv(file: TextFile, extract: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)  # of the process; documents are longer than the 131,072 that it allows
     dialect: dict[str, Any] = {"delimiter": "\t" if file.kind == "tsv" else ",", "strict": True}
     with _plain(file, heard) as stream:
@@ -318,10 +342,10 @@ def _csv(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
             for row in rows:
                 where = f"{file.path}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(
-                        f"data.source: {where}: not the {len(rows.fieldnames or ())} columns of the first line; mend it"
-                    )
-                yield [extract.document(row, where)]
+                    columns = len(rows.fieldnames or ())
+                    failed(UserError(f"data.source: {where}: not the {columns} columns of the first line; mend it"))
+                    continue
+                yield from found(extract, row, where, failed)
         except csv.Error as error:
             raise UserError(f"data.source: {file.path}:{rows.line_num}: not {file.kind} ({error}); mend it") from None
         except UnicodeDecodeError:
@@ -330,7 +354,7 @@ def _csv(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
             ) from None
 
 
-def _parquet(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
+def _parquet(file: TextFile, extract: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -341,12 +365,12 @@ def _parquet(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[st
                 first, end = file.span or (0, table.num_row_groups)
                 before = sum(table.metadata.row_group(i).num_rows for i in range(first))
                 batches = table.iter_batches(batch_size=ROWS, columns=columns, row_groups=[*range(first, end)])
-                yield from _rows(batches, file, extract, columns, before)
+                yield from _rows(batches, file, extract, columns, failed, before)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
 
-def _arrow(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]]:
+def _arrow(file: TextFile, extract: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     """Arrow's two forms: the stream that Hugging Face's data sets write, and the file with an index at its end."""
     import pyarrow
 
@@ -360,7 +384,7 @@ def _arrow(file: TextFile, extract: Extract, heard: Heard) -> Iterator[list[str]
             else:
                 batches = table = pyarrow.ipc.open_stream(stream)
             columns = extract.columns(table.schema.names, file.path)
-            yield from _rows((part for batch in batches for part in _slices(batch)), file, extract, columns)
+            yield from _rows((part for batch in batches for part in _slices(batch)), file, extract, columns, failed)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise _damaged(file, error) from None
 
@@ -370,12 +394,12 @@ def _slices(batch: Any) -> Iterator[Any]:
 
 
 def _rows(
-    batches: Iterable[Any], file: TextFile, extract: Extract, columns: list[str], number: int = 0
+    batches: Iterable[Any], file: TextFile, extract: Extract, columns: list[str], failed: Failed, number: int = 0
 ) -> Iterator[list[str]]:
     """The documents of a table, `number` rows coming before."""
     for batch in batches:
         for row in batch.select(columns).to_pylist():
-            yield [extract.document(row, f"{file.path} row {number}")]
+            yield from found(extract, row, f"{file.path} row {number}", failed)
             number += 1
 
 

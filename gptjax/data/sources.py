@@ -25,12 +25,13 @@ from gptjax.config import (
 )
 from gptjax.data import build as builds
 from gptjax.data import cache, catalogue
-from gptjax.data.build import Plan, Report, part_bytes
+from gptjax.data.build import Plan, part_bytes
 from gptjax.data.dialogues import Dialogue, why_dropped
 from gptjax.data.files import TextFile, find
-from gptjax.data.formats import Extract, Heard, TextField, documents, in_spans, reason
+from gptjax.data.formats import Extract, Failed, Heard, TextField, documents, in_spans, reason, refused
 from gptjax.data.labelled import Labelled
 from gptjax.data.pairs import Pair
+from gptjax.data.pool import Report, cores
 from gptjax.data.prompts import Asking
 from gptjax.data.rankings import Ranking
 from gptjax.data.splits import bounds, chosen
@@ -137,9 +138,9 @@ class Files:
     size: int
     split: str = ALL
 
-    def documents(self, heard: Heard) -> Iterator[Any]:
+    def documents(self, heard: Heard, failed: Failed = refused) -> Iterator[Any]:
         for file in self.files:
-            yield from documents(file, self.extract, heard)
+            yield from documents(file, self.extract, heard, failed)
 
 
 def build(config: AnySource, report: Report = lambda what, done, total: None, processes: int | None = None) -> Corpus:
@@ -149,13 +150,13 @@ def build(config: AnySource, report: Report = lambda what, done, total: None, pr
     Raises UserError for files, fields or data sets that are missing, broken or empty, and for a disk that is full; a
     build that fails leaves nothing behind. Also for conversations that are all dropped.
     """
-    plan, root = _plan(config, prepare=True), cache.datasets(config.cache_dir)
+    plan, root = planned(config, prepare=True), cache.datasets(config.cache_dir)
     folder = cache.find(root, plan.key)
     if folder is not None and cache.flaw(folder):
         cache.remove(folder)
         folder = None
     try:
-        folder = folder or builds.build(root, plan, _max_chars(config), report, processes or builds.cores())
+        folder = folder or builds.build(root, plan, _max_chars(config), report, processes or cores())
     except OSError as error:
         raise UserError(
             f"data.cache_dir = {config.cache_dir}: cannot write the data set ({reason(error)}); "
@@ -222,7 +223,7 @@ def look(config: AnySource) -> tuple[str, Corpus | None]:
 
     Raises UserError where the files or the data set are not there, or their beginning cannot be read.
     """
-    plan, root = _plan(config, prepare=False), cache.datasets(config.cache_dir)
+    plan, root = planned(config, prepare=False), cache.datasets(config.cache_dir)
     text, folder, again = f"{config.source}: {plan.about}", cache.find(root, plan.key), ""
     if folder is not None:
         if not (flaw := cache.flaw(folder)):
@@ -233,8 +234,9 @@ def look(config: AnySource) -> tuple[str, Corpus | None]:
     return f"{text}; to be built{again} in {root}", None
 
 
-def _plan(config: AnySource, prepare: bool) -> Plan:
-    """Raises UserError where the source is not there; `prepare` says that it may be downloaded."""
+def planned(config: AnySource, prepare: bool) -> Plan:
+    """What the data set of a source is made from; `prepare` says that it may be downloaded. Raises UserError where the
+    source is not there."""
     if config.source.startswith(catalogue.PREFIX):
         return _of_catalogue(config, prepare)
     found = find(config)

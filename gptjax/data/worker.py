@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptjax.data.formats import Heard
+from gptjax.data.formats import Failed, Heard, refused
 from gptjax.data.store import write_part
 from gptjax.errors import UserError
 
@@ -27,7 +27,9 @@ class Part(Protocol):
         """Bytes to be read, about."""
         ...
 
-    def documents(self, heard: Heard, /) -> Any: ...
+    def documents(self, heard: Heard, failed: Failed = refused, /) -> Any:
+        """Each as blocks of text; see `formats.documents`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Task:
     number: int
     part: Part
     max_chars: int
+
+    @property
+    def size(self) -> int:
+        return self.part.size
 
     def run(self, heard: Heard) -> None:
         write_part(self.folder, self.number, self.part.documents(heard), self.max_chars)

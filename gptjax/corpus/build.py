@@ -1,0 +1,235 @@
+"""`gptjax data build`: from a recipe to a data set, in three passes, each of which goes on from the files that it has
+written: parts of the sources are cleaned, of copies the best is chosen, what stays is written.
+
+The output is a function of the recipe and the text alone: parts are cut by bytes, and nothing depends on who was first.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import DataConfig
+from gptjax.config.corpus import CorpusConfig, OriginConfig
+from gptjax.config.load import made_by
+from gptjax.corpus import clean, copies
+from gptjax.corpus.shards import Shard, about_path, in_shards, write_metadata
+from gptjax.data import cache
+from gptjax.data.pool import Died, Progress, Report, Work, work
+from gptjax.data.sources import planned
+from gptjax.data.worker import Part
+from gptjax.errors import UserError
+from gptjax.files import json_text, read_json, write_whole
+
+MANIFEST = "manifest.json"
+WAIT = 0.2  # seconds between two looks at another builder
+EXACT, NEAR = "exact copy", "near copy"
+
+
+def load_corpus(path: str) -> CorpusConfig:
+    """The recipe of a file that defines `corpus() -> CorpusConfig`. Raises UserError for another file, and for two
+    origins of one name."""
+    found = made_by(path, "corpus")
+    if not isinstance(found, CorpusConfig):
+        raise UserError(f"recipe {path}: must define corpus() that returns a gptjax.config.CorpusConfig")
+    names = [origin.name for origin in found.origins]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"recipe {path}: origins: two are called {name}; rename one")
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a data set is made from."""
+
+    recipe: CorpusConfig
+    key: str
+    """Of the recipe, of the files and of the steps' versions."""
+    parts: Sequence[tuple[int, Part]]
+    """In order: the number of an origin, and a part of it."""
+
+
+def plan(recipe: CorpusConfig) -> Plan:
+    """Raises UserError where a source is not there."""
+    parts, keys = list[tuple[int, Part]](), []
+    for number, origin in enumerate(recipe.origins):
+        found = planned(_source(origin), prepare=True)
+        keys.append(found.key)
+        parts += [(number, part) for part in found.parts()]
+    about = json.dumps([asdict(recipe), clean.VERSION, keys], sort_keys=True)
+    return Plan(recipe, hashlib.sha256(about.encode()).hexdigest()[:16], parts)
+
+
+def _source(origin: OriginConfig) -> DataConfig:
+    return DataConfig(
+        source=origin.source,
+        format=origin.format,
+        text_field=origin.text_field,
+        train_split=origin.split,
+        eval_split=origin.split,
+    )
+
+
+def build(recipe: CorpusConfig, out: Path, report: Report, most: int) -> Path:
+    """The folder OUT/NAME/VERSION of the data set, made now by at most so many processes unless it is there.
+
+    Stopped at any moment, it leaves what is finished beside it, with which the next build goes on, and nothing under
+    its name. Raises UserError for a source that is not there or cannot be read, where another data set has the name,
+    and where nothing stays; OSError where the disk is full.
+    """
+    made_of, folder = plan(recipe), out / recipe.name / recipe.version
+    stem = f"{recipe.name}-{made_of.key}"
+    out.mkdir(parents=True, exist_ok=True)
+    while pid := cache.builder(out, stem):
+        report(f"waiting for process {pid}, which builds it", 0, 1)
+        time.sleep(WAIT)
+    if folder.exists():
+        return _as_asked(folder, made_of)
+    made = cache.workplace(out, stem)
+    try:
+        _make(made, made_of, report, most)
+        folder.parent.mkdir(exist_ok=True)
+        (made / "data").rename(folder)
+        cache.remove(made)
+        return folder
+    except (Died, OSError):
+        cache.abandon(made)
+        raise
+    except Exception:
+        cache.remove(made)
+        raise
+    except BaseException:
+        cache.abandon(made)
+        raise
+
+
+def _as_asked(folder: Path, made_of: Plan) -> Path:
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"--out: {folder} is there, and is no data set of gptjax data build; name another folder")
+    if read_json(folder / MANIFEST, "remove the folder, and build again").get("key") != made_of.key:
+        raise UserError(
+            f"--out: {folder} was made from another recipe or other files; give the recipe another version, or name "
+            "another folder"
+        )
+    return folder
+
+
+def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
+    recipe, data = made_of.recipe, made / "data"
+    pieces = [clean.Clean(made, i, part, origin, recipe) for i, (origin, part) in enumerate(made_of.parts)]
+    _work(pieces, [clean.path_of(made, i).exists() for i in range(len(pieces))], "cleaning", report, most)
+    report("looking for copies", 0, 1)
+    sizes, found = _choose(made, made_of)
+    if not any(map(np.any, sizes)):
+        raise UserError(f"recipe {recipe.name}: no document stays; see what drops them: {_most(found)}")
+    data.mkdir(exist_ok=True)
+    names = [recipe.origins[origin].name for origin, _ in made_of.parts]
+    every = list(in_shards(sizes, recipe.shard_bytes))
+    shards = [
+        Shard(
+            made,
+            data,
+            number,
+            len(every),
+            recipe.name,
+            tuple((part, which, names[part]) for part, which in held),
+            int(sum(sizes[part][which].sum() for part, which in held)),
+        )
+        for number, held in enumerate(every)
+    ]
+    _work(shards, [about_path(shard.path).exists() for shard in shards], "writing", report, most)
+    about = [read_json(about_path(shard.path), "build again") for shard in shards]
+    described = f"Made by gptjax data build of {', '.join(origin.name for origin in recipe.origins)}."
+    write_metadata(data, recipe.name, recipe.version, about, described)
+    write_whole(data / MANIFEST, json_text(_manifest(made_of, found, shards, about), indent=1).encode())
+    for shard in shards:
+        about_path(shard.path).unlink()
+
+
+def _work(pieces: Sequence[Work], done: Sequence[bool], what: str, report: Report, most: int) -> None:
+    left = [piece for piece, there in zip(pieces, done, strict=True) if not there]
+    work(left, Progress(report, what, sum(piece.size for piece in pieces), left), most)
+
+
+Found = dict[str, dict[str, Any]]
+"""By origin what was read, what was dropped by reason, and what stays."""
+
+
+def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
+    """Of each part the bytes of its documents, 0 for those that do not stay; and what became of all."""
+    recipe, parts = made_of.recipe, [origin for origin, _ in made_of.parts]
+    tables = [clean.columns(made, i, "size", "key", "signature") for i in range(len(parts))]
+    size = np.concatenate([table["size"].to_numpy() for table in tables])
+    origin = np.repeat(parts, [len(table["size"]) for table in tables])
+    ranks, number = copies.rank(origin, size), np.arange(len(size))
+    lost = dict[str, np.ndarray]()
+    kept = np.ones(len(size), bool)
+    if recipe.exact:
+        keys = np.concatenate([clean.rows(table["key"], np.uint64) for table in tables])
+        one = np.unique(keys, axis=0, return_inverse=True)[1]
+        kept = copies.same(one.ravel(), ranks) == number
+        lost[EXACT] = ~kept
+    if recipe.near.on:
+        signatures = np.concatenate([clean.rows(table["signature"], np.uint32) for table in tables])[kept]
+        edges = copies.pairs(signatures, ranks[kept], recipe.near)
+        stays = copies.stays(len(signatures), edges, ranks[kept])
+        lost[NEAR] = np.zeros(len(size), bool)
+        lost[NEAR][np.flatnonzero(kept)[~stays]] = True
+        kept = kept & ~lost[NEAR]
+    found = _found(made, made_of, size, origin, kept, lost)
+    ends = np.cumsum([len(table["size"]) for table in tables])[:-1]
+    return np.split(np.where(kept, size, 0), ends), found
+
+
+def _found(
+    made: Path, made_of: Plan, size: np.ndarray, origin: np.ndarray, kept: np.ndarray, lost: dict[str, np.ndarray]
+) -> Found:
+    found: Found = {}
+    for number, about in enumerate(made_of.recipe.origins):
+        total, here = clean.Report(), origin == number
+        for i, (of, _) in enumerate(made_of.parts):
+            if of == number:
+                total.add(clean.report_of(made, i))
+        for reason, gone in lost.items():
+            total.dropped[reason] += int((gone & here).sum())
+            total.dropped_bytes[reason] += int(size[gone & here].sum())
+        found[about.name] = {
+            "read": dict(total.read),
+            "dropped": {
+                reason: {"documents": count, "bytes": total.dropped_bytes[reason]}
+                for reason, count in total.dropped.items()
+                if count
+            },
+            "kept": {"documents": int((kept & here).sum()), "bytes": int(size[kept & here].sum())},
+            "examples": total.examples,
+        }
+    return found
+
+
+def _most(found: Found) -> str:
+    """The commonest reasons, in words."""
+    counts: dict[str, int] = {}
+    for about in found.values():
+        for reason, each in about["dropped"].items():
+            counts[reason] = counts.get(reason, 0) + each["documents"]
+    first = sorted(counts, key=lambda reason: -counts[reason])[:3]
+    return "; ".join(f"{reason} ({counts[reason]:,})" for reason in first) or "there is no text"
+
+
+def _manifest(made_of: Plan, found: Found, shards: Sequence[Shard], about: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    files = {shard.path.name: each for shard, each in zip(shards, about, strict=True)}
+    whole = hashlib.sha256("".join(each["sha256"] for each in about).encode()).hexdigest()
+    return {
+        "key": made_of.key,
+        "digest": whole,
+        "recipe": asdict(made_of.recipe),
+        "steps": clean.VERSION,
+        "origins": found,
+        "files": files,
+    }

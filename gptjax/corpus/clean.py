@@ -1,0 +1,224 @@
+"""One part of the sources: its documents through every step that looks at one document alone, and what stays as one
+file, which has in it what was dropped and why.
+
+A step that changes what it gives gets another VERSION: a build that was begun with the old one begins anew.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config.corpus import CorpusConfig
+from gptjax.corpus import near, rules
+from gptjax.corpus.block import BASE, Block, Spans, mix
+from gptjax.corpus.repair import repaired
+from gptjax.data.formats import Failed, Heard
+from gptjax.data.worker import Part
+from gptjax.errors import UserError
+from gptjax.files import write_whole
+
+VERSION = {"repair": 1, "rules": 1, "exact": 1, "near": 1}
+BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
+EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
+UNREADABLE = "cannot be read"
+OTHER = 0xC2B2AE3D27D4EB4F  # a second base, for 128 bits
+
+
+@dataclass
+class Report:
+    """What became of the documents of a part."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """`documents` and `bytes`."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Documents by reason."""
+    dropped_bytes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The beginnings of some of them, by reason."""
+
+    def drop(self, reason: str, text: str) -> None:
+        self.dropped[reason] += 1
+        self.dropped_bytes[reason] += len(text.encode(errors="replace"))
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append(text[:SHOWN])
+
+    def add(self, other: "Report") -> None:
+        """Another part's, which comes behind."""
+        for mine, theirs in zip(self._counters, other._counters, strict=True):
+            mine.update(theirs)
+        for reason, texts in other.examples.items():
+            shown = self.examples.setdefault(reason, [])
+            shown += texts[: EXAMPLES - len(shown)]
+
+    @property
+    def _counters(self) -> tuple[Counter[str], ...]:
+        return self.read, self.dropped, self.dropped_bytes
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Part `number` of all parts, of the recipe's origin `origin`; as `pool.Work`."""
+
+    folder: Path
+    number: int
+    part: Part
+    origin: int
+    recipe: CorpusConfig
+
+    @property
+    def size(self) -> int:
+        return self.part.size
+
+    def run(self, heard: Heard) -> None:
+        origin, report = self.recipe.origins[self.origin], Report()
+
+        def failed(error: UserError) -> None:
+            if origin.invalid == "refuse":
+                raise error
+            report.read.update(documents=1)
+            report.drop(UNREADABLE, str(error))
+
+        documents = _documents(self.part.documents(heard, failed), origin.begins, failed)
+        kept = [_kept(texts, self.recipe, origin.prose, report) for texts in _blocks(documents)]
+        write_whole(path_of(self.folder, self.number), _written(kept, self.recipe, report))
+
+
+def path_of(folder: Path, number: int) -> Path:
+    return folder / f"clean-{number:05}.arrow"
+
+
+def _documents(every: Iterable[Iterable[str]], begins: str, failed: Failed) -> Iterator[str]:
+    """Each text, or the documents in it; what stands before the first match is one, too."""
+    for blocks in every:
+        try:
+            text = "".join(blocks)
+        except UserError as error:
+            failed(error)
+            continue
+        if not begins:
+            yield text
+            continue
+        starts = [match.start() for match in re.finditer(begins, text, re.MULTILINE)]
+        cuts = [0, *(start for start in starts if start), len(text)]
+        yield from (text[a:b] for a, b in pairwise(cuts) if text[a:b].strip())
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    held, size = list[str](), 0
+    for text in documents:
+        held.append(text)
+        size += len(text)
+        if size >= BLOCK_CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+Kept = tuple[list[str], np.ndarray, np.ndarray]
+"""Texts, their `exact_keys` uint64 [D, 2] and their signatures uint32 [D, K]."""
+
+
+def _kept(texts: list[str], recipe: CorpusConfig, prose: bool, report: Report) -> Kept:
+    """The block's documents that stay, in order."""
+    report.read.update(documents=len(texts), bytes=sum(len(text.encode(errors="replace")) for text in texts))
+    held = []
+    for text in texts:
+        mended, why = repaired(text, recipe.repair)
+        if why:
+            report.drop(why, mended)
+        else:
+            held.append(mended)
+    block, stays = Block(held), np.ones(len(held), bool)
+    for reason, gone in rules.dropped(block, recipe.rules) if prose else ():
+        for number in np.flatnonzero(gone & stays):
+            report.drop(reason, held[number])
+        stays &= ~gone
+    if not stays.all():
+        block = Block([text for text, there in zip(held, stays, strict=True) if there])
+    shape = (len(block.texts), 0)
+    found = near.signatures(block, recipe.near) if recipe.near.on else np.zeros(shape, np.uint32)
+    return [*block.texts], exact_keys(block), found
+
+
+def exact_keys(block: Block) -> np.ndarray:
+    """uint64 [D, 2]: equal for texts that are the same but for blanks and capitals."""
+    low = block.lowered
+    words, hashes = low.tokens, low.hashes(low.tokens)
+    return np.stack([_joined(words, hashes, len(block.texts), base) for base in (BASE, OTHER)], 1)
+
+
+def _joined(spans: Spans, hashes: np.ndarray, size: int, base: int) -> np.ndarray:
+    """uint64 [D]: a hash of each document's spans in order."""
+    place = np.arange(len(spans)) - np.searchsorted(spans.owner, np.arange(size))[spans.owner]
+    total = np.zeros(size, np.uint64)
+    np.add.at(total, spans.owner, hashes * mix(place.astype(np.uint64) * np.uint64(base) | np.uint64(1)))
+    return mix(total + np.bincount(spans.owner, minlength=size).astype(np.uint64))
+
+
+def _written(kept: list[Kept], recipe: CorpusConfig, report: Report) -> bytes:
+    import pyarrow
+
+    columns = recipe.near.bands * recipe.near.rows * recipe.near.on
+    texts = [text.encode() for some, _, _ in kept for text in some]
+    keys = np.concatenate([np.zeros((0, 2), np.uint64), *(each for _, each, _ in kept)])
+    found = np.concatenate([np.zeros((0, columns), np.uint32), *(each for _, _, each in kept)])
+    table = {
+        "text": pyarrow.array(texts, pyarrow.large_binary()),
+        "size": pyarrow.array([*map(len, texts)], pyarrow.int64()),
+        "key": _binary(keys),
+        "signature": _binary(found),
+    }
+    about = {b"report": json.dumps(vars(report)).encode()}
+    batch = pyarrow.record_batch([*table.values()], names=[*table]).replace_schema_metadata(about)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(sink, batch.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as out:
+        out.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def _binary(rows: np.ndarray) -> Any:
+    """Rows of an array as Arrow's binary of one width."""
+    import pyarrow
+
+    width = rows.shape[1] * rows.itemsize
+    if not width:
+        return pyarrow.nulls(len(rows))
+    kind = pyarrow.binary(width)
+    return pyarrow.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pyarrow.py_buffer(rows.tobytes())])
+
+
+def columns(folder: Path, number: int, *names: str) -> dict[str, Any]:
+    """Some columns of a part that is written, as Arrow arrays."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(path_of(folder, number))) as file:
+        schema = pyarrow.ipc.open_file(file).schema
+        options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
+        batch = pyarrow.ipc.open_file(file, options=options).get_batch(0)
+    return {name: batch.column(name) for name in names}
+
+
+def rows(array: Any, dtype: Any) -> np.ndarray:
+    """What `_binary` was made of."""
+    width = getattr(array.type, "byte_width", 0) // np.dtype(dtype).itemsize
+    if not width or not len(array):
+        return np.zeros((len(array), width), dtype)
+    return np.frombuffer(array.buffers()[1], dtype).reshape(-1, width)[array.offset : array.offset + len(array)]
+
+
+def report_of(folder: Path, number: int) -> Report:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path_of(folder, number))) as file:
+        found = json.loads(pyarrow.ipc.open_file(file).schema.metadata[b"report"])
+    counters = {name: Counter(found[name]) for name in ("read", "dropped", "dropped_bytes")}
+    return Report(**counters, examples=found["examples"])

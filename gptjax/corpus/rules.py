@@ -1,0 +1,143 @@
+"""Gopher's rules of thumb for what is no prose (arXiv 2112.11446, table A1), on a block of documents at once.
+
+Each rule gives bool [D] of what it drops. A document is counted under the first rule that drops it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gptjax.config.corpus import RulesConfig
+from gptjax.corpus.block import LETTER, Block, mix, ngrams
+
+MOST_WORDS = 100_000
+WORD_LENGTH = (3.0, 10.0)
+COMMON = ("the", "be", "to", "of", "and", "that", "have", "with")
+BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*")
+ELLIPSES = ("...", "…")
+AGAIN = 0.30  # of lines, by their number
+AGAIN_CHARACTERS = 0.20  # of lines, by their characters
+TOP = {2: 0.20, 3: 0.18, 4: 0.16}
+DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def dropped(block: Block, config: RulesConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Reason and whom it drops, bool [D], rule by rule."""
+    if config.quality:
+        yield from quality(block, config.min_words)
+    if config.repetition:
+        yield from repetition(block)
+
+
+def quality(block: Block, min_words: int = 50) -> Iterator[tuple[str, np.ndarray]]:
+    """What is too short, too long, or of other signs than prose."""
+    words, size = block.words, len(block.texts)
+    count = np.bincount(words.owner, minlength=size)
+    some = np.maximum(count, 1)
+    yield f"fewer than {min_words} words", count < min_words
+    yield f"more than {MOST_WORDS:,} words", count > MOST_WORDS
+    mean = np.bincount(words.owner, block.characters(words), size) / some
+    yield "words too short or too long", (mean < WORD_LENGTH[0]) | (mean > WORD_LENGTH[1])
+    signs = np.array([[text.count("#"), sum(map(text.count, ELLIPSES))] for text in block.texts]).reshape(-1, 2)
+    yield "too many # or ellipses", signs.max(1, initial=0) > 0.1 * some
+    lines = np.array([_of_lines(text) for text in block.texts]).reshape(-1, 2)
+    yield "lines that begin with bullets", lines[:, 0] > 0.9
+    yield "lines that end with an ellipsis", lines[:, 1] > 0.3
+    letters = block.count(words, block.kinds & LETTER != 0) > 0
+    yield "words without letters", np.bincount(words.owner, letters, size) < 0.8 * some
+    yield "few of the commonest words", _common(block) < 2
+
+
+def _of_lines(text: str) -> tuple[float, float]:
+    """Shares of lines that begin with a bullet, and that end with an ellipsis; most texts have none of either."""
+    bullets, ellipses = any(map(text.__contains__, BULLETS)), any(map(text.__contains__, ELLIPSES))
+    if not bullets and not ellipses:
+        return 0.0, 0.0
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    begin, end = (sum(map(check, lines)) for check in (lambda x: x.startswith(BULLETS), lambda x: x.endswith(ELLIPSES)))
+    return begin / max(len(lines), 1), end / max(len(lines), 1)
+
+
+def _common(block: Block) -> np.ndarray:
+    """int64 [D]: how many of COMMON are in each."""
+    low = block.lowered
+    terms, hashes = low.terms, low.hashes(low.terms)
+    wanted = Block(COMMON)
+    there = np.zeros((len(COMMON), len(block.texts)), bool)
+    for row, value in zip(there, wanted.hashes(wanted.terms), strict=True):
+        row[terms.owner[hashes == value]] = True
+    return there.sum(0)
+
+
+def repetition(block: Block) -> Iterator[tuple[str, np.ndarray]]:
+    """What says the same again and again."""
+    size, lines = len(block.texts), block.lines
+    again = _later(block.hashes(lines), lines.owner)
+    count = np.maximum(np.bincount(lines.owner, minlength=size), 1)
+    long = block.characters(lines)
+    total = np.maximum(np.bincount(lines.owner, long, size), 1)
+    yield "lines again, by their number", np.bincount(lines.owner, again, size) / count > AGAIN
+    yield "lines again, by their length", np.bincount(lines.owner, again * long, size) / total > AGAIN_CHARACTERS
+    words = block.words
+    lengths = block.characters(words).astype(np.float64)
+    total = np.maximum(np.bincount(words.owner, lengths, size), 1)
+    for n, (top, covered) in _repeats(block, lengths).items():
+        if n in TOP:
+            yield f"the commonest {n} words", top / total > TOP[n]
+        else:
+            yield f"{n} words again", covered / total > DUPLICATE[n]
+
+
+def _repeats(block: Block, lengths: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """n -> the characters of the sequence of n words that makes up most of each document, and those of words that
+    stand in a sequence which was there before; float64 [D] each, blanks not counted.
+
+    A sequence can be there twice only if both of its shorter ones are, so that fewer are looked at as n grows.
+    """
+    words, size = block.words, len(block.texts)
+    hashes, before = block.hashes(words), np.concatenate([[0.0], np.cumsum(lengths)])
+    twice = np.ones(len(words) + 1, bool)  # of the sequence of n - 1 words that begins at each word
+    found = {}
+    for n in (*TOP, *DUPLICATE):
+        grams, first = ngrams(hashes, words.owner, n)
+        possible = twice[first] & twice[first + 1]
+        first = first[possible]
+        where, group = _several(grams[possible], words.owner[first])
+        first = first[where]
+        weight = np.bincount(group)[group] * (before[first + n] - before[first])
+        top = np.zeros(size)
+        np.maximum.at(top, words.owner[first], weight)
+        seen, later = np.zeros(len(words) + 1, np.int64), first[_after_first(group)]
+        np.add.at(seen, later, 1)
+        np.add.at(seen, later + n, -1)
+        covered = np.bincount(words.owner, (np.cumsum(seen[:-1]) > 0) * lengths, size)
+        twice = np.zeros(len(words) + 1, bool)
+        twice[first] = True
+        found[n] = top, covered
+    return found
+
+
+def _later(hashes: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """bool [W]: whether the same was there before in the same document."""
+    where, group = _several(hashes, owner)
+    again = np.zeros(len(hashes), bool)
+    again[where] = _after_first(group)
+    return again
+
+
+def _several(hashes: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where there are hashes that their document has several times, in order, and a number for each hash of each
+    document; int64 [S]."""
+    keys = mix(hashes + mix(owner.astype(np.uint64)))
+    order = np.argsort(keys)
+    equal = keys[order][1:] == keys[order][:-1]
+    among = np.concatenate([equal, [False]]) | np.concatenate([[False], equal]) if len(keys) else np.zeros(0, bool)
+    where = np.sort(order[among])
+    return where, np.unique(keys[where], return_inverse=True)[1]
+
+
+def _after_first(group: np.ndarray) -> np.ndarray:
+    """bool [S]: whether an earlier one is of the same group."""
+    after = np.ones(len(group), bool)
+    after[np.unique(group, return_index=True)[1]] = False
+    return after
