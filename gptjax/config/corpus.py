@@ -49,7 +49,7 @@ class OriginConfig:
     split: Annotated[str, Field(min_length=1)] = "train"
     """Of tfds:NAME."""
     prose: bool = True
-    """Whether `rules` are for its documents; not for code, questions and verse."""
+    """Whether `language` and `rules` are for its documents; not for code, questions and verse."""
     invalid: Literal["refuse", "drop"] = "refuse"
     """What becomes of a record that is none, and of a file that cannot be read to its end: the build ends with its
     place and the reason, or it is left out and counted."""
@@ -70,8 +70,23 @@ class RepairConfig:
 
 
 @frozen
+class LanguageConfig:
+    """Languages."""
+
+    keep: tuple[str, ...] = ()
+    """Codes of ISO 639-1, such as en,de, of the languages that stay; empty keeps all."""
+    min_score: Share = 0.65
+    """Probability that a text is in its language, below which it is dropped."""
+
+
+@frozen
 class RulesConfig:
-    """Published rules of thumb by which a text is no prose, and dropped (Gopher, arXiv 2112.11446, table A1)."""
+    """Published rules of thumb by which a text is no prose, and dropped (Gopher, arXiv 2112.11446, table A1; C4, arXiv
+    1910.10683)."""
+
+    c4: bool = False
+    """Only lines that end as sentences do stay, of texts without braces and with five sentences: for pages of the
+    web, not for code."""
 
     quality: bool = True
     """50 to 100,000 words of 3 to 10 characters in the mean, few # and ellipses, few bullets, words with letters, two
@@ -80,6 +95,17 @@ class RulesConfig:
     """Lines, and sequences of 2 to 10 words, that make up too much of the text by being there again."""
     min_words: Count = 50
     """Of the quality rule."""
+
+
+@frozen
+class LeaksConfig:
+    """Evaluations that nothing may be learned of (GPT-3 paper, appendix C)."""
+
+    sources: tuple[str, ...] = ()
+    """Files, folders and globs, of whose records every text counts. A document that has a sequence of their words is
+    dropped, and listed in the manifest."""
+    ngram: Positive = 13
+    """Words of such a sequence; capitals and punctuation do not count."""
 
 
 @frozen
@@ -107,7 +133,11 @@ class CorpusConfig:
     version: Annotated[str, AfterValidator(_version)] = "1.0.0"
     """Of the TFDS data set."""
     repair: RepairConfig = field(default_factory=RepairConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
     rules: RulesConfig = field(default_factory=RulesConfig)
+    leaks: LeaksConfig = field(default_factory=LeaksConfig)
+    scrub: tuple[Literal["email", "key", "ip", "phone"], ...] = ()
+    """What is replaced by its kind in angle brackets, such as <email>."""
     exact: bool = True
     """Drop the copies of a text, blanks and capitals aside."""
     near: NearConfig = field(default_factory=NearConfig)

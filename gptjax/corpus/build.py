@@ -17,7 +17,7 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.config.load import made_by
-from gptjax.corpus import clean, copies
+from gptjax.corpus import clean, copies, leaks
 from gptjax.corpus.shards import Shard, about_path, in_shards, write_metadata
 from gptjax.data import cache
 from gptjax.data.pool import Died, Progress, Report, Work, work
@@ -62,6 +62,7 @@ def plan(recipe: CorpusConfig) -> Plan:
         found = planned(_source(origin), prepare=True)
         keys.append(found.key)
         parts += [(number, part) for part in found.parts()]
+    keys += [planned(DataConfig(source=source), prepare=False).key for source in recipe.leaks.sources]
     about = json.dumps([asdict(recipe), clean.VERSION, keys], sort_keys=True)
     return Plan(recipe, hashlib.sha256(about.encode()).hexdigest()[:16], parts)
 
@@ -122,6 +123,8 @@ def _as_asked(folder: Path, made_of: Plan) -> Path:
 
 def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
     recipe, data = made_of.recipe, made / "data"
+    if recipe.leaks.sources and not (made / leaks.NAMES).exists():
+        leaks.write_index(made, recipe.leaks)
     pieces = [clean.Clean(made, i, part, origin, recipe) for i, (origin, part) in enumerate(made_of.parts)]
     _work(pieces, [clean.path_of(made, i).exists() for i in range(len(pieces))], "cleaning", report, most)
     report("looking for copies", 0, 1)
@@ -207,7 +210,9 @@ def _found(
                 if count
             },
             "kept": {"documents": int((kept & here).sum()), "bytes": int(size[kept & here].sum())},
+            "replaced": dict(total.scrubbed),
             "examples": total.examples,
+            "leaks": total.leaks,
         }
     return found
 

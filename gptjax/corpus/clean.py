@@ -7,7 +7,7 @@ A step that changes what it gives gets another VERSION: a build that was begun w
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.corpus import CorpusConfig
-from gptjax.corpus import near, rules
+from gptjax.corpus import lines, near, rules
 from gptjax.corpus.block import BASE, Block, Spans, mix
+from gptjax.corpus.language import foreign
+from gptjax.corpus.leaks import leaks
 from gptjax.corpus.repair import repaired
+from gptjax.corpus.scrub import sample, scrubbed
 from gptjax.data.formats import Failed, Heard
 from gptjax.data.worker import Part
 from gptjax.errors import UserError
 from gptjax.files import write_whole
 
-VERSION = {"repair": 1, "rules": 1, "exact": 1, "near": 1}
+VERSION = {"repair": 1, "language": 1, "lines": 1, "rules": 1, "leaks": 1, "scrub": 1, "exact": 1, "near": 1}
 BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
 EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
 UNREADABLE = "cannot be read"
@@ -40,15 +43,22 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     """Documents by reason."""
     dropped_bytes: Counter[str] = field(default_factory=Counter)
+    scrubbed: Counter[str] = field(default_factory=Counter)
+    """Replaced, by kind."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """The beginnings of some of them, by reason."""
+    """The beginnings of some documents that were dropped, by reason, and the surroundings of what was replaced."""
+    leaks: list[dict[str, str]] = field(default_factory=list)
+    """Of every document that has a part of an evaluation its beginning, the file and the words."""
 
     def drop(self, reason: str, text: str) -> None:
         self.dropped[reason] += 1
         self.dropped_bytes[reason] += len(text.encode(errors="replace"))
-        shown = self.examples.setdefault(reason, [])
+        self.show(reason, text[:SHOWN])
+
+    def show(self, what: str, text: str) -> None:
+        shown = self.examples.setdefault(what, [])
         if len(shown) < EXAMPLES:
-            shown.append(text[:SHOWN])
+            shown.append(text)
 
     def add(self, other: "Report") -> None:
         """Another part's, which comes behind."""
@@ -57,10 +67,15 @@ class Report:
         for reason, texts in other.examples.items():
             shown = self.examples.setdefault(reason, [])
             shown += texts[: EXAMPLES - len(shown)]
+        self.leaks += other.leaks
 
     @property
     def _counters(self) -> tuple[Counter[str], ...]:
-        return self.read, self.dropped, self.dropped_bytes
+        return self.read, self.dropped, self.dropped_bytes, self.scrubbed
+
+
+Kept = tuple[list[str], np.ndarray, np.ndarray]
+"""Texts, their `exact_keys` uint64 [D, 2] and their signatures uint32 [D, K]."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,36 @@ class Clean:
             report.drop(UNREADABLE, str(error))
 
         documents = _documents(self.part.documents(heard, failed), origin.begins, failed)
-        kept = [_kept(texts, self.recipe, origin.prose, report) for texts in _blocks(documents)]
+        kept = [self._kept(texts, origin.prose, report) for texts in _blocks(documents)]
         write_whole(path_of(self.folder, self.number), _written(kept, self.recipe, report))
+
+    def _kept(self, texts: list[str], prose: bool, report: Report) -> Kept:
+        """The block's documents that stay, in order."""
+        recipe = self.recipe
+        report.read.update(documents=len(texts), bytes=sum(len(text.encode(errors="replace")) for text in texts))
+        block = _each(texts, lambda text: repaired(text, recipe.repair), report)
+        if prose:
+            if recipe.language.keep:
+                block = _without([("another language", foreign(block.texts, recipe.language))], block, report)
+            if recipe.rules.c4:
+                block = _each(block.texts, lines.prose, report)
+            block = _without(rules.dropped(block, recipe.rules), block, report)
+        if recipe.leaks.sources:
+            block = self._unknown(block, report)
+        if recipe.scrub:
+            block = Block([_scrubbed(text, recipe, report) for text in block.texts])
+        found = near.signatures(block, recipe.near) if recipe.near.on else np.zeros((len(block.texts), 0), np.uint32)
+        return [*block.texts], exact_keys(block), found
+
+    def _unknown(self, block: Block, report: Report) -> Block:
+        """Those that have no part of an evaluation."""
+        found = leaks(block, self.folder, self.recipe.leaks)
+        report.leaks += [
+            {"begins": block.texts[number][:SHOWN], "file": file, "words": words}
+            for number, (file, words) in found.items()
+        ]
+        gone = np.isin(np.arange(len(block.texts)), [*found])
+        return _without([("a part of an evaluation", gone)], block, report)
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -123,30 +166,34 @@ def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield held
 
 
-Kept = tuple[list[str], np.ndarray, np.ndarray]
-"""Texts, their `exact_keys` uint64 [D, 2] and their signatures uint32 [D, K]."""
-
-
-def _kept(texts: list[str], recipe: CorpusConfig, prose: bool, report: Report) -> Kept:
-    """The block's documents that stay, in order."""
-    report.read.update(documents=len(texts), bytes=sum(len(text.encode(errors="replace")) for text in texts))
+def _each(texts: Sequence[str], step: Callable[[str], tuple[str, str]], report: Report) -> Block:
+    """What a step makes of each text that it has no reason to drop."""
     held = []
     for text in texts:
-        mended, why = repaired(text, recipe.repair)
+        made, why = step(text)
         if why:
-            report.drop(why, mended)
+            report.drop(why, made)
         else:
-            held.append(mended)
-    block, stays = Block(held), np.ones(len(held), bool)
-    for reason, gone in rules.dropped(block, recipe.rules) if prose else ():
-        for number in np.flatnonzero(gone & stays):
-            report.drop(reason, held[number])
+            held.append(made)
+    return Block(held)
+
+
+def _without(reasons: Iterable[tuple[str, np.ndarray]], block: Block, report: Report) -> Block:
+    """Those of which no reason is true, bool [D] each; a text is counted under the first that is."""
+    stays = np.ones(len(block.texts), bool)
+    for reason, gone in reasons:
+        for number in np.flatnonzero(gone & stays).tolist():
+            report.drop(reason, block.texts[number])
         stays &= ~gone
-    if not stays.all():
-        block = Block([text for text, there in zip(held, stays, strict=True) if there])
-    shape = (len(block.texts), 0)
-    found = near.signatures(block, recipe.near) if recipe.near.on else np.zeros(shape, np.uint32)
-    return [*block.texts], exact_keys(block), found
+    return block if stays.all() else Block([text for text, there in zip(block.texts, stays, strict=True) if there])
+
+
+def _scrubbed(text: str, recipe: CorpusConfig, report: Report) -> str:
+    text, found = scrubbed(text, recipe.scrub)
+    report.scrubbed += found
+    for kind in found:
+        report.show(f"replaced: {kind}", sample(text, kind))
+    return text
 
 
 def exact_keys(block: Block) -> np.ndarray:
@@ -220,5 +267,5 @@ def report_of(folder: Path, number: int) -> Report:
 
     with pyarrow.OSFile(str(path_of(folder, number))) as file:
         found = json.loads(pyarrow.ipc.open_file(file).schema.metadata[b"report"])
-    counters = {name: Counter(found[name]) for name in ("read", "dropped", "dropped_bytes")}
-    return Report(**counters, examples=found["examples"])
+    counters = {name: Counter(found[name]) for name in ("read", "dropped", "dropped_bytes", "scrubbed")}
+    return Report(**counters, examples=found["examples"], leaks=found["leaks"])

@@ -14,6 +14,7 @@ def summary(manifest: dict[str, Any]) -> str:
         )
         for reason, gone in sorted(about["dropped"].items(), key=lambda item: -item[1]["documents"]):
             lines.append(f"  {gone['documents']:>10,}  {gone['bytes'] / 1e6:>9,.2f} MB  {reason}")
+        lines += [f"  {count:>10,}  replaced: {kind}" for kind, count in about["replaced"].items()]
     return "\n".join([*lines, f"digest {manifest['digest']}"])
 
 
