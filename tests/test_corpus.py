@@ -28,10 +28,11 @@ from gptjax.config import (
     LeaksConfig,
     NearConfig,
     OriginConfig,
+    QualityConfig,
     RepairConfig,
 )
 from gptjax.corpus import build as builds
-from gptjax.corpus import copies, near, rules
+from gptjax.corpus import copies, near, quality, rules
 from gptjax.corpus.block import Block, ngrams
 from gptjax.corpus.clean import exact_keys
 from gptjax.corpus.language import foreign
@@ -273,6 +274,37 @@ def test_a_sample_shows_nothing_that_was_replaced(recipe: CorpusConfig, tmp_path
     assert found["replaced"] == {"email": 2, "ip": 1}
     assert "Mail <email>, <email> or <ip> soon." in found["examples"]["replaced: email"][0]
     assert not any("example.org" in path.read_bytes().decode(errors="replace") for path in folder.iterdir())
+
+
+# Quality
+
+
+def test_the_filter_keeps_as_many_as_the_pareto_rule_would() -> None:
+    """200,000 draws beside numpy's own, and the closed form."""
+    keys = np.random.default_rng(0).integers(0, 2**64, 200_000, np.uint64)
+    for score in (0.0, 0.5, 0.9, 1.0):
+        share = quality.stays(np.full(len(keys), score), keys, 9.0).mean()
+        drawn = (np.random.default_rng(1).pareto(9.0, 200_000) > 1 - score).mean()
+        assert share == pytest.approx((2 - score) ** -9, abs=0.003) == pytest.approx(drawn, abs=0.003)
+
+
+def test_text_like_the_good_stays(recipe: CorpusConfig, tmp_path: Path) -> None:
+    """Raw text is half of the good kind, half of other words; of the latter more goes."""
+    pytest.importorskip("sklearn", reason="needs the clean extra")
+    other = [changed(prose(seed), 0.8, seed).replace("a", "y") for seed in range(5000, 5150)]
+    raw = [*(prose(seed) for seed in range(4000, 4150)), *other]
+    random.Random(1).shuffle(raw)
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in raw))
+    origins = (recipe.origins[0], OriginConfig("raw", str(tmp_path / "raw.jsonl"), prose=False))
+    recipe = replace(recipe, origins=origins, near=NearConfig(on=False), quality=QualityConfig(("a",), ("raw",), 4.0))
+    folder = builds.build(recipe, tmp_path / "out", silent, 1)
+    assert manifest(folder)["origins"]["a"]["kept"]["documents"] == 360
+    source = open_source(DataConfig(source=f"tfds:{folder}", cache_dir=str(tmp_path / "cache")), "train")
+    kept = {source[i].text for i in range(len(source))}
+    share = [len(kept & {*some}) / 150 for some in ({prose(seed) for seed in range(4000, 4150)}, other)]
+    assert share[0] > 0.15 and share[1] < share[0] / 2, "0.28 and 0.07 of scores of 0.62 and 0.05"
+    dropped = manifest(folder)["origins"]["raw"]["dropped"]["unlike good text"]["documents"]
+    assert dropped == 300 - len(kept & {*raw})
 
 
 # Copies

@@ -11,6 +11,7 @@ from gptjax.config.corpus import (
     LeaksConfig,
     NearConfig,
     OriginConfig,
+    QualityConfig,
     RepairConfig,
     RulesConfig,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "PreferenceConfig",
     "PretrainingConfig",
     "PromptConfig",
+    "QualityConfig",
     "RankedConfig",
     "RankingConfig",
     "RepairConfig",

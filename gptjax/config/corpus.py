@@ -42,7 +42,7 @@ class OriginConfig:
     is named first stays."""
     source: Annotated[str, Field(min_length=1)]
     """As data.source: files, folders and globs with commas between, stdlib, or tfds:NAME."""
-    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] = "auto"
+    format: Literal["auto", "text", "html", "warc", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] = "auto"
     """How files are read; auto goes by their endings."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Field that holds the text in records."""
@@ -98,6 +98,20 @@ class RulesConfig:
 
 
 @frozen
+class QualityConfig:
+    """GPT-3's filter of raw text (its paper, appendix A)."""
+
+    good: tuple[str, ...] = ()
+    """Origins whose text is good; empty filters nothing."""
+    raw: tuple[str, ...] = ()
+    """Origins of whose documents those stay that are like it: with probability (2 - score)^-alpha."""
+    alpha: Annotated[float, Field(gt=0)] = 9.0
+    """Of the Pareto distribution: 0.2% stay of a score of 0, 3% of 0.5, 42% of 0.9."""
+    documents: Positive = 20_000
+    """That are learned from, of each side at most."""
+
+
+@frozen
 class LeaksConfig:
     """Evaluations that nothing may be learned of (GPT-3 paper, appendix C)."""
 
@@ -135,6 +149,7 @@ class CorpusConfig:
     repair: RepairConfig = field(default_factory=RepairConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     rules: RulesConfig = field(default_factory=RulesConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
     leaks: LeaksConfig = field(default_factory=LeaksConfig)
     scrub: tuple[Literal["email", "key", "ip", "phone"], ...] = ()
     """What is replaced by its kind in angle brackets, such as <email>."""

@@ -32,7 +32,9 @@ class SourceConfig:
     source: Annotated[str, Field(min_length=1), SAME_CONTENT]
     """tfds:NAME, or files, folders and globs with commas between: .jsonl .ndjson .json .csv .tsv .parquet .arrow, each
     also .gz .zst .xz .bz2."""
-    format: Annotated[Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT] = "auto"
+    format: Annotated[
+        Literal["auto", "text", "html", "warc", "jsonl", "json", "csv", "tsv", "parquet", "arrow"], SAME_CONTENT
+    ] = "auto"
     """How files are read; auto goes by their endings."""
     train_split: Annotated[str, Field(min_length=1)] = "train[:95%]"
     """Part to train on, such as train[:95%]; tfds:NAME has other splits, too."""
@@ -62,7 +64,7 @@ class DataConfig(SourceConfig):
 
     source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
     """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
-    .json .csv .tsv .parquet .arrow, each also .gz .zst .xz .bz2."""
+    .json .csv .tsv .parquet .arrow .html, and .warc .wet of web crawls (extra clean), each also .gz .zst .xz .bz2."""
     text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
     """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
     max_chars: Positive = 65536

@@ -17,7 +17,7 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.config.load import made_by
-from gptjax.corpus import clean, copies, leaks
+from gptjax.corpus import clean, copies, leaks, quality
 from gptjax.corpus.shards import Shard, about_path, in_shards, write_metadata
 from gptjax.data import cache
 from gptjax.data.pool import Died, Progress, Report, Work, work
@@ -28,7 +28,7 @@ from gptjax.files import json_text, read_json, write_whole
 
 MANIFEST = "manifest.json"
 WAIT = 0.2  # seconds between two looks at another builder
-EXACT, NEAR = "exact copy", "near copy"
+EXACT, NEAR, POOR = "exact copy", "near copy", "unlike good text"
 
 
 def load_corpus(path: str) -> CorpusConfig:
@@ -41,6 +41,10 @@ def load_corpus(path: str) -> CorpusConfig:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"recipe {path}: origins: two are called {name}; rename one")
+    for side in ("good", "raw"):
+        for name in getattr(found.quality, side):
+            if name not in names:
+                raise UserError(f"recipe {path}: quality.{side} = {name}: no origin; choose from {', '.join(names)}")
     return found
 
 
@@ -127,6 +131,8 @@ def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
         leaks.write_index(made, recipe.leaks)
     pieces = [clean.Clean(made, i, part, origin, recipe) for i, (origin, part) in enumerate(made_of.parts)]
     _work(pieces, [clean.path_of(made, i).exists() for i in range(len(pieces))], "cleaning", report, most)
+    if recipe.quality.good:
+        _score(made, made_of, report, most)
     report("looking for copies", 0, 1)
     sizes, found = _choose(made, made_of)
     if not any(map(np.any, sizes)):
@@ -160,6 +166,26 @@ def _work(pieces: Sequence[Work], done: Sequence[bool], what: str, report: Repor
     work(left, Progress(report, what, sum(piece.size for piece in pieces), left), most)
 
 
+def _score(made: Path, made_of: Plan, report: Report, most: int) -> None:
+    """Of raw text, how like good text each document is."""
+    recipe, parts = made_of.recipe, [origin for origin, _ in made_of.parts]
+    if not (made / quality.MODEL).exists():
+        report("learning what good text is", 0, 1)
+        quality.train(made, parts, recipe)
+    raw = _numbers(recipe, recipe.quality.raw)
+    pieces = [quality.Score(made, i, clean.path_of(made, i).stat().st_size) for i, of in enumerate(parts) if of in raw]
+    _work(pieces, [quality.path_of(made, piece.number).exists() for piece in pieces], "scoring", report, most)
+
+
+def _numbers(recipe: CorpusConfig, names: Sequence[str]) -> list[int]:
+    return [number for number, origin in enumerate(recipe.origins) if origin.name in names]
+
+
+def _scores(made: Path, part: int, count: int) -> np.ndarray:
+    """float64 [D] of a part's documents; 1 where it is not scored."""
+    return quality.scores_of(made, part) if quality.path_of(made, part).exists() else np.ones(count)
+
+
 Found = dict[str, dict[str, Any]]
 """By origin what was read, what was dropped by reason, and what stays."""
 
@@ -170,14 +196,21 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
     tables = [clean.columns(made, i, "size", "key", "signature") for i in range(len(parts))]
     size = np.concatenate([table["size"].to_numpy() for table in tables])
     origin = np.repeat(parts, [len(table["size"]) for table in tables])
-    ranks, number = copies.rank(origin, size), np.arange(len(size))
+    ranks = copies.rank(origin, size)
+    keys = np.concatenate([clean.rows(table["key"], np.uint64) for table in tables])
     lost = dict[str, np.ndarray]()
     kept = np.ones(len(size), bool)
+    if recipe.quality.good:
+        raw = np.isin(origin, _numbers(recipe, recipe.quality.raw))
+        score = np.concatenate([_scores(made, i, len(table["size"])) for i, table in enumerate(tables)])
+        kept = ~raw | quality.stays(score, keys[:, 1], recipe.quality.alpha)
+        lost[POOR] = ~kept
     if recipe.exact:
-        keys = np.concatenate([clean.rows(table["key"], np.uint64) for table in tables])
-        one = np.unique(keys, axis=0, return_inverse=True)[1]
-        kept = copies.same(one.ravel(), ranks) == number
-        lost[EXACT] = ~kept
+        one = np.unique(keys[kept], axis=0, return_inverse=True)[1]
+        best = copies.same(one.ravel(), ranks[kept]) == np.arange(len(one))
+        lost[EXACT] = np.zeros(len(size), bool)
+        lost[EXACT][np.flatnonzero(kept)[~best]] = True
+        kept = kept & ~lost[EXACT]
     if recipe.near.on:
         signatures = np.concatenate([clean.rows(table["signature"], np.uint32) for table in tables])[kept]
         edges = copies.pairs(signatures, ranks[kept], recipe.near)

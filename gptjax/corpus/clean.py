@@ -27,7 +27,8 @@ from gptjax.data.worker import Part
 from gptjax.errors import UserError
 from gptjax.files import write_whole
 
-VERSION = {"repair": 1, "language": 1, "lines": 1, "rules": 1, "leaks": 1, "scrub": 1, "exact": 1, "near": 1}
+STEPS = ("repair", "language", "lines", "rules", "leaks", "scrub", "quality", "exact", "near")
+VERSION = dict.fromkeys(STEPS, 1)
 BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
 EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
 UNREADABLE = "cannot be read"
@@ -102,7 +103,7 @@ class Clean:
             report.drop(UNREADABLE, str(error))
 
         documents = _documents(self.part.documents(heard, failed), origin.begins, failed)
-        kept = [self._kept(texts, origin.prose, report) for texts in _blocks(documents)]
+        kept = [self._kept(texts, origin.prose, report) for texts in blocks(documents)]
         write_whole(path_of(self.folder, self.number), _written(kept, self.recipe, report))
 
     def _kept(self, texts: list[str], prose: bool, report: Report) -> Kept:
@@ -154,7 +155,8 @@ def _documents(every: Iterable[Iterable[str]], begins: str, failed: Failed) -> I
         yield from (text[a:b] for a, b in pairwise(cuts) if text[a:b].strip())
 
 
-def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+def blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents that a step looks at together."""
     held, size = list[str](), 0
     for text in documents:
         held.append(text)

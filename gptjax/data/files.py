@@ -22,7 +22,12 @@ KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".html": "html",
+    ".htm": "html",
+    ".warc": "warc",
+    ".wet": "warc",
 }
+TEXTS = {"text", "html", "warc"}  # whose documents have no fields
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 REVISION = re.compile("[0-9a-f]{40}")
 # What publishers put beside records: the card of a data set, and what `datasets` writes into its folders.
@@ -151,7 +156,7 @@ def _about(path: Path, config: SourceConfig) -> tuple[int, int]:
 
 def _kinds(config: SourceConfig) -> dict[str, str]:
     """KINDS without those in which there are no records, unless they are to be read as text."""
-    return {ending: kind for ending, kind in KINDS.items() if kind != "text" or isinstance(config, DataConfig)}
+    return {ending: kind for ending, kind in KINDS.items() if kind not in TEXTS or isinstance(config, DataConfig)}
 
 
 def _read(config: SourceConfig) -> str:
@@ -172,7 +177,7 @@ def _cards(files: list[Path], config: SourceConfig) -> set[Path]:
     """Those of a folder that describe its records; none where nothing else than text is in it."""
     cards = {path for path in files if path.name.lower() in CARDS}
     kinds = {_kind(path, config)[0] for path in files if path not in cards}
-    return cards if kinds - {"text", ""} else set()
+    return cards if kinds - {*TEXTS, ""} else set()
 
 
 def _short_name(source: str) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 
 from gptjax.data.compressed import broken, open_plain
 from gptjax.data.files import TextFile
+from gptjax.data.web import archived, page_text
 from gptjax.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -417,8 +418,21 @@ def _seekable(file: TextFile, heard: Heard) -> Iterator[IO[bytes]]:
             yield plain
 
 
+def _html(file: TextFile, _: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
+    with _plain(file, heard) as stream:
+        yield [page_text(stream.read())]
+
+
+def _warc(file: TextFile, _: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
+    with _plain(file, heard) as stream:
+        for text in archived(stream):
+            yield [text]
+
+
 READERS = {
     "text": _text,
+    "html": _html,
+    "warc": _warc,
     "jsonl": _jsonl,
     "json": _json,
     "csv": _csv,
