@@ -1,7 +1,7 @@
 """GPT-3's filter (its paper, appendix A): a logistic regression tells good text from raw by hashed words, and of raw
 text a document stays with a probability that rises with its score."""
 
-from collections.abc import Iterator
+import heapq
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,17 +95,13 @@ def train(folder: Path, parts: list[int], recipe: CorpusConfig) -> None:
 
 
 def _sample(folder: Path, parts: list[int], most: int) -> list[str]:
+    """The texts of the documents with the least keys."""
     keys = [rows(columns(folder, part, "key")["key"], np.uint64)[:, 0] for part in parts]
-    which = np.concatenate([np.full(len(each), part) for each, part in zip(keys, parts, strict=True)] or [[]])
-    index = np.concatenate([np.arange(len(each)) for each in keys] or [[]])
-    chosen = np.argsort(np.concatenate(keys or [[]]), kind="stable")[:most]
-    return [*_texts(folder, which[chosen], index[chosen])]
-
-
-def _texts(folder: Path, parts: np.ndarray, index: np.ndarray) -> Iterator[str]:
-    """Those of some documents, in the given order; each part is read once."""
-    found = {}
-    for part in np.unique(parts).tolist():
-        every = columns(folder, int(part), "text")["text"]
-        found |= {(part, i): every[i].as_py().decode() for i in index[parts == part].astype(int).tolist()}
-    return (found[part, i] for part, i in zip(parts.tolist(), index.astype(int).tolist(), strict=True))
+    least = heapq.nsmallest(
+        most, ((key, part, i) for part, each in zip(parts, keys, strict=True) for i, key in enumerate(each.tolist()))
+    )
+    found: dict[tuple[int, int], str] = {}
+    for part in {part for _, part, _ in least}:
+        every = columns(folder, part, "text")["text"]
+        found |= {(part, i): every[i].as_py().decode() for _, of, i in least if of == part}
+    return [found[part, i] for _, part, i in least]
