@@ -418,6 +418,21 @@ def test_workers_and_parts_change_nothing(
     assert digests[0] == digests[1] == digests[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--direct_running_mode=multi_processing --direct_num_workers=2"])
+def test_beam_makes_the_same_bytes(options: str, recipe: CorpusConfig, tmp_path: Path) -> None:
+    pytest.importorskip("apache_beam", reason="needs the beam extra")
+    digests = [
+        manifest(builds.build(recipe, tmp_path / str(beam is None), silent, beam=beam))["digest"]
+        for beam in (None, options)
+    ]
+    assert digests[0] == digests[1]
+    (tmp_path / "b.jsonl").write_text("{oops\n")
+    with pytest.raises(UserError, match=r"b\.jsonl:1: not JSON"):
+        builds.build(recipe, tmp_path / "broken", silent, beam=options)
+    assert [*(tmp_path / "broken").iterdir()] == []
+
+
 KILLED = """
 import sys
 from pathlib import Path

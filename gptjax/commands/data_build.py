@@ -21,6 +21,10 @@ class Command:
     workers: Count = 0
     """Processes; 0 is one for each core. Their number changes nothing but the time."""
 
+    beam: str | None = None
+    """Have Apache Beam run it (extra beam), with such options of its own, as --runner=FlinkRunner
+    --flink_master=HOST:PORT; '' is this machine. Workers must see the sources and OUT under the same names."""
+
     def run(self) -> None:
         """Print what was read, dropped and kept, and where it is."""
         from pathlib import Path
@@ -34,7 +38,7 @@ class Command:
         recipe = load_corpus(self.recipe)
         try:
             with Progress() as progress:
-                folder = build(recipe, Path(self.out), progress, self.workers or cores())
+                folder = build(recipe, Path(self.out), progress, self.workers or cores(), self.beam)
         except OSError as error:
             raise UserError(
                 f"--out {self.out}: cannot write the data set ({error.strerror}); free space, and it goes on where it "

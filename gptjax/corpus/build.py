@@ -7,8 +7,9 @@ The output is a function of the recipe and the text alone: parts are cut by byte
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gptjax.config import DataConfig
 from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.config.load import made_by
 from gptjax.corpus import clean, copies, leaks, quality
+from gptjax.corpus.beam import by_beam
 from gptjax.corpus.shards import Shard, about_path, in_shards, write_metadata
 from gptjax.data import cache
 from gptjax.data.pool import Died, Progress, Report, Work, work
@@ -81,8 +83,15 @@ def _source(origin: OriginConfig) -> DataConfig:
     )
 
 
-def build(recipe: CorpusConfig, out: Path, report: Report, most: int) -> Path:
-    """The folder OUT/NAME/VERSION of the data set, made now by at most so many processes unless it is there.
+Do = Callable[[Sequence[Work], Callable[[int], None]], None]
+"""Does pieces of work, and says how many bytes are done."""
+
+
+def build(
+    recipe: CorpusConfig, out: Path, report: Report = lambda *_: None, most: int = 1, beam: str | None = None
+) -> Path:
+    """The folder OUT/NAME/VERSION of the data set, made now unless it is there: by at most so many processes, or by
+    Apache Beam with such options.
 
     Stopped at any moment, it leaves what is finished beside it, with which the next build goes on, and nothing under
     its name. Raises UserError for a source that is not there or cannot be read, where another data set has the name,
@@ -98,7 +107,8 @@ def build(recipe: CorpusConfig, out: Path, report: Report, most: int) -> Path:
         return _as_asked(folder, made_of)
     made = cache.workplace(out, stem)
     try:
-        _make(made, made_of, report, most)
+        do = partial(work, most=most) if beam is None else by_beam(beam, made)
+        _make(made, made_of, report, do)
         folder.parent.mkdir(exist_ok=True)
         (made / "data").rename(folder)
         cache.remove(made)
@@ -125,14 +135,14 @@ def _as_asked(folder: Path, made_of: Plan) -> Path:
     return folder
 
 
-def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
+def _make(made: Path, made_of: Plan, report: Report, do: Do) -> None:
     recipe, data = made_of.recipe, made / "data"
     if recipe.leaks.sources and not (made / leaks.NAMES).exists():
         leaks.write_index(made, recipe.leaks)
     pieces = [clean.Clean(made, i, part, origin, recipe) for i, (origin, part) in enumerate(made_of.parts)]
-    _work(pieces, [clean.path_of(made, i).exists() for i in range(len(pieces))], "cleaning", report, most)
+    _work(pieces, [clean.path_of(made, i).exists() for i in range(len(pieces))], "cleaning", report, do)
     if recipe.quality.good:
-        _score(made, made_of, report, most)
+        _score(made, made_of, report, do)
     report("looking for copies", 0, 1)
     sizes, found = _choose(made, made_of)
     if not any(map(np.any, sizes)):
@@ -152,7 +162,7 @@ def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
         )
         for number, held in enumerate(every)
     ]
-    _work(shards, [about_path(shard.path).exists() for shard in shards], "writing", report, most)
+    _work(shards, [about_path(shard.path).exists() for shard in shards], "writing", report, do)
     about = [read_json(about_path(shard.path), "build again") for shard in shards]
     described = f"Made by gptjax data build of {', '.join(origin.name for origin in recipe.origins)}."
     write_metadata(data, recipe.name, recipe.version, about, described)
@@ -161,12 +171,12 @@ def _make(made: Path, made_of: Plan, report: Report, most: int) -> None:
         about_path(shard.path).unlink()
 
 
-def _work(pieces: Sequence[Work], done: Sequence[bool], what: str, report: Report, most: int) -> None:
+def _work(pieces: Sequence[Work], done: Sequence[bool], what: str, report: Report, do: Do) -> None:
     left = [piece for piece, there in zip(pieces, done, strict=True) if not there]
-    work(left, Progress(report, what, sum(piece.size for piece in pieces), left), most)
+    do(left, Progress(report, what, sum(piece.size for piece in pieces), left))
 
 
-def _score(made: Path, made_of: Plan, report: Report, most: int) -> None:
+def _score(made: Path, made_of: Plan, report: Report, do: Do) -> None:
     """Of raw text, how like good text each document is."""
     recipe, parts = made_of.recipe, [origin for origin, _ in made_of.parts]
     if not (made / quality.MODEL).exists():
@@ -174,7 +184,7 @@ def _score(made: Path, made_of: Plan, report: Report, most: int) -> None:
         quality.train(made, parts, recipe)
     raw = _numbers(recipe, recipe.quality.raw)
     pieces = [quality.Score(made, i, clean.path_of(made, i).stat().st_size) for i, of in enumerate(parts) if of in raw]
-    _work(pieces, [quality.path_of(made, piece.number).exists() for piece in pieces], "scoring", report, most)
+    _work(pieces, [quality.path_of(made, piece.number).exists() for piece in pieces], "scoring", report, do)
 
 
 def _numbers(recipe: CorpusConfig, names: Sequence[str]) -> list[int]:
