@@ -418,8 +418,13 @@ def test_workers_and_parts_change_nothing(
     assert digests[0] == digests[1] == digests[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--direct_running_mode=multi_processing --direct_num_workers=2"])
+BEAMS = [
+    pytest.param("", marks=pytest.mark.slow),
+    pytest.param("--direct_running_mode=multi_processing --direct_num_workers=2", marks=pytest.mark.whole),
+]
+
+
+@pytest.mark.parametrize("options", BEAMS)
 def test_beam_makes_the_same_bytes(options: str, recipe: CorpusConfig, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="needs the beam extra")
     digests = [
