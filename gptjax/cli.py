@@ -29,6 +29,7 @@ VERBS = (
     "checkpoint verify",
     "checkpoint inspect",
     "data build",
+    "data stats",
     "data",
     "tokenizer train",
     "plan",

@@ -540,6 +540,22 @@ def test_a_wrong_recipe_is_one_line(text: str, said: str, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
 
 
+def test_the_page_says_what_the_manifest_does(
+    recipe: CorpusConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = builds.build(recipe, tmp_path)
+    assert cli.run(["data", "stats", str(folder), "--out", str(tmp_path / "look")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^a +360 ", text, re.MULTILINE) and re.search(r"20 +[\d.]+ MB  near copy", text)
+    sizes = [len(prose(seed)) for seed in range(360)]
+    tokens = re.search(r"^a .* (\S+) +(\S+)$", text, re.MULTILINE)
+    assert tokens and tokens.groups() == ("1.00", f"{sum(sizes):,}"), "a byte is a token of the tokenizer bytes"
+    page = (tmp_path / "look" / "stats.html").read_text()
+    assert "near copy" in page and "too short" in page and "data:image/png;base64," in page
+    with pytest.raises(UserError, match="has no manifest.json; give the folder that gptjax data build printed"):
+        cli.run(["data", "stats", str(tmp_path)])
+
+
 def test_two_builds_at_once_give_one_data_set(recipe: CorpusConfig, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -75,7 +75,7 @@ class LanguageConfig:
 
     keep: tuple[str, ...] = ()
     """Codes of ISO 639-1, such as en,de, of the languages that stay; empty keeps all."""
-    min_score: Share = 0.65
+    min_score: Share = 0.5
     """Probability that a text is in its language, below which it is dropped."""
 
 

