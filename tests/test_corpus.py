@@ -548,11 +548,11 @@ def test_the_page_says_what_the_manifest_does(
     text = capsys.readouterr().out
     assert re.search(r"^a +360 ", text, re.MULTILINE) and re.search(r"20 +[\d.]+ MB  near copy", text)
     sizes = [len(prose(seed)) for seed in range(360)]
-    tokens = re.search(r"^a .* (\S+) +(\S+)$", text, re.MULTILINE)
+    tokens = re.search(r"^a +360 .* (\S+) +(\S+)$", text, re.MULTILINE)
     assert tokens and tokens.groups() == ("1.00", f"{sum(sizes):,}"), "a byte is a token of the tokenizer bytes"
     page = (tmp_path / "look" / "stats.html").read_text()
     assert "near copy" in page and "too short" in page and "data:image/png;base64," in page
-    with pytest.raises(UserError, match="has no manifest.json; give the folder that gptjax data build printed"):
+    with pytest.raises(UserError, match=r"has no manifest\.json; give the folder that gptjax data build printed"):
         cli.run(["data", "stats", str(tmp_path)])
 
 
