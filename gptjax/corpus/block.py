@@ -137,6 +137,8 @@ class Block:
 
     def characters(self, spans: Spans) -> np.ndarray:
         """int64 [W]: the characters of each."""
+        if len(self.data) == len(self.texts) + int(self.sizes.sum()):  # ASCII
+            return spans.ends - spans.starts
         return self.count(spans, self.kinds & LATER == 0)
 
     def count(self, spans: Spans, of: np.ndarray) -> np.ndarray:
@@ -147,11 +149,21 @@ class Block:
 
     def hashes(self, spans: Spans) -> np.ndarray:
         """uint64 [W]: equal for equal bytes, and for others in one of 2^64 pairs."""
-        size = len(self.data)
-        room = 1 << max(size, 1).bit_length()  # so that there are few sizes of tables
-        powers, inverse = _powers(BASE, room)[:size], _powers(pow(BASE, -1, 1 << 64), room)
-        sums = np.concatenate([[np.uint64(0)], np.cumsum((self.data.astype(np.uint64) + np.uint64(1)) * powers)])
+        sums, inverse = self._sums, _powers(pow(BASE, -1, 1 << 64), self._room)
         return mix((sums[spans.ends] - sums[spans.starts]) * inverse[spans.starts])
+
+    @property
+    def _room(self) -> int:
+        """Of the tables of powers, of which there are few."""
+        return 1 << max(len(self.data), 1).bit_length()
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        """uint64 [N + 1]: of each byte and its power, up to each place."""
+        sums = np.zeros(len(self.data) + 1, np.uint64)
+        np.multiply(self.data + np.uint64(1), _powers(BASE, self._room)[: len(self.data)], out=sums[1:])
+        np.cumsum(sums, out=sums)
+        return sums
 
 
 def ngrams(hashes: np.ndarray, owner: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -207,10 +207,14 @@ def exact_keys(block: Block) -> np.ndarray:
 
 def _joined(spans: Spans, hashes: np.ndarray, size: int, base: int) -> np.ndarray:
     """uint64 [D]: a hash of each document's spans in order."""
-    place = np.arange(len(spans)) - np.searchsorted(spans.owner, np.arange(size))[spans.owner]
-    total = np.zeros(size, np.uint64)
-    np.add.at(total, spans.owner, hashes * mix(place.astype(np.uint64) * np.uint64(base) | np.uint64(1)))
-    return mix(total + np.bincount(spans.owner, minlength=size).astype(np.uint64))
+    count, total = np.bincount(spans.owner, minlength=size), np.zeros(size, np.uint64)
+    first = np.cumsum(count) - count
+    place = np.arange(len(spans)) - first[spans.owner]
+    some = np.flatnonzero(count)
+    if len(some):
+        values = hashes * mix(place.astype(np.uint64) * np.uint64(base) | np.uint64(1))
+        total[some] = np.add.reduceat(values, first[some])
+    return mix(total + count.astype(np.uint64))
 
 
 def _written(kept: list[Kept], recipe: CorpusConfig, report: Report) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptjax.config.corpus import RulesConfig
-from gptjax.corpus.block import LETTER, Block, mix, ngrams
+from gptjax.corpus.block import LETTER, STEP, Block, mix
 
 MOST_WORDS = 100_000
 WORD_LENGTH = (3.0, 10.0)
@@ -96,24 +96,22 @@ def _repeats(block: Block, lengths: np.ndarray) -> dict[int, tuple[np.ndarray, n
     """
     words, size = block.words, len(block.texts)
     hashes, before = block.hashes(words), np.concatenate([[0.0], np.cumsum(lengths)])
-    twice = np.ones(len(words) + 1, bool)  # of the sequence of n - 1 words that begins at each word
+    ends = np.searchsorted(words.owner, np.arange(size), side="right")[words.owner]  # behind each document's words
+    first, grams = np.arange(len(words)), hashes
     found = {}
     for n in (*TOP, *DUPLICATE):
-        grams, first = ngrams(hashes, words.owner, n)
-        possible = twice[first] & twice[first + 1]
-        first = first[possible]
-        where, group = _several(grams[possible], words.owner[first])
-        first = first[where]
+        twice = np.zeros(len(words) + 1, bool)  # of the sequence of n - 1 words that begins at each word
+        twice[first] = True
+        longer = twice[first + 1] & (first + n <= ends[first]) if n > 2 else first + 2 <= ends
+        first, grams = first[longer], grams[longer]
+        grams = grams * np.uint64(STEP) + hashes[first + n - 1]
+        where, group = _several(grams, words.owner[first])
+        first, grams = first[where], grams[where]
         weight = np.bincount(group)[group] * (before[first + n] - before[first])
         top = np.zeros(size)
         np.maximum.at(top, words.owner[first], weight)
-        seen, later = np.zeros(len(words) + 1, np.int64), first[_after_first(group)]
-        np.add.at(seen, later, 1)
-        np.add.at(seen, later + n, -1)
-        covered = np.bincount(words.owner, (np.cumsum(seen[:-1]) > 0) * lengths, size)
-        twice = np.zeros(len(words) + 1, bool)
-        twice[first] = True
-        found[n] = top, covered
+        inside = np.unique(first[_after_first(group)][:, None] + np.arange(n))
+        found[n] = top, np.bincount(words.owner[inside], lengths[inside], size)
     return found
 
 
