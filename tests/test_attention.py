@@ -86,9 +86,13 @@ def run(attend: Attend, mask: Mask, scale: float, inputs: tuple[Array, ...]) -> 
     return out, *pull(inputs[3])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def cells_of(head_dim: int, dtype: str) -> Any:
+    """Odd sizes in bfloat16 are shown by odd sizes in float32, and by bfloat16 in round ones."""
+    mark = pytest.mark.whole if dtype == "bfloat16" and head_dim not in (64, 128) else pytest.mark.slow
+    return pytest.param(head_dim, dtype, marks=mark)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [cells_of(*each) for each in itertools.product(HEAD_DIMS, TOLERANCE)])
 @pytest.mark.parametrize("backend", ATTEND)
 def test_backend_equals_float64(
     backend: str, head_dim: int, dtype: str, table_row: Callable[[str, str], None], request: pytest.FixtureRequest

@@ -177,7 +177,9 @@ def test_a_full_disk_of_a_process_is_said(large):
     assert [*cache.datasets(large.cache_dir).iterdir()] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.whole), signal.SIGINT]
+)
 def test_no_process_outlives_its_parent(large, number):
     running = script(large)
     assert running.stdout and running.stdout.readline() == "building\n"

@@ -274,7 +274,7 @@ def test_the_run_is_sampled_evaluated_and_gone_on_from(
     assert before["chosen_logprob"] == pytest.approx(best["chosen_logprob"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # runs of sft, ppo and seq2seq are stopped in every run of the tests
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: PreferenceConfig, tuned: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +352,7 @@ def single(steady: PreferenceConfig) -> tuple[list[float], Any]:
     [
         pytest.param(LayoutConfig(fsdp=8), marks=pytest.mark.whole),
         LayoutConfig(data=2, fsdp=2, tensor=2),
-        pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.whole),
         pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),
     ],
     ids=["fsdp8", "data2_fsdp2_tensor2", "fsdp2_context4", "pipeline2_fsdp2_tensor2_sequence"],

@@ -136,7 +136,7 @@ asked = st.tuples(
 )
 
 
-@pytest.mark.parametrize("name", ["banded", "both"])
+@pytest.mark.parametrize("name", ["both", pytest.param("banded", marks=pytest.mark.whole)])
 @settings(max_examples=8, deadline=None)
 @given(every=st.lists(asked, min_size=1, max_size=7))
 def test_whatever_arrives_when(name: str, every: list[tuple]) -> None:
@@ -263,7 +263,7 @@ def test_other_parameters_between_two_rounds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scanned", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("scanned", marks=pytest.mark.whole), "llama"])
 def test_weights_in_8_and_16_bits_are_near(name: str) -> None:
     """Each in a type of its own, and stacked layers laid apart."""
     config = MODELS[name]

@@ -94,8 +94,8 @@ def single(steady: Config) -> tuple[np.ndarray, dict]:
     return run(steady, 1)
 
 
-COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4")
-"""By fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
+COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4", "dp8", "tp8", "fsdp2_context4")
+"""By replica2_fsdp2_tp2, fsdp2_context2_tp2_sequence and fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
 QUICK = ("fsdp8", "fsdp2_tp4_sequence")
 APART = ("dp8", "replica2_fsdp2_tp2")
 """Without dropout: the gradients of the copies of the parameters are then summed once a step."""
@@ -142,13 +142,16 @@ def families(steady: Config) -> Callable[[str], tuple[Config, np.ndarray, dict]]
 
 FAMILY_LAYOUTS = [
     ("llama", "fsdp2_tp4_sequence"),
-    *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("fsdp8", "fsdp2_context4", "pipeline2_fsdp4")),
-    *(pytest.param("falcon", name, marks=pytest.mark.slow) for name in ("dp2_fsdp2_tp2", "pipeline2_fsdp4")),
+    *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("fsdp2_context4", "pipeline2_fsdp4")),
+    pytest.param("falcon", "dp2_fsdp2_tp2", marks=pytest.mark.slow),
     *(
         pytest.param("llama", name, marks=pytest.mark.whole)
-        for name in ("fsdp2_context2_tp2_sequence", "pipeline2_fsdp2_tp2_sequence", "dp2_fsdp2_tp2")
+        for name in ("fsdp8", "fsdp2_context2_tp2_sequence", "pipeline2_fsdp2_tp2_sequence", "dp2_fsdp2_tp2")
     ),
-    *(pytest.param("falcon", name, marks=pytest.mark.whole) for name in ("fsdp2_context4", "fsdp2_tp4_sequence")),
+    *(
+        pytest.param("falcon", name, marks=pytest.mark.whole)
+        for name in ("fsdp2_context4", "fsdp2_tp4_sequence", "pipeline2_fsdp4")
+    ),
 ]
 
 
@@ -200,7 +203,7 @@ def deep_single(deep: Config) -> tuple[np.ndarray, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", [*list(DEEP)[1:], pytest.param("pipeline4_dp2", marks=pytest.mark.whole)])
 def test_deep_layout_equals_single_device(name: str, deep: Config, deep_single: tuple[np.ndarray, dict]) -> None:
     remat = "full" if "rounds" in name else "none"
     losses, params = run(replace(deep, layout=DEEP[name], model=replace(deep.model, remat=remat)), 8)
@@ -249,10 +252,13 @@ def tuned_single(tuned: SFTConfig, adapted: SFTConfig) -> dict[str, tuple[list[f
 
 TUNINGS = [
     ("adapted", "fsdp4_tp2"),
-    *(pytest.param("adapted", name, marks=pytest.mark.slow) for name in ("fsdp8", "pipeline2_fsdp4", "fsdp2_context4")),
-    *(pytest.param("tuned", name, marks=pytest.mark.slow) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
+    *(pytest.param("adapted", name, marks=pytest.mark.slow) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
     # Sharded as above, and packed as with adapters.
-    *(pytest.param("tuned", name, marks=pytest.mark.whole) for name in ("fsdp8", "fsdp4_tp2")),
+    pytest.param("adapted", "fsdp8", marks=pytest.mark.whole),
+    *(
+        pytest.param("tuned", name, marks=pytest.mark.whole)
+        for name in ("fsdp8", "fsdp4_tp2", "pipeline2_fsdp4", "fsdp2_context4")
+    ),
 ]
 
 

@@ -310,12 +310,14 @@ def by_axes(transfers: Iterator) -> Counter:  # type: ignore[type-arg]
 
 
 PRETRAINED = [("pretrain", layout) for layout in BILLED if layout != "context"]
-TUNED = [("sft", layout) for layout in ("fsdp", "fsdp_tensor", "context", "pipeline_fsdp")]
-ADAPTED = [("lora", layout) for layout in ("fsdp", "data", "tensor", "fsdp_tensor_sequence", "pipeline_fsdp")]
-LATER_ONES = [("llama", layout) for layout in BILLED if "replica" not in layout]
-LATER_ONES += [("falcon", layout) for layout in ("fsdp_tensor", "fsdp_tensor_sequence")]
+TUNED = [("sft", layout) for layout in ("context", "pipeline_fsdp")]
+ADAPTED = [("lora", layout) for layout in ("fsdp", "fsdp_tensor_sequence", "pipeline_fsdp")]
+LATER_ONES = [("llama", "fsdp_tensor_sequence"), ("llama", "context"), ("falcon", "fsdp_tensor")]
 ENCODERS = [("bert", "fsdp_tensor"), ("bert", "pipeline_fsdp"), ("t5", "fsdp_tensor")]
 COVERED = [("lora", layout) for layout in ("fsdp_tensor", "replica_fsdp", "pipeline_tensor")]
+COVERED += [("sft", "fsdp"), ("sft", "fsdp_tensor"), ("lora", "data"), ("lora", "tensor")]
+COVERED += [("llama", name) for name in BILLED if "replica" not in name and ("llama", name) not in LATER_ONES]
+COVERED += [("falcon", "fsdp_tensor_sequence")]
 COVERED += [("bert", "fsdp"), ("bert", "data"), ("bert", "fsdp_tensor_sequence"), ("classify", "fsdp_tensor")]
 COVERED += [("waves", layout) for layout in ("fsdp", "data", "tensor")] + [("t5", "fsdp_tensor_sequence")]
 """Of the parts of others: the network's axes as without adapters, and what adapters add on the axes above; of encoders

@@ -440,7 +440,7 @@ def test_other_verbs_say_that_it_is_a_reward_model(
     assert str(base) in text and "load_scorer" in text and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # runs of sft, ppo and seq2seq are stopped in every run of the tests
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: RewardConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,7 +516,7 @@ def single(steady: RewardConfig) -> tuple[list[float], Any]:
     [
         LayoutConfig(fsdp=8),
         LayoutConfig(data=4, fsdp=1, tensor=2),
-        pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.whole),
         pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),
     ],
     ids=["fsdp8", "data4_tensor2", "fsdp2_context4", "pipeline2_fsdp2_tensor2_sequence"],

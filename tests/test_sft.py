@@ -314,7 +314,8 @@ def test_training_ends_with_its_epochs_and_the_decay_with_it(small: SFTConfig, s
 
 
 @pytest.mark.parametrize(
-    "devices", [1, pytest.param(2, marks=pytest.mark.whole), pytest.param(8, marks=pytest.mark.slow)]
+    "devices",
+    [*(pytest.param(count, marks=pytest.mark.whole) for count in (1, 2)), pytest.param(8, marks=pytest.mark.slow)],
 )
 def test_a_run_that_is_stopped_mid_epoch_ends_where_it_would_have(
     devices: int, small: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -330,7 +330,7 @@ def test_log_and_checkpoint_of_a_run(finished: Path, tiny: Config) -> None:
     assert len([p for p in (finished / FOLDER).iterdir() if p.name.isdigit()]) == tiny.train.keep_last
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # test_supervisor kills a run twice in every run of the tests
 def test_killed_again_and_again_is_bit_identical(
     config_file: str, finished: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -451,7 +451,7 @@ def newest_or_zero(run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("number", "at"), [(signal.SIGTERM, "step 5 "), pytest.param(signal.SIGINT, "run ", marks=pytest.mark.slow)]
+    ("number", "at"), [(signal.SIGTERM, "step 5 "), pytest.param(signal.SIGINT, "run ", marks=pytest.mark.whole)]
 )
 def test_signal_saves_and_says_how_to_go_on(
     number: int, at: str, config_file: str, finished: Path, tmp_path: Path
