@@ -95,7 +95,7 @@ def single(steady: Config) -> tuple[np.ndarray, dict]:
 
 
 COVERED = ("fsdp2_tp4", "dp2_fsdp2_tp2", "pipeline2_fsdp4", "dp8", "tp8", "fsdp2_context4")
-"""By replica2_fsdp2_tp2, fsdp2_context2_tp2_sequence and fsdp2_tp4_sequence, by Muon below, and by fine-tuning below."""
+"""By replica2_fsdp2_tp2, fsdp2_context2_tp2_sequence and fsdp2_tp4_sequence, by Muon and by fine-tuning below."""
 QUICK = ("fsdp8", "fsdp2_tp4_sequence")
 APART = ("dp8", "replica2_fsdp2_tp2")
 """Without dropout: the gradients of the copies of the parameters are then summed once a step."""

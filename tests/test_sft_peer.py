@@ -247,7 +247,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case != "accumulated" else pytest.param(case, marks=pytest.mark.whole) for case in CASES]
+)
 def test_losses_equal_those_of_a_pytorch_loop(case: str, start: Path, trained: Callable[..., Trained]) -> None:
     run = trained(**CASES[case])
     assert len(run.steps[-1]) == (5 if "epochs" in CASES[case] else run.config.train.batch_size)
