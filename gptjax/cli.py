@@ -30,6 +30,7 @@ VERBS = (
     "checkpoint inspect",
     "data build",
     "data stats",
+    "data view",
     "data",
     "tokenizer train",
     "plan",

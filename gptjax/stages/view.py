@@ -1,22 +1,27 @@
 """What is learned from, to look at. Of fine-tuning: how long conversations are, how full the rows, and which tokens
-count; of a reward model or a policy: the rankings or the prompts; of all what was left
-out."""
+count; of a reward model or a policy: the rankings or the prompts; of all what was left out. Of pretraining and
+fine-tuning also the rows themselves."""
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gptjax.config import RankedConfig, RewardedConfig, SFTConfig
+from gptjax.config import Config, RankedConfig, RewardedConfig, SFTConfig
 from gptjax.data.chat import Rendered
 from gptjax.data.examples import Examples, ExampleSet
 from gptjax.data.rankings import parse
+from gptjax.data.rows import Rows
 from gptjax.data.sources import Corpus
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
+from gptjax.stages import stage_class
 from gptjax.stages.from_rankings import FromRankings
+from gptjax.stages.launch import with_text
 from gptjax.stages.on_policy import OnPolicy
+from gptjax.stages.pretrain import Pretrain
 from gptjax.stages.sft import SFT
 from gptjax.stages.weights import given_tokenizer
 from gptjax.terminal import Progress
@@ -85,6 +90,61 @@ def show_prompts(config: RewardedConfig, corpus: Corpus, count: int) -> None:
         lines += [f"[answer] {prompt.answer}"] if prompt.answer else []
         console.print(f"\nprompt {index}:\n" + "\n".join(lines), markup=False)
     console.print()
+
+
+def show_rows(config: Config, at: str, lane: int, count: int) -> None:
+    """Print some rows of training from a position on. Raises UserError for a stage of other rows, and for a lane or a
+    position that there is not."""
+    kind = stage_class(config)
+    if kind not in (Pretrain, SFT):
+        raise UserError(f"gptjax data view: stage {config.stage} has rows of another kind; take pretrain or sft")
+    lanes, each = config.data.lanes, config.micro_batch_size // config.data.lanes
+    if lane >= lanes:
+        raise UserError(f"--lane {lane}: there are {lanes} (data.lanes); nearest {lanes - 1}")
+    if count > each:
+        raise UserError(f"--rows {count}: a micro-batch has {each} of a lane; nearest {each}")
+    position = _position(at, kind is Pretrain)
+    stage = with_text(kind(config, "cpu"))
+    assert isinstance(stage, Pretrain | SFT)
+    console, tokenizer = Console(highlight=False, soft_wrap=True), stage.known_tokenizer
+    rows = stage.feed([position] * lanes, range(lane * each, lane * each + count)).batch(1, None)
+    legend = painted([("asked for", True), (" and not", False)], console.is_terminal)
+    console.print(f"{config.data.source} {config.data.train_split}, lane {lane} from {at}; what is ", legend, sep="")
+    for number in range(count):
+        row = Rows(*(None if leaf is None else np.asarray(leaf)[0, number] for leaf in rows))
+        console.print(f"\nrow {number}, {len(row.tokens):,} tokens")
+        for begins, ends, parts in documents_of(row, tokenizer):
+            console.print(f"[tokens {begins:,} to {ends - 1:,}]", style="cyan", markup=False)
+            console.print(painted(parts, console.is_terminal))
+    apart = "keep to themselves" if config.separates else "see each other"
+    console.print(f"\nDocuments of a row {apart}.")
+
+
+def _position(at: str, in_records: bool) -> int:
+    """A lane's position, as the stream has it."""
+    record, _, token = at.partition(":")
+    if not record.isdigit() or not (token or "0").isdigit() or (token and not in_records):
+        raise UserError(f"--at {at}: give a number" + ", or RECORD:TOKEN such as 12:300" * in_records)
+    if not in_records or int(record) >= 1 << 32:
+        return int(record)
+    return int(record) << 32 | int(token or 0)
+
+
+def documents_of(row: Rows, tokenizer: Tokenizer) -> Iterator[tuple[int, int, list[tuple[str, bool]]]]:
+    """Of each document of a row its first token, the one behind its last, and its text in parts with whether what is
+    next to each token is asked for."""
+    ids, asked = row.tokens.tolist(), (row.targets >= 0).tolist()
+    if row.segments is None:
+        borders = [i + 1 for i, id_ in enumerate(ids) if id_ == tokenizer.eot]
+    else:
+        borders = (np.flatnonzero(np.diff(row.segments)) + 1).tolist()
+    for begins, ends in pairwise(dict.fromkeys([0, *borders, len(ids)])):
+        pairs = zip(ids[begins:ends], asked[begins:ends], strict=True)
+        parts = [
+            (tokenizer.decode([i for i, _ in part], inside=True), there)
+            for there, part in groupby(pairs, key=lambda pair: pair[1])
+        ]
+        yield begins, ends, parts
 
 
 def figures(examples: Examples) -> Iterator[str]:
