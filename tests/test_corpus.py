@@ -452,6 +452,40 @@ build.build(recipe, Path(out), lambda *words: print(*words, flush=True), 1)
 """
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from gptjax import cli
+from gptjax.data import build as parts
+from gptjax.errors import UserError
+parts.PART_BYTES = 1 << 14
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    cli.run(["data", "build", sys.argv[1], "--out", sys.argv[2], "--workers", "1"])
+except UserError as error:
+    print("said:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_next_build_goes_on(recipe: CorpusConfig, tmp_path: Path) -> None:
+    """While parts are cleaned, and while the data set is written, by files that may not be larger."""
+    file = tmp_path / "recipe.py"
+    origins = ", ".join(f"OriginConfig({origin.name!r}, {origin.source!r})" for origin in recipe.origins)
+    head = "from gptjax.config import CorpusConfig, OriginConfig\ndef corpus():\n    "
+    file.write_text(f"{head}return CorpusConfig('made', ({origins}))\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for limit, done in ((5_000, 0), (80_000, 10)):
+        command = [sys.executable, "-c", FULL, str(file), str(tmp_path / "out"), str(limit)]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert re.search(r"said: --out .*: cannot write the data set \(.*File too large.*\); free space", found.stdout)
+        (left,) = (tmp_path / "out").iterdir()
+        assert left.name.startswith(".made") and len([*left.glob("clean-*")]) >= done
+    parts.PART_BYTES = 1 << 14  # as monkeypatch puts back
+    assert builds.build(builds.load_corpus(str(file)), tmp_path / "out").name == "1.0.0"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
+
+
 @pytest.mark.slow
 def test_a_build_that_is_killed_goes_on_to_the_same_bytes(recipe: CorpusConfig, tmp_path: Path) -> None:
     """At five moments, between two words of its progress; nothing has the final name before it is whole."""

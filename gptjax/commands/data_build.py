@@ -31,6 +31,7 @@ class Command:
 
         from gptjax.corpus.build import MANIFEST, build, load_corpus
         from gptjax.corpus.look import summary
+        from gptjax.data.formats import reason
         from gptjax.data.pool import cores
         from gptjax.files import read_json
         from gptjax.terminal import Progress
@@ -41,7 +42,7 @@ class Command:
                 folder = build(recipe, Path(self.out), progress, self.workers or cores(), self.beam)
         except OSError as error:
             raise UserError(
-                f"--out {self.out}: cannot write the data set ({error.strerror}); free space, and it goes on where it "
+                f"--out {self.out}: cannot write the data set ({reason(error)}); free space, and it goes on where it "
                 "was, or choose another"
             ) from error
         print(summary(read_json(folder / MANIFEST, "build it again")))

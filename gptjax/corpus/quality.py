@@ -2,6 +2,7 @@
 text a document stays with a probability that rises with its score."""
 
 import heapq
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def train(folder: Path, parts: list[int], recipe: CorpusConfig) -> None:
     owner, feature, values = features(Block([*sides[0][:count], *sides[1][:count]]))
     matrix = csr_array((values, (owner, feature)), (2 * count, 1 << BITS))
     model = LogisticRegression(max_iter=1000).fit(matrix, np.repeat([0, 1], count))
-    np.savez(folder / MODEL, weights=model.coef_[0], bias=model.intercept_[0])
+    made = io.BytesIO()
+    np.savez(made, weights=model.coef_[0], bias=model.intercept_[0])
+    write_whole(folder / MODEL, made.getvalue())
 
 
 def _sample(folder: Path, parts: list[int], most: int) -> list[str]:

@@ -35,18 +35,21 @@ class Shard:
         return self.out / f"{self.name}-{SPLIT}.{FORMAT}-{self.number:05}-of-{self.total:05}"
 
     def run(self, heard: Heard) -> None:
-        """Writes the file, and beside it its SHA-256 and what it holds, which comes last."""
+        """Writes the file, and beside it its SHA-256 and what it holds, which comes last. Raises OSError."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         half = self.path.with_name(f".{self.path.name}")
-        out = ArrayRecordWriter(str(half), "group_size:1")  # as TFDS writes: each record can be read alone
         count = size = 0
-        for text, origin in self._texts():
-            record = _example(text, origin)
-            out.write(record)
-            count, size = count + 1, size + len(record)
-            heard(len(text))
-        out.close()
+        try:
+            out = ArrayRecordWriter(str(half), "group_size:1")  # as TFDS writes: each record can be read alone
+            for text, origin in self._texts():
+                record = _example(text, origin)
+                out.write(record)
+                count, size = count + 1, size + len(record)
+                heard(len(text))
+            out.close()
+        except RuntimeError as error:  # as which it says that a disk is full
+            raise OSError(str(error).split(";")[0]) from error
         about = {"sha256": _digest(half), "documents": count, "bytes": size}
         half.rename(self.path)
         write_whole(about_path(self.path), json_text(about).encode())
