@@ -100,7 +100,11 @@ class Block:
     @cached_property
     def lowered(self) -> "Block":
         """The same in small letters."""
-        return Block([text.lower() for text in self.texts])
+        made = Block([text.lower() for text in self.texts])
+        if np.array_equal(made.ends, self.ends):  # then bytes are of the same kinds, as all but a few letters' are
+            for name in ("kinds", "tokens", "words", "terms", "lines"):
+                made.__dict__[name] = getattr(self, name)
+        return made
 
     @cached_property
     def tokens(self) -> Spans:
@@ -130,7 +134,8 @@ class Block:
         return Spans(words.starts[first], words.ends[last], words.owner[first])
 
     def _spans(self, inside: np.ndarray) -> Spans:
-        edges = np.flatnonzero(np.diff(inside.view(np.int8), prepend=0, append=0))
+        around = np.concatenate([[False], inside])  # a newline ends the block
+        edges = np.flatnonzero(around[1:] != around[:-1])
         starts, ends = edges[::2], edges[1::2]
         behind = np.searchsorted(starts, self.ends)  # spans up to the end of each document
         return Spans(starts, ends, np.repeat(np.arange(len(behind)), np.diff(behind, prepend=0)))
@@ -143,8 +148,9 @@ class Block:
 
     def count(self, spans: Spans, of: np.ndarray) -> np.ndarray:
         """int64 [W]: of how many bytes of each `of` [N] is true."""
-        before = np.concatenate([[0], np.cumsum(of, dtype=np.int64)])
-        found: np.ndarray = before[spans.ends] - before[spans.starts]
+        before = np.zeros(len(of) + 1, np.int32)
+        np.cumsum(of, dtype=np.int32, out=before[1:])
+        found: np.ndarray = (before[spans.ends] - before[spans.starts]).astype(np.int64)
         return found
 
     def hashes(self, spans: Spans) -> np.ndarray:

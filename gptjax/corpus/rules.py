@@ -40,22 +40,26 @@ def quality(block: Block, min_words: int = 50) -> Iterator[tuple[str, np.ndarray
     yield "words too short or too long", (mean < WORD_LENGTH[0]) | (mean > WORD_LENGTH[1])
     signs = np.array([[text.count("#"), sum(map(text.count, ELLIPSES))] for text in block.texts]).reshape(-1, 2)
     yield "too many # or ellipses", signs.max(1, initial=0) > 0.1 * some
-    lines = np.array([_of_lines(text) for text in block.texts]).reshape(-1, 2)
-    yield "lines that begin with bullets", lines[:, 0] > 0.9
-    yield "lines that end with an ellipsis", lines[:, 1] > 0.3
+    lines = block.lines
+    total = np.maximum(np.bincount(lines.owner, minlength=size), 1)
+    for reason, marks, most in (("begin with bullets", BULLETS, 0.9), ("end with an ellipsis", ELLIPSES, 0.3)):
+        found = np.bincount(lines.owner, _at_an_edge(block, marks, behind=marks is ELLIPSES), size)
+        yield f"lines that {reason}", found / total > most
     letters = block.count(words, block.kinds & LETTER != 0) > 0
     yield "words without letters", np.bincount(words.owner, letters, size) < 0.8 * some
     yield "few of the commonest words", _common(block) < 2
 
 
-def _of_lines(text: str) -> tuple[float, float]:
-    """Shares of lines that begin with a bullet, and that end with an ellipsis; most texts have none of either."""
-    bullets, ellipses = any(map(text.__contains__, BULLETS)), any(map(text.__contains__, ELLIPSES))
-    if not bullets and not ellipses:
-        return 0.0, 0.0
-    lines = [line for line in map(str.strip, text.split("\n")) if line]
-    begin, end = (sum(map(check, lines)) for check in (lambda x: x.startswith(BULLETS), lambda x: x.endswith(ELLIPSES)))
-    return begin / max(len(lines), 1), end / max(len(lines), 1)
+def _at_an_edge(block: Block, marks: tuple[str, ...], behind: bool) -> np.ndarray:
+    """bool [W]: whether each line begins, or ends, with one of the marks."""
+    data, lines = block.data, block.lines
+    found = np.zeros(len(lines), bool)
+    for mark in map(str.encode, marks):
+        there = lines.ends - lines.starts >= len(mark)
+        first = (lines.ends - len(mark) if behind else lines.starts)[there]
+        equal = [data[first + k] == byte for k, byte in enumerate(mark)]
+        found[there] |= np.logical_and.reduce(equal)
+    return found
 
 
 def _common(block: Block) -> np.ndarray:
