@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gptjax.config import DataConfig, DialogueConfig
+from gptjax.data import build as builds
 from gptjax.data import cache, pool, sources
 from gptjax.data.chat import Message
 from gptjax.data.dialogues import Dialogue, Dropped, parse
@@ -279,7 +280,7 @@ def test_parts_and_cores_change_nothing(config, monkeypatch):
     made = config("a.jsonl", lines(rows), invalid="drop")
     plain, digest = read(made), build(made).digest
     assert sum(isinstance(each, Dropped) for each in plain) == 129
-    monkeypatch.setattr(pool, "PART_BYTES", 1 << 12)
+    monkeypatch.setattr(builds, "PART_BYTES", 1 << 12)
     monkeypatch.setattr(pool, "ALONE_BYTES", 0)
     for ending in ("jsonl", "parquet"):
         again = config(f"b.{ending}", WRITERS[ending](rows), invalid="drop")
