@@ -274,7 +274,7 @@ def test_the_run_is_sampled_evaluated_and_gone_on_from(
     assert before["chosen_logprob"] == pytest.approx(best["chosen_logprob"], rel=1e-4)
 
 
-@pytest.mark.whole  # runs of sft, ppo and seq2seq are stopped in every run of the tests
+@pytest.mark.whole  # runs of sft and ppo are stopped in every run of the tests
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: PreferenceConfig, tuned: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

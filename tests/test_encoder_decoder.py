@@ -14,6 +14,7 @@ import pytest
 from encoded import damaged_config, file_of, made, pairs_config, params_of, refusal, train, write_pairs, write_texts
 from toy import records
 
+import gptjax
 from gptjax import cli
 from gptjax.config import DenoiseConfig, NoiseConfig, Seq2SeqConfig, WritingConfig
 from gptjax.data.rows import PADDING, PairRows
@@ -175,7 +176,7 @@ def _saved(run: Path) -> Any:
     return jax.device_get(weights.load(weights.config.model, places(stage.init)))
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # runs of sft and ppo are stopped in every run of the tests
 def test_a_run_of_pairs_that_is_stopped_ends_where_it_would_have(
     pairs: Seq2SeqConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,8 +226,10 @@ def test_texts_of_pairs_are_written_as_the_run_says_unless_asked(pairs: Seq2SeqC
         assert found["about"]["pairs"] == 3
         return found["about"]["beams"], found["about"]["length_penalty"]
 
-    assert about(tmp_path / "own") == (2, 0.5)
-    assert about(tmp_path / "other", "--beams", "3", "--length-penalty", "1") == (3, 1.0)
+    assert about(tmp_path / "own", "--length-penalty", "0.25") == (2, 0.25)
+    model = gptjax.load(str(run))
+    own = WritingConfig(beams=2, length_penalty=0.5)
+    assert model.how() == own and model.how(3, 1.0) == WritingConfig(beams=3)
 
 
 # What a user may get wrong

@@ -142,11 +142,17 @@ def families(steady: Config) -> Callable[[str], tuple[Config, np.ndarray, dict]]
 
 FAMILY_LAYOUTS = [
     ("llama", "fsdp2_tp4_sequence"),
-    *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("fsdp2_context4", "pipeline2_fsdp4")),
+    pytest.param("llama", "pipeline2_fsdp4", marks=pytest.mark.slow),
     pytest.param("falcon", "dp2_fsdp2_tp2", marks=pytest.mark.slow),
     *(
         pytest.param("llama", name, marks=pytest.mark.whole)
-        for name in ("fsdp8", "fsdp2_context2_tp2_sequence", "pipeline2_fsdp2_tp2_sequence", "dp2_fsdp2_tp2")
+        for name in (
+            "fsdp8",
+            "fsdp2_context4",
+            "fsdp2_context2_tp2_sequence",
+            "pipeline2_fsdp2_tp2_sequence",
+            "dp2_fsdp2_tp2",
+        )
     ),
     *(
         pytest.param("falcon", name, marks=pytest.mark.whole)
@@ -252,9 +258,9 @@ def tuned_single(tuned: SFTConfig, adapted: SFTConfig) -> dict[str, tuple[list[f
 
 TUNINGS = [
     ("adapted", "fsdp4_tp2"),
-    *(pytest.param("adapted", name, marks=pytest.mark.slow) for name in ("pipeline2_fsdp4", "fsdp2_context4")),
+    pytest.param("adapted", "pipeline2_fsdp4", marks=pytest.mark.slow),
     # Sharded as above, and packed as with adapters.
-    pytest.param("adapted", "fsdp8", marks=pytest.mark.whole),
+    *(pytest.param("adapted", name, marks=pytest.mark.whole) for name in ("fsdp8", "fsdp2_context4")),
     *(
         pytest.param("tuned", name, marks=pytest.mark.whole)
         for name in ("fsdp8", "fsdp4_tp2", "pipeline2_fsdp4", "fsdp2_context4")

@@ -267,7 +267,7 @@ def _saved(run: Path) -> dict[str, Any]:
     return jax.device_get(weights.load(weights.config.model, shapes))
 
 
-@pytest.mark.whole  # runs of sft, ppo and seq2seq are stopped in every run of the tests
+@pytest.mark.whole  # runs of sft and ppo are stopped in every run of the tests
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     bert: MaskedConfig, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

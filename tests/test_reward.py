@@ -440,7 +440,7 @@ def test_other_verbs_say_that_it_is_a_reward_model(
     assert str(base) in text and "load_scorer" in text and not (tmp_path / "out").exists()
 
 
-@pytest.mark.whole  # runs of sft, ppo and seq2seq are stopped in every run of the tests
+@pytest.mark.whole  # runs of sft and ppo are stopped in every run of the tests
 def test_a_run_that_is_stopped_ends_where_it_would_have(
     small: RewardConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
