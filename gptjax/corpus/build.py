@@ -218,19 +218,24 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
     if recipe.exact:
         one = np.unique(keys[kept], axis=0, return_inverse=True)[1]
         best = copies.same(one.ravel(), ranks[kept]) == np.arange(len(one))
-        lost[EXACT] = np.zeros(len(size), bool)
-        lost[EXACT][np.flatnonzero(kept)[~best]] = True
+        lost[EXACT] = _among(kept, ~best)
         kept = kept & ~lost[EXACT]
     if recipe.near.on:
         signatures = np.concatenate([clean.rows(table["signature"], np.uint32) for table in tables])[kept]
         edges = copies.pairs(signatures, ranks[kept], recipe.near)
         stays = copies.stays(len(signatures), edges, ranks[kept])
-        lost[NEAR] = np.zeros(len(size), bool)
-        lost[NEAR][np.flatnonzero(kept)[~stays]] = True
+        lost[NEAR] = _among(kept, ~stays)
         kept = kept & ~lost[NEAR]
     found = _found(made, made_of, size, origin, kept, lost)
     ends = np.cumsum([len(table["size"]) for table in tables])[:-1]
     return np.split(np.where(kept, size, 0), ends), found
+
+
+def _among(some: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """bool [D]: those of `some` [D] of which `which`, an answer for each of them in order, is true."""
+    found = np.zeros(len(some), bool)
+    found[some] = which
+    return found
 
 
 def _found(

@@ -65,15 +65,16 @@ def _grams(block: Block, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @cache
-def _index(folder: Path) -> tuple[np.ndarray, list[str]]:
-    return np.load(folder / INDEX, mmap_mode="r"), json.loads((folder / NAMES).read_bytes())
+def _index(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Hashes, sorted, and the file of each, as arrays of their own: a search in a column would copy it each time."""
+    hashes, files = np.ascontiguousarray(np.load(folder / INDEX).T)
+    return hashes, files, json.loads((folder / NAMES).read_bytes())
 
 
 def leaks(block: Block, folder: Path, config: LeaksConfig) -> dict[int, tuple[str, str]]:
     """Document -> the first file that it has a sequence of, and the words of that sequence."""
-    index, names = _index(folder)
+    known, files, names = _index(folder)
     grams, owner, first = _grams(block, config.ngram)
-    known = np.asarray(index[:, 0])
     if not len(known) or not len(grams):
         return {}
     place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
@@ -82,5 +83,5 @@ def leaks(block: Block, folder: Path, config: LeaksConfig) -> dict[int, tuple[st
     low, found = block.lowered, {}
     for document, hit in zip(some.tolist(), hits[at].tolist(), strict=True):
         start, end = low.terms.starts[first[hit]], low.terms.ends[first[hit] + config.ngram - 1]
-        found[document] = names[int(index[place[hit], 1])], bytes(low.data[start:end]).decode()
+        found[document] = names[int(files[place[hit]])], bytes(low.data[start:end]).decode()
     return found
