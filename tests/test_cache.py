@@ -135,9 +135,9 @@ def _cache_of(config: DataConfig) -> list[str]:
 
 
 def test_the_cache_is_listed_and_pruned(config, tmp_path, capsys):
-    one = build(config).folder
+    one = Path(build(config).place)
     (tmp_path / "b.txt").write_text("another")
-    other = build(DataConfig(source=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)).folder
+    other = Path(build(DataConfig(source=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)).place)
     week = time.time() - 7 * cache.DAY
     os.utime(one / cache.SIZES, (week, week))
     assert cli.run(["data", "--cache", *_cache_of(config)]) == 0

@@ -45,7 +45,8 @@ class Command:
             self._build(load_config(self.config, [*self.overrides]))
 
     def _build(self, config: Config) -> None:
-        from gptjax.data.sources import build, dropped, left_out
+        from gptjax.data.sources import dropped
+        from gptjax.data.texts import Mixture, build, left_out
 
         data = config.data
         with Progress() as progress:
@@ -71,7 +72,12 @@ class Command:
                 if isinstance(data, DialogueConfig):
                     for reason, number in dropped(split).most_common():
                         print(f"  {number:,} left out: {reason}")
-        print(f"digest {corpus.digest}, in {corpus.folder}")
+        if isinstance(corpus, Mixture):
+            for label, weight, part in zip(corpus.labels, corpus.weights, corpus.texts, strict=True):
+                print(f"{label}, {weight:.2%} of the tokens: digest {part.digest}, in {part.place}")
+            print(f"digest {corpus.digest}, of all and their weights")
+        else:
+            print(f"digest {corpus.digest}, in {corpus.place}")
 
     def _cache(self) -> None:
         from gptjax.data import cache

@@ -23,7 +23,7 @@ class Command:
 
     def run(self) -> None:
         """Train, write, and print how to use it."""
-        from gptjax.data.sources import build
+        from gptjax.data.texts import build
         from gptjax.data.tokenizers import train_sentencepiece
 
         data = load_config(self.config, [*self.overrides]).data

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from gptjax import bucket
 from gptjax.config.fields import every_leaf, typed
+from gptjax.config.mixture import later_weights, weighted
 from gptjax.config.model import ModelConfig
 from gptjax.config.schema import Config
 from gptjax.config.stages import (
@@ -38,6 +39,7 @@ def validate(config: Config) -> Config:
     _side(config)
     _batch(config)
     _vocabulary(config)
+    _mixture(config)
     if isinstance(config, SFTConfig):
         _fine_tuning(config)
     if isinstance(config, RankedConfig):
@@ -88,13 +90,26 @@ def _local(config: Config) -> None:
         )
 
 
+def _mixture(config: Config) -> None:
+    parts = weighted(config.data.source)
+    if parts and config.stage != Config.stage:
+        raise UserError(
+            f"data.source = {config.data.source}: stage {config.stage} reads one source, and weights are of those that "
+            "pretraining mixes; leave them out"
+        )
+    later_weights(config.data.later_weights if config.stage == Config.stage else "", len(parts))
+    if isinstance(config, PolicyConfig):
+        with in_section("ptx", "data"):
+            weighted(config.ptx.source)
+
+
 @contextmanager
-def in_section(name: str) -> Iterator[None]:
-    """Says of another section what is said of `model`."""
+def in_section(name: str, like: str = "model") -> Iterator[None]:
+    """Says of another section what is said of `like`."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("model.", f"{name}.")) from None
+        raise UserError(str(error).replace(f"{like}.", f"{name}.")) from None
 
 
 def _model(model: ModelConfig) -> None:

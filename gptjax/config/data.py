@@ -64,7 +64,14 @@ class DataConfig(SourceConfig):
 
     source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
     """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
-    .json .csv .tsv .parquet .arrow .html, and .warc .wet of web crawls (extra clean), each also .gz .zst .xz .bz2."""
+    .json .csv .tsv .parquet .arrow .html, and .warc .wet of web crawls (extra clean), each also .gz .zst .xz .bz2.
+    In pretraining several with weights, such as a.txt:0.6,tfds:NAME:0.4, are mixed by shares of the tokens; gpt3:DIR is
+    GPT-3's mixture of the folders common_crawl, webtext2, books1, books2 and wikipedia in DIR."""
+    later_weights: str = ""
+    """Other weights of a mixture from about so many tokens of training on, in the order of source: such as
+    1e9:0.2,0.8;2e9:0,1."""
+    max_epochs: Annotated[float, Field(ge=0), FREE] = 0.0
+    """A training that would read a source more often than this is refused; 0 is no bound."""
     text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
     """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
     max_chars: Positive = 65536

@@ -212,6 +212,8 @@ class PolicyConfig(RewardedConfig):
         "ptx.eval_split",
         "ptx.lanes",
         "ptx.fim_rate",
+        "ptx.later_weights",
+        "ptx.max_epochs",
     )
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -273,7 +275,15 @@ class DistillConfig:
     """Of 1 - the cosine between the last hidden states of both."""
 
 
-OF_TEXT = ("model.separate_documents", "data.lanes", "data.fim_rate", "train.sample_interval", "train.sample_prompt")
+OF_TEXT = (
+    "model.separate_documents",
+    "data.lanes",
+    "data.fim_rate",
+    "data.later_weights",
+    "data.max_epochs",
+    "train.sample_interval",
+    "train.sample_prompt",
+)
 OF_EXAMPLES = ("model.separate_documents", "data.packing", "train.sample_interval", "train.sample_prompt")
 
 

@@ -35,7 +35,7 @@ from gptjax.data.pool import Report, cores
 from gptjax.data.prompts import Asking
 from gptjax.data.rankings import Ranking
 from gptjax.data.splits import bounds, chosen
-from gptjax.data.store import Record, Store, cut
+from gptjax.data.store import Joined, Record, Store, cut
 from gptjax.data.worker import Part
 from gptjax.errors import UserError
 
@@ -51,7 +51,7 @@ class TextSource:
     """The records of one split by index."""
 
     name: str
-    store: Store
+    store: Store | Joined
     chosen: np.ndarray
     """The split's records of the store."""
 
@@ -71,7 +71,7 @@ class TextSource:
         try:
             record = self.store[number]
         except (OSError, ValueError) as error:
-            raise _damaged(self.name, self.store.folder, reason(error)) from error
+            raise _damaged(self.name, self.store.folder_of(number), reason(error)) from error
         if record.last:
             return record
         following = int(self.chosen[index + 1]) if index + 1 < len(self) else -1
@@ -83,13 +83,19 @@ class Corpus:
     """The text of a source. Made by `build` or `reopen`."""
 
     name: str
-    store: Store
+    store: Store | Joined
     in_pieces: bool = True
     """Whether a long document is several records, so that other settings give other splits."""
 
     @property
-    def folder(self) -> Path:
-        return self.store.folder
+    def label(self) -> str:
+        """A short name."""
+        return Path(self.place).name.rpartition("-")[0]
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for `reopen`."""
+        return str(self.store.folder_of(0))
 
     @property
     def digest(self) -> str:
@@ -98,6 +104,7 @@ class Corpus:
 
     def split(self, name: str, split_by: str) -> TextSource:
         """One split, such as `train[:95%]`. Raises UserError where there is none of the name, or nothing in it."""
+        assert isinstance(self.store, Store)
         splits, about = self.store.splits, self.store.documents
         base, low, high = _bounds(name, self.name, splits)
         first = sum([*splits.values()][: [*splits].index(base)])

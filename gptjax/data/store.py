@@ -145,6 +145,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._records)
 
+    def folder_of(self, number: int) -> Path:
+        """Where record `number` lies."""
+        return self.folder
+
     @property
     def sizes(self) -> np.ndarray:
         """int64 [records]: the bytes of each."""
@@ -167,6 +171,37 @@ class Store:
         if file is None:  # of threads that come at once one opens it for all: what another reads must stay open
             file = self._files.setdefault(part, _text(self.folder, part).open("rb", buffering=0))
         return file
+
+
+class Joined:
+    """Data sets end to end."""
+
+    def __init__(self, stores: Sequence[Store]):
+        self.stores = tuple(stores)
+        self.starts = [0, *accumulate(len(store) for store in stores)]
+        """Of the records of each, and the end of the last."""
+        self.digest = hashlib.sha256("\n".join(store.digest for store in stores).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [records]: the bytes of each."""
+        return np.concatenate([store.sizes for store in self.stores])
+
+    def folder_of(self, number: int) -> Path:
+        """Where record `number` lies."""
+        return self._of(number)[0].folder
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`; raises what a `Store` raises."""
+        store, inside = self._of(number)
+        return store[inside]
+
+    def _of(self, number: int) -> tuple[Store, int]:
+        which = bisect_right(self.starts, number) - 1
+        return self.stores[which], number - self.starts[which]
 
 
 def _text(folder: Path, number: int) -> Path:

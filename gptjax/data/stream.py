@@ -1,6 +1,7 @@
 """Rows of tokens as a function of position: Grain gives the order, `reading` the tokens.
 
-- The order of records is one shuffle per epoch, by seed; record k of lane l is number k * lanes + l.
+- The order of records is one shuffle per epoch, by seed, or that of a mixture (see `order`); record k of lane l is
+  number k * lanes + l.
 - A lane joins its records, with an end-of-text token after each document, and cuts rows of T+1
   tokens at stride T: a row's last token is the next row's first, so each is a target exactly once.
 - A piece of a long document meets pieces of others in the shuffle. A cut follows it: an end of text to whoever reads
@@ -15,13 +16,14 @@ import atexit
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from gptjax.data.infill import rearranged
+from gptjax.data.order import Order, shuffled
 from gptjax.data.reading import Reader
 from gptjax.data.rows import CUT, PADDING, Rows, next_token
 from gptjax.data.store import Record
@@ -45,8 +47,9 @@ class TokenStream:
 
     Of every `micro_batch` rows this process holds `rows`, in ascending order; None means all. `seed` None keeps the
     records in order. `separate` numbers the documents of each row. `positions` resumes: a position for each lane, such
-    as `merge_positions` gives. Raises UserError where the source has fewer than T+1 tokens, and ValueError where lanes
-    do not divide `micro_batch`.
+    as `merge_positions` gives. `order` takes the place of the shuffle by seed; `told` gives what is to be logged after
+    so many records. Raises UserError where the source has fewer than T+1 tokens, and ValueError where lanes do not
+    divide `micro_batch`.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class TokenStream:
         threads: int = 1,
         positions: Sequence[int] | None = None,
         fim_rate: float = 0.0,
+        order: Order | None = None,
+        told: Callable[[int], Mapping[str, float]] | None = None,
     ):
         require_one_row(source, tokenizer, seq_len)
         if micro_batch % lanes:
@@ -79,16 +84,16 @@ class TokenStream:
         self._take = None if np.array_equal(take, np.arange(len(run) * self._per_lane)) else take
         apart = seed is not None or lanes > 1  # else each piece is followed by its document's next one
         self._pool = _pool(threads)
+        self._told = told
+        in_order = order or shuffled(len(source), seed)
 
         def reader(lane: int) -> Reader:
-            number_of = order(len(source), seed, lane, lanes)
-
             def made(place: int, record: Record) -> np.ndarray:
                 rng = np.random.default_rng((seed or 0, lane, place)) if fim_rate and record.last else None
                 return _encode(record, tokenizer, apart, rng if rng and rng.random() < fim_rate else None)
 
             def make(places: range) -> list[np.ndarray]:
-                records = [source[number] for number in [number_of(place) for place in places]]
+                records = [source[number] for number in [in_order(place * lanes + lane) for place in places]]
                 return [made(place, record) for place, record in zip(places, records, strict=True)]
 
             return Reader(make, start[lane] >> 32, None, self._pool, -(-2 * threads // len(run)))
@@ -108,6 +113,11 @@ class TokenStream:
     def positions(self) -> list[int]:
         """Where each lane stands after the last batch; NOT_RUN for the lanes of other processes."""
         return [self._run[lane].position if lane in self._run else NOT_RUN for lane in range(self.lanes)]
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What is to be logged after the last batch, as far as this process has come."""
+        return self._told(max(lane.record for lane in self._run.values()) * self.lanes) if self._told else {}
 
     def close(self) -> None:
         """Stop the reading threads."""
@@ -279,17 +289,6 @@ def _encode(record: Record, tokenizer: Tokenizer, apart: bool, rng: np.random.Ge
     if not len(tokens):
         raise ValueError("a record without text that ends no document would stall the stream")
     return tokens
-
-
-def order(size: int, seed: int | None, lane: int = 0, lanes: int = 1) -> Callable[[int], int]:
-    """Which of `size` records comes at a place of a lane: every `lanes`th of an endless order, which is a permutation
-    that is new in each epoch."""
-    if seed is None:
-        return lambda place: (place * lanes + lane) % size
-    import grain
-
-    shuffled = grain.MapDataset.range(size).seed(seed).shuffle().repeat()  # an index permutation: no memory
-    return lambda place: int(shuffled[place * lanes + lane])
 
 
 def require_one_row(source: Source, tokenizer: Tokenizer, seq_len: int) -> None:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptjax.config import DataConfig
+from gptjax.data.order import shuffled
 from gptjax.data.sources import Corpus, TextSource
-from gptjax.data.stream import order
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
 
@@ -47,7 +47,7 @@ def open_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
 
 def _texts(source: TextSource) -> Iterator[str]:
     """Records of all parts of a text, up to MOST_CHARS."""
-    number_of, left = order(len(source), 0), MOST_CHARS
+    number_of, left = shuffled(len(source), 0), MOST_CHARS
     for place in range(len(source)):
         text = source[number_of(place)].text[:left]
         yield text

@@ -15,7 +15,8 @@ import jax
 from gptjax import bucket
 from gptjax.config import Config
 from gptjax.data import vocabulary
-from gptjax.data.sources import Corpus, look
+from gptjax.data.sources import Corpus
+from gptjax.data.texts import look
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.hardware import peak_flops, require_float8
@@ -227,7 +228,7 @@ class Rehearsal:
 
     def data(self) -> Iterator[str]:
         text, corpus = self.text
-        yield text
+        yield from text.splitlines()
         if corpus is None:
             return
         beside: dict[str, str] = {}

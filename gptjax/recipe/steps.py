@@ -17,7 +17,7 @@ from gptjax.config import Config, PolicyConfig, RewardedConfig, validate
 from gptjax.config.fields import OnResume, walk
 from gptjax.config.load import made_by, override, pairs, told
 from gptjax.config.saved import get
-from gptjax.data.sources import build
+from gptjax.data.texts import build
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.stages.rewards import function_digest, is_function

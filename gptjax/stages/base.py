@@ -158,9 +158,13 @@ class Base(ByGradient):
         return self._split(self.config.data.eval_split)
 
     def _split(self, name: str) -> TextSource:
+        return self.known_corpus.split(name, self.config.data.split_by)
+
+    @property
+    def known_corpus(self) -> Corpus:
         if self.corpus is None:
             raise ValueError("this stage was built without a text")
-        return self.corpus.split(name, self.config.data.split_by)
+        return self.corpus
 
     @property
     def known_tokenizer(self) -> Tokenizer:

@@ -24,7 +24,8 @@ from gptjax.config.fields import walk
 from gptjax.config.saved import get
 from gptjax.data import vocabulary
 from gptjax.data.chat import other_format
-from gptjax.data.sources import Corpus, build, left_out, reopen
+from gptjax.data.sources import Corpus
+from gptjax.data.texts import build, left_out, reopen
 from gptjax.data.tokenizers import Tokenizer, load_model
 from gptjax.errors import UserError
 from gptjax.files import code_digest
@@ -196,8 +197,8 @@ def _tokenizer(config: Config, resumed: Resumed | None, load: Callable[[], Token
 def _corpus(config: Config) -> Corpus:
     """The text, built by the first process alone; the others open what it has built."""
     with Progress() as progress:
-        folder = first(lambda: str(build(config.data, progress).folder))
-    corpus = together(lambda: reopen(config.data, Path(folder)))
+        place = first(lambda: build(config.data, progress).place)
+    corpus = together(lambda: reopen(config.data, place))
     compare({"data digest": corpus.digest})
     return corpus
 

@@ -18,8 +18,9 @@ from jax import Array
 
 from gptjax.config import Config, PolicyConfig
 from gptjax.data.rows import PADDING, Rows
-from gptjax.data.sources import Corpus, TextSource, build
+from gptjax.data.sources import Corpus
 from gptjax.data.stream import TokenStream, require_one_row
+from gptjax.data.texts import build, stream
 from gptjax.model.accounting import Reading
 from gptjax.model.loss import cross_entropy
 from gptjax.model.scalar import NAME, init_head, is_head, read_each
@@ -192,7 +193,8 @@ class PPO(OnPolicy):
     def check(self) -> None:
         super().check()
         if self.config.ppo.ptx_coef:
-            require_one_row(self._ptx, self.known_tokenizer, self.config.model.seq_len)
+            text = self._ptx_corpus.split(self.config.ptx.train_split, self.config.ptx.split_by)
+            require_one_row(text, self.known_tokenizer, self.config.model.seq_len)
 
     @property
     def beside_text(self) -> dict[str, str]:
@@ -203,23 +205,17 @@ class PPO(OnPolicy):
         """Built when the first process checks the stage; the others find it."""
         return build(self.config.ptx, self.report)
 
-    @property
-    def _ptx(self) -> TextSource:
-        return self._ptx_corpus.split(self.config.ptx.train_split, self.config.ptx.split_by)
-
     def text(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream | None:
         c, each = self.config, self.config.ppo.ptx_rows
         if not c.ppo.ptx_coef:
             return None
-        return TokenStream(
-            self._ptx,
+        return stream(
+            c.ptx,
+            self._ptx_corpus,
             self.known_tokenizer,
             c.model.seq_len,
-            lanes=1,
-            seed=c.ptx.seed,
             micro_batch=c.micro_batch_size * each,
             rows=[row * each + i for row in rows for i in range(each)],
-            threads=c.ptx.threads,
             positions=positions,
         )
 

@@ -12,7 +12,9 @@ from jax import Array
 
 from gptjax.config import Config
 from gptjax.data.rows import Rows, next_token
+from gptjax.data.sources import TextSource
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
+from gptjax.data.texts import Mixture, epochs, require_epochs, stream
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import INFILL
 from gptjax.errors import UserError
@@ -54,12 +56,19 @@ class Pretrain(NextToken):
 
     def check(self) -> None:
         """Raises UserError where a split has not enough text for a row."""
-        for source in (self.training_text, self.evaluation_text):
+        for source in (self.training_text, *self._evaluated.values()):
             require_one_row(source, self.known_tokenizer, self.config.model.seq_len)
+        c = self.config
+        require_epochs(c.data, self.known_corpus, self.known_tokenizer, c.train.total_tokens)
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of the training split, which is read whole for it."""
+        """Tokens of the training split, which is read whole for it. Raises UserError for a mixture."""
+        if isinstance(self.corpus, Mixture):
+            raise UserError(
+                f"train.epochs = {self.config.train.epochs:g}: the sources of a mixture end at different times; give "
+                "train.total_tokens"
+            )
         source, encode = self.training_text, self.known_tokenizer.encode
         total, done, size = 0, 0, source.num_bytes
         for number in range(len(source)):
@@ -71,29 +80,57 @@ class Pretrain(NextToken):
 
     def facts(self) -> str:
         """What it learns, in words."""
-        return f"{len(self.training_text):,} training records"
-
-    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
-        data = self.config.data
-        return TokenStream(
-            self.training_text,
-            self.known_tokenizer,
-            self.config.model.seq_len,
-            lanes=data.lanes,
-            seed=data.seed,
-            micro_batch=self.config.micro_batch_size,
-            rows=rows,
-            separate=self.config.separates,
-            threads=data.threads,
-            positions=positions,
-            fim_rate=data.fim_rate,
+        text, corpus, c = f"{len(self.training_text):,} training records", self.corpus, self.config
+        if not isinstance(corpus, Mixture):
+            return text
+        often = epochs(c.data, corpus, self.known_tokenizer, c.train.total_tokens)
+        shares = zip(corpus.labels, corpus.weights, strict=True)
+        return f"{text}: " + ", ".join(
+            f"{label} {share:.1%} of the tokens, read {often[label]:.2f} times" for label, share in shares
         )
 
+    def feed(self, positions: Sequence[int] | None, rows: Sequence[int]) -> TokenStream:
+        c = self.config
+        return stream(
+            c.data,
+            self.known_corpus,
+            self.known_tokenizer,
+            c.model.seq_len,
+            micro_batch=c.micro_batch_size,
+            rows=rows,
+            positions=positions,
+            separate=c.separates,
+        )
+
+    @cached_property
+    def _evaluated(self) -> dict[str, TextSource]:
+        """The evaluation split, of a mixture that of each text by its label."""
+        data, corpus = self.config.data, self.corpus
+        if not isinstance(corpus, Mixture):
+            return {"": self.evaluation_text}
+        return dict(zip(corpus.labels, corpus.splits(data.eval_split, data.split_by), strict=True))
+
     def evaluate(self, params: Any, place: Callable[[Rows], Rows], rows: Sequence[int]) -> dict[str, float]:
-        """Loss in nats per token and bits per byte over the evaluation split, in order."""
+        """Loss in nats per token and bits per byte over the evaluation split, in order. Of a mixture, that of each
+        text and what they are by the weights of the tokens that training begins with."""
+        corpus = self.corpus
+        weights = corpus.weights if isinstance(corpus, Mixture) else (1.0,)
+        every = [self._sums(params, source, place, rows) for source in self._evaluated.values()]
+        nats, size = (
+            math.fsum(weight * each[of] / each[1] for weight, each in zip(weights, every, strict=True)) for of in (0, 2)
+        )
+        found = {"loss": nats, "bits_per_byte": nats / math.log(2) / size}
+        return found | {
+            f"loss_{label}": each[0] / each[1] for label, each in zip(self._evaluated, every, strict=True) if label
+        }
+
+    def _sums(
+        self, params: Any, source: TextSource, place: Callable[[Rows], Rows], rows: Sequence[int]
+    ) -> tuple[float, float, float]:
+        """Nats, targets, and the UTF-8 bytes that these stand for, of one pass."""
         c = self.config
         batches = eval_batches(
-            self.evaluation_text,
+            source,
             self.known_tokenizer,
             c.model.seq_len,
             c.micro_batch_size,
@@ -102,8 +139,8 @@ class Pretrain(NextToken):
             limit=c.train.eval_batches,
         )
         sums = [self._evaluate_batch(params, place(batch)) for batch in batches]
-        nats, targets, size_bytes = (math.fsum(column) for column in zip(*jax.device_get(sums), strict=True))
-        return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / size_bytes}
+        nats, targets, size = (math.fsum(column) for column in zip(*jax.device_get(sums), strict=True))
+        return nats, targets, size
 
     @cached_property
     def _evaluate_batch(self) -> Callable[[Any, Rows], tuple[Array, Array, Array]]:

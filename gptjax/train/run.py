@@ -24,9 +24,11 @@ import jax
 from gptjax import bucket
 from gptjax.config import Config, MaskedConfig, PolicyConfig, RewardedConfig, from_json, to_json, validate
 from gptjax.config.fields import OnResume
+from gptjax.config.mixture import PRESET, weighted
 from gptjax.config.saved import Change, changes, get
 from gptjax.data import files
 from gptjax.data.sources import Corpus
+from gptjax.data.texts import Mixture
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.files import code_digest, read_json, write_whole
@@ -55,6 +57,10 @@ def located(config: Config) -> Config:
         return str(Path(path).expanduser().absolute()) if path and not bucket.is_address(path) else path
 
     def found(source: str) -> str:
+        if source.startswith(PRESET):
+            return PRESET + whole(source.removeprefix(PRESET))
+        if parts := weighted(source):
+            return ",".join(str(replace(part, source=found(part.source))) for part in parts)
         return source if source == "stdlib" or source.startswith("tfds:") else files.absolute(source)
 
     def judge(name: str) -> str:
@@ -265,7 +271,8 @@ def same_weights(folder: Path, field: str, source: str, prints: dict[str, str]) 
 def _data_facts(config: Config, corpus: Corpus, beside: Mapping[str, str]) -> dict[str, Any]:
     splits = (config.data.train_split, config.data.eval_split)
     records = {split: len(corpus.split(split, config.data.split_by)) for split in splits}
-    return {"digest": corpus.digest, "records": records, "beside": dict(beside)}
+    facts = {"digest": corpus.digest, "records": records, "beside": dict(beside)}
+    return facts | ({"mixture": corpus.described()} if isinstance(corpus, Mixture) else {})
 
 
 def changed_data(folder: Path, config: Config, corpus: Corpus, beside: Mapping[str, str] = NOTHING) -> str | None:
@@ -286,6 +293,9 @@ def changed_data(folder: Path, config: Config, corpus: Corpus, beside: Mapping[s
 
 
 def _other_text(name: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
+    if saved.get("mixture") != now.get("mixture"):
+        then, here = saved.get("mixture", "no mixture"), now.get("mixture", "no mixture")
+        return f"{name} is not the mixture that the run was trained on ({then} then, {here} now)"
     counts = "; ".join(
         f"{split}: {saved.get('records', {}).get(split, 0):,} records then, {count:,} now"
         for split, count in now["records"].items()
