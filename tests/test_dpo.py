@@ -353,7 +353,7 @@ def single(steady: PreferenceConfig) -> tuple[list[float], Any]:
         pytest.param(LayoutConfig(fsdp=8), marks=pytest.mark.whole),
         LayoutConfig(data=2, fsdp=2, tensor=2),
         pytest.param(LayoutConfig(fsdp=2, context=4), marks=pytest.mark.whole),
-        pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(pipeline=2, fsdp=2, tensor=2, sequence_sharding=True), marks=pytest.mark.whole),
     ],
     ids=["fsdp8", "data2_fsdp2_tensor2", "fsdp2_context4", "pipeline2_fsdp2_tensor2_sequence"],
 )

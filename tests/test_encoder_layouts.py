@@ -95,13 +95,20 @@ def single(tiny: Config) -> Callable[[str], tuple[Config, np.ndarray, Any]]:
 
 HERE = LAYOUTS | {"pipeline2_dp4": LayoutConfig(pipeline=2, data=4, fsdp=1)}
 SPREAD = {
-    "bert": ("dp8", "fsdp8", "tp8", "pipeline2_dp4", "dp2_fsdp2_tp2", "pipeline2_fsdp2_tp2_sequence"),
+    "bert": (
+        "dp8",
+        "fsdp8",
+        "tp8",
+        "fsdp2_tp4_sequence",
+        "pipeline2_dp4",
+        "dp2_fsdp2_tp2",
+        "pipeline2_fsdp2_tp2_sequence",
+    ),
     "t5": ("dp8", "fsdp8", "tp8", "dp2_fsdp2_tp2"),
     "2017": ("dp8", "fsdp8", "tp8", "dp2_fsdp2_tp2"),
     "bart": ("dp8", "fsdp2_tp4_sequence", "dp2_fsdp2_tp2"),
 }
 CASES = [
-    pytest.param("bert", "fsdp2_tp4_sequence", marks=pytest.mark.slow),
     pytest.param("t5", "fsdp2_tp4", marks=pytest.mark.slow),
     *(pytest.param(model, name, marks=pytest.mark.whole) for model, names in SPREAD.items() for name in names),
 ]

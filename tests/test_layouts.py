@@ -208,8 +208,14 @@ def deep_single(deep: Config) -> tuple[np.ndarray, dict]:
     return run(deep, 1)
 
 
+DEEP_LAYOUTS = [
+    "pipeline2_rounds2_replica2_fsdp2",
+    *(pytest.param(name, marks=pytest.mark.whole) for name in DEEP if name != "pipeline2_rounds2_replica2_fsdp2"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*list(DEEP)[1:], pytest.param("pipeline4_dp2", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("name", DEEP_LAYOUTS)
 def test_deep_layout_equals_single_device(name: str, deep: Config, deep_single: tuple[np.ndarray, dict]) -> None:
     remat = "full" if "rounds" in name else "none"
     losses, params = run(replace(deep, layout=DEEP[name], model=replace(deep.model, remat=remat)), 8)

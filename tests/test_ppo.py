@@ -993,7 +993,7 @@ def test_another_function_or_pretraining_text_is_refused_unless_it_is_meant(
     assert cli.run([*on, "3", "--dry-run"]) == 0  # they are the run's now
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # two processes train, and fine-tune, in every run of the tests
 def test_two_processes_learn_what_one_does(
     small: PolicyConfig, reward: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
