@@ -35,6 +35,7 @@ VERBS = (
     "tokenizer train",
     "plan",
     "bench attention",
+    "bench corpus",
     "bench data",
     "bench generate",
     "bench layouts",

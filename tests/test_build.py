@@ -65,8 +65,8 @@ def test_parts_and_cores_change_nothing(many, monkeypatch, tmp_path, cores, part
     heard = []
     other = replace(many, cache_dir=str(tmp_path / "other"))
     made = build(other, lambda *words: heard.append(words))
-    assert texts_of(other) == plain and made.folder.name == build(many).folder.name
-    assert len([*made.folder.glob("text-*")]) > (20 if part_bytes < 1 << 15 else 3)
+    assert texts_of(other) == plain and Path(made.place).name == Path(build(many).place).name
+    assert len([*Path(made.place).glob("text-*")]) > (20 if part_bytes < 1 << 15 else 3)
     assert {what for what, _, _ in heard} == {"building"} and all(a[1] <= b[1] for a, b in pairwise(heard))
     assert 0.9 < heard[-1][1] / heard[-1][2] <= 1
 

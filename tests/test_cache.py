@@ -103,7 +103,7 @@ def test_of_two_builders_one_waits(config):
 
 @pytest.mark.parametrize("how", ["missing", "short", "no list", "half a list"])
 def test_a_data_set_with_a_file_missing_or_cut_is_built_again(config, how):
-    folder = build(config).folder
+    folder = Path(build(config).place)
     records = folder / "text-00000"
     if how == "missing":
         records.unlink()
@@ -118,7 +118,7 @@ def test_a_data_set_with_a_file_missing_or_cut_is_built_again(config, how):
 
 
 def test_a_flipped_byte_is_named_with_its_remedy(config, capsys):
-    folder = build(config).folder
+    folder = Path(build(config).place)
     records = folder / "text-00000"
     data = bytearray(records.read_bytes())
     for place in (len(data) // 3, len(data) // 2):

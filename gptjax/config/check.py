@@ -97,6 +97,13 @@ def _mixture(config: Config) -> None:
             f"data.source = {config.data.source}: stage {config.stage} reads one source, and weights are of those that "
             "pretraining mixes; leave them out"
         )
+    for section in ("data", "ptx") if isinstance(config, PolicyConfig) else ("data",):
+        data = getattr(config, section)
+        if getattr(data, "cache_tokens", False) and data.fim_rate:
+            raise UserError(
+                f"{section}.cache_tokens = true: documents are rearranged before they are tokenised "
+                f"({section}.fim_rate = {data.fim_rate:g}); leave one of them out"
+            )
     later_weights(config.data.later_weights if config.stage == Config.stage else "", len(parts))
     if isinstance(config, PolicyConfig):
         with in_section("ptx", "data"):

@@ -72,6 +72,9 @@ class DataConfig(SourceConfig):
     1e9:0.2,0.8;2e9:0,1."""
     max_epochs: Annotated[float, Field(ge=0), FREE] = 0.0
     """A training that would read a source more often than this is refused; 0 is no bound."""
+    cache_tokens: Annotated[bool, FREE] = False
+    """Tokenise all of the text once, before the first step, and keep its ids in cache_dir: 2 bytes a token, 4 of a
+    vocabulary above 65,536. For hosts whose log says that steps wait for text (data_wait), whatever the threads."""
     text_field: Annotated[str, Field(min_length=1), SAME_CONTENT] = "text"
     """Field that holds the text in records; a dotted one, such as meta.body, reaches into nested records."""
     max_chars: Positive = 65536

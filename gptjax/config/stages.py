@@ -281,6 +281,7 @@ OF_TEXT = (
     "data.fim_rate",
     "data.later_weights",
     "data.max_epochs",
+    "data.cache_tokens",
     "train.sample_interval",
     "train.sample_prompt",
 )

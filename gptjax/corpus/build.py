@@ -6,7 +6,6 @@ The output is a function of the recipe and the text alone: parts are cut by byte
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +28,6 @@ from gptjax.errors import UserError
 from gptjax.files import json_text, read_json, write_whole
 
 MANIFEST = "manifest.json"
-WAIT = 0.2  # seconds between two looks at another builder
 EXACT, NEAR, POOR = "exact copy", "near copy", "unlike good text"
 
 
@@ -100,28 +98,16 @@ def build(
     made_of, folder = plan(recipe), out / recipe.name / recipe.version
     stem = f"{recipe.name}-{made_of.key}"
     out.mkdir(parents=True, exist_ok=True)
-    while pid := cache.builder(out, stem):
-        report(f"waiting for process {pid}, which builds it", 0, 1)
-        time.sleep(WAIT)
+    cache.wait(out, stem, report)
     if folder.exists():
         return _as_asked(folder, made_of)
-    made = cache.workplace(out, stem)
-    try:
+    with cache.making(out, stem, keep=(Died, OSError)) as made:
         do = partial(work, most=most) if beam is None else by_beam(beam, made)
         _make(made, made_of, report, do)
         folder.parent.mkdir(exist_ok=True)
         (made / "data").rename(folder)
         cache.remove(made)
-        return folder
-    except (Died, OSError):
-        cache.abandon(made)
-        raise
-    except Exception:
-        cache.remove(made)
-        raise
-    except BaseException:
-        cache.abandon(made)
-        raise
+    return folder
 
 
 def _as_asked(folder: Path, made_of: Plan) -> Path:

@@ -1,7 +1,6 @@
 """From the parts of a source to a data set: on all cores, whose number changes nothing but the time, and from where a
 build that was stopped had come to."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from gptjax.errors import UserError
 
 PART_BYTES = 1 << 26
 MOST_PARTS = 256  # about; of each a file is held open while it is read
-WAIT = 0.2  # seconds between two looks at another builder
 
 
 def part_bytes(total: int) -> int:
@@ -43,14 +41,11 @@ def build(root: Path, plan: Plan, max_chars: int, report: Report, most: int) -> 
     leaves nothing, for a text that cannot be read or is empty; OSError where the disk is full.
     """
     stem = f"{plan.name}-{plan.key}"
-    while pid := cache.builder(root, stem):
-        report(f"waiting for process {pid}, which builds it", 0, 1)
-        time.sleep(WAIT)
-        if found := cache.find(root, plan.key):
-            return found
+    cache.wait(root, stem, report)
+    if found := cache.find(root, plan.key):
+        return found
     parts = plan.parts()
-    made = cache.workplace(root, stem)
-    try:
+    with cache.making(root, stem, keep=(Died,)) as made:
         for rest in made.glob(".*"):  # of a write that was cut off
             rest.unlink()
         done = [is_written(made, number) for number in range(len(parts))]
@@ -60,12 +55,3 @@ def build(root: Path, plan: Plan, max_chars: int, report: Report, most: int) -> 
         if not digest:
             raise UserError(f"data.source: no text in {plan.about}; give files with text")
         return cache.publish(made, f"{plan.name}-{digest[:16]}", plan.key)
-    except Died:
-        cache.abandon(made)
-        raise
-    except Exception:
-        cache.remove(made)
-        raise
-    except BaseException:
-        cache.abandon(made)
-        raise

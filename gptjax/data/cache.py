@@ -9,7 +9,8 @@ import shutil
 import socket
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ SIZES = "sizes.json"  # of every file beside it; its own time is that of the las
 KEYS, GONE = ".keys", ".gone"
 UNFINISHED, DAMAGED, WHOLE = "unfinished", "damaged", "whole"
 DAY = 86400.0  # seconds
+WAIT = 0.2  # seconds between two looks at another builder
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,31 @@ def workplace(root: Path, stem: str) -> Path:
                 return own
     own.mkdir()
     return own
+
+
+def wait(root: Path, stem: str, report: Callable[[str, int, int], None]) -> None:
+    """Until no process of this host makes the data set of such a stem."""
+    while pid := builder(root, stem):
+        report(f"waiting for process {pid}, which builds it", 0, 1)
+        time.sleep(WAIT)
+
+
+@contextmanager
+def making(root: Path, stem: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """A workplace. What is finished in it is left to the next builder where a signal ends this one, or an error that is
+    one of `keep`; another leaves nothing."""
+    made = workplace(root, stem)
+    try:
+        yield made
+    except keep:
+        abandon(made)
+        raise
+    except Exception:
+        remove(made)
+        raise
+    except BaseException:
+        abandon(made)
+        raise
 
 
 def abandon(made: Path) -> None:

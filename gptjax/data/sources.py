@@ -72,10 +72,11 @@ class TextSource:
             record = self.store[number]
         except (OSError, ValueError) as error:
             raise _damaged(self.name, self.store.folder_of(number), reason(error)) from error
-        if record.last:
-            return record
-        following = int(self.chosen[index + 1]) if index + 1 < len(self) else -1
-        return record if following == number + 1 else Record(record.text, False, cut=True)
+        return record if record.last or self.goes_on(index) else Record(record.text, False, cut=True)
+
+    def goes_on(self, index: int) -> bool:
+        """Whether the next record of the split is the one that follows in the store."""
+        return index + 1 < len(self) and int(self.chosen[index + 1]) == int(self.chosen[index]) + 1
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Record:
     """Whether the document ends here, so that an end-of-text token follows."""
     cut: bool = False
     """Whether it goes on, but not in the next record: that piece is in another split."""
+    ids: np.ndarray | None = None
+    """int32 [N], where its tokens are known (see `ids`), and its text is empty."""
 
 
 def cut(blocks: Iterable[str], max_chars: int) -> Iterator[Record]:
@@ -149,6 +151,10 @@ class Store:
         """Where record `number` lies."""
         return self.folder
 
+    def is_last(self, number: int) -> bool:
+        """Whether its document ends with record `number`."""
+        return bool(self._records.item(number, 0) & 1)
+
     @property
     def sizes(self) -> np.ndarray:
         """int64 [records]: the bytes of each."""
@@ -192,16 +198,22 @@ class Joined:
 
     def folder_of(self, number: int) -> Path:
         """Where record `number` lies."""
-        return self._of(number)[0].folder
+        return self.stores[self.place(number)[0]].folder
+
+    def is_last(self, number: int) -> bool:
+        """Whether its document ends with record `number`."""
+        which, inside = self.place(number)
+        return self.stores[which].is_last(inside)
 
     def __getitem__(self, number: int) -> Record:
         """Record `number`; raises what a `Store` raises."""
-        store, inside = self._of(number)
-        return store[inside]
+        which, inside = self.place(number)
+        return self.stores[which][inside]
 
-    def _of(self, number: int) -> tuple[Store, int]:
+    def place(self, number: int) -> tuple[int, int]:
+        """The number of the data set that record `number` is in, and its number there."""
         which = bisect_right(self.starts, number) - 1
-        return self.stores[which], number - self.starts[which]
+        return which, number - self.starts[which]
 
 
 def _text(folder: Path, number: int) -> Path:

@@ -282,7 +282,10 @@ def _pool(threads: int) -> ThreadPoolExecutor | None:
 def _encode(record: Record, tokenizer: Tokenizer, apart: bool, rng: np.random.Generator | None = None) -> np.ndarray:
     """One record's tokens, int32 [N], N > 0; `apart` puts a cut behind each that ends no document, `rng` draws where
     its middle is, which then comes last."""
-    tokens = rearranged(record.text, tokenizer, rng) if rng else tokenizer.encode(record.text)
+    if record.ids is not None:
+        tokens = record.ids
+    else:
+        tokens = rearranged(record.text, tokenizer, rng) if rng else tokenizer.encode(record.text)
     if record.last or ((apart or record.cut) and len(tokens)):
         text, tokens = tokens, np.empty(len(tokens) + 1, np.int32)
         tokens[:-1], tokens[-1] = text, tokenizer.eot if record.last else CUT - tokenizer.eot

@@ -16,11 +16,12 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.config.mixture import later_weights, weighted
 from gptjax.data import sources
+from gptjax.data.ids import tokenized
 from gptjax.data.order import Interleaved, Period, derived, units
 from gptjax.data.pool import Report
 from gptjax.data.sources import AnySource, Corpus, TextSource
 from gptjax.data.store import Joined, Store
-from gptjax.data.stream import TokenStream
+from gptjax.data.stream import Source, TokenStream
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError
 
@@ -203,6 +204,11 @@ def require_epochs(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer, tok
             )
 
 
+def source_of(config: DataConfig, text: TextSource, tokenizer: Tokenizer, report: Report = lambda *_: None) -> Source:
+    """A split as a stream reads it: its text, or its ids where these are kept."""
+    return tokenized(config.cache_dir, text, tokenizer, report) if config.cache_tokens else text
+
+
 def stream(
     config: DataConfig,
     corpus: Corpus,
@@ -217,7 +223,7 @@ def stream(
     """The training rows of a text; see `TokenStream`."""
     drawn = drawing(config, corpus, tokenizer) if isinstance(corpus, Mixture) else None
     return TokenStream(
-        corpus.split(config.train_split, config.split_by),
+        source_of(config, corpus.split(config.train_split, config.split_by), tokenizer),
         tokenizer,
         seq_len,
         lanes=config.lanes,

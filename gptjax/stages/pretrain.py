@@ -14,7 +14,7 @@ from gptjax.config import Config
 from gptjax.data.rows import Rows, next_token
 from gptjax.data.sources import TextSource
 from gptjax.data.stream import TokenStream, eval_batches, require_one_row
-from gptjax.data.texts import Mixture, epochs, require_epochs, stream
+from gptjax.data.texts import Mixture, epochs, require_epochs, source_of, stream
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import INFILL
 from gptjax.errors import UserError
@@ -59,6 +59,7 @@ class Pretrain(NextToken):
         for source in (self.training_text, *self._evaluated.values()):
             require_one_row(source, self.known_tokenizer, self.config.model.seq_len)
         c = self.config
+        source_of(c.data, self.training_text, self.known_tokenizer, self.report)
         require_epochs(c.data, self.known_corpus, self.known_tokenizer, c.train.total_tokens)
 
     @property
@@ -130,7 +131,7 @@ class Pretrain(NextToken):
         """Nats, targets, and the UTF-8 bytes that these stand for, of one pass."""
         c = self.config
         batches = eval_batches(
-            source,
+            source_of(c.data, source, self.known_tokenizer),
             self.known_tokenizer,
             c.model.seq_len,
             c.micro_batch_size,
