@@ -602,3 +602,47 @@ def test_two_builds_at_once_give_one_data_set(recipe: CorpusConfig, tmp_path: Pa
         time.sleep(0.05)
         started.append(threads.submit(builds.build, recipe, tmp_path / "out", silent, 1))
         assert len({future.result() for future in started}) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_document_that_is_too_long_is_refused_or_counted(kind: str, recipe: CorpusConfig, tmp_path: Path) -> None:
+    """A line of a gigabyte among others: its text is not held where it comes in blocks."""
+    texts = [prose(1), prose(2, 5000), prose(3)]
+    for number, text in enumerate(texts):
+        line = json.dumps({"text": text}) + "\n" if kind == "jsonl" else text
+        (tmp_path / f"long{number}.{kind}").write_text(line)
+    origin = OriginConfig("long", str(tmp_path / f"long*.{kind}"), max_chars=2000)
+    with pytest.raises(UserError, match=r"^origins: long: max_chars = 2,000: longer is .*; set `begins` to cut it"):
+        builds.build(replace(recipe, origins=(origin,)), tmp_path / "no", silent, 1)
+    assert [*(tmp_path / "no").iterdir()] == []
+    folder = builds.build(replace(recipe, origins=(replace(origin, invalid="drop"),)), tmp_path / "yes", silent, 1)
+    found = manifest(folder)["origins"]["long"]
+    assert found["kept"]["documents"] == 2 and found["dropped"]["cannot be read"]["documents"] == 1
+    assert "max_chars = 2,000" in found["examples"]["cannot be read"][0]
+
+
+def test_a_file_that_vanishes_or_is_empty_is_refused_or_counted(
+    recipe: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the plan was made, before its part is read."""
+    line = json.dumps({"text": prose(1)}) + "\n"
+    whole, made = tmp_path / "there.jsonl", builds._make
+
+    def after(*args: Any) -> None:
+        (tmp_path / "gone.jsonl").unlink()
+        made(*args)
+
+    monkeypatch.setattr(builds, "_make", after)
+    for invalid in ("refuse", "drop"):
+        for path in (tmp_path / "gone.jsonl", whole):
+            path.write_text(line if path == whole else line.replace("the", "then"))
+        (tmp_path / "empty.jsonl").write_text("")
+        source = ",".join(str(tmp_path / name) for name in ("gone.jsonl", "there.jsonl", "empty.jsonl"))
+        changed_recipe = replace(recipe, origins=(OriginConfig("o", source, invalid=invalid),))
+        if invalid == "refuse":
+            with pytest.raises(UserError, match=r"gone\.jsonl: No such file"):
+                builds.build(changed_recipe, tmp_path / "out", silent, 1)
+            assert [*(tmp_path / "out").iterdir()] == []
+        else:
+            found = manifest(builds.build(changed_recipe, tmp_path / "out", silent, 1))["origins"]["o"]
+            assert found["kept"]["documents"] == 1 and found["dropped"]["cannot be read"]["documents"] == 1

@@ -53,6 +53,8 @@ class OriginConfig:
     invalid: Literal["refuse", "drop"] = "refuse"
     """What becomes of a record that is none, and of a file that cannot be read to its end: the build ends with its
     place and the reason, or it is left out and counted."""
+    max_chars: Positive = 1 << 24
+    """A longer document is none: the steps take 60 bytes of memory a character."""
     begins: Annotated[str, AfterValidator(_pattern)] = ""
     """A regular expression at whose matches in a text another document begins; empty where each text is one."""
 

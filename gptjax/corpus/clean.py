@@ -6,6 +6,7 @@ A step that changes what it gives gets another VERSION: a build that was begun w
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.corpus import CorpusConfig
+from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.corpus import lines, near, rules
 from gptjax.corpus.block import BASE, Block, Spans, mix
 from gptjax.corpus.language import foreign
@@ -32,6 +33,7 @@ VERSION = dict.fromkeys(STEPS, 1) | {"language": 2}
 BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
 EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
 UNREADABLE = "cannot be read"
+TOO_LONG = "set `begins` to cut it, raise max_chars, or have it left out: invalid"
 OTHER = 0xC2B2AE3D27D4EB4F  # a second base, for 128 bits
 
 
@@ -102,7 +104,7 @@ class Clean:
             report.read.update(documents=1)
             report.drop(UNREADABLE, str(error))
 
-        documents = _documents(self.part.documents(heard, failed), origin.begins, failed)
+        documents = _documents(self.part.documents(heard, failed), origin, failed)
         kept = [self._kept(texts, origin.prose, report) for texts in blocks(documents)]
         write_whole(path_of(self.folder, self.number), _written(kept, self.recipe, report))
 
@@ -139,20 +141,36 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"clean-{number:05}.arrow"
 
 
-def _documents(every: Iterable[Iterable[str]], begins: str, failed: Failed) -> Iterator[str]:
+def _documents(every: Iterable[Iterable[str]], origin: OriginConfig, failed: Failed) -> Iterator[str]:
     """Each text, or the documents in it; what stands before the first match is one, too."""
-    for blocks in every:
+    for text_blocks in every:
         try:
-            text = "".join(blocks)
+            text = _joined_up_to(text_blocks, sys.maxsize if origin.begins else origin.max_chars)
         except UserError as error:
             failed(error)
             continue
-        if not begins:
-            yield text
-            continue
-        starts = [match.start() for match in re.finditer(begins, text, re.MULTILINE)]
-        cuts = [0, *(start for start in starts if start), len(text)]
-        yield from (text[a:b] for a, b in pairwise(cuts) if text[a:b].strip())
+        for document in _cut(text, origin.begins) if origin.begins else [text]:
+            if len(document) > origin.max_chars:
+                rule = f"origins: {origin.name}: max_chars = {origin.max_chars:,}"
+                failed(UserError(f"{rule}: longer is the document that begins {document[:40]!r}; {TOO_LONG}"))
+            else:
+                yield document
+
+
+def _joined_up_to(text_blocks: Iterable[str], most: int) -> str:
+    """A text, of one that is longer a little more than `most` characters: the rest is read, and not held."""
+    held, size = list[str](), 0
+    for block in text_blocks:
+        if size <= most:
+            held.append(block)
+            size += len(block)
+    return "".join(held)
+
+
+def _cut(text: str, begins: str) -> Iterator[str]:
+    starts = [match.start() for match in re.finditer(begins, text, re.MULTILINE)]
+    cuts = [0, *(start for start in starts if start), len(text)]
+    return (text[a:b] for a, b in pairwise(cuts) if text[a:b].strip())
 
 
 def blocks(documents: Iterable[str]) -> Iterator[list[str]]:
