@@ -91,7 +91,7 @@ def test_damage_is_seen_and_a_full_disk_is_one_line(config, monkeypatch):
     assert not [path for path in cache.datasets(config.cache_dir).iterdir() if "ids_" in path.name]
 
 
-def test_a_run_learns_the_same(tiny, tmp_path: Path) -> None:
+def test_a_run_learns_the_same(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(tiny, train=replace(tiny.train, total_tokens=6 * 128, eval_interval=6))
     plain = train(config, tmp_path / "plain")
     kept = train(config, tmp_path / "kept", "--data.cache_tokens", "true", "--data.cache_dir", str(tmp_path / "cache"))
@@ -100,5 +100,6 @@ def test_a_run_learns_the_same(tiny, tmp_path: Path) -> None:
     )
     assert first == second
     assert cli.run(["data", "--cache", "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert "  ids_" in capsys.readouterr().out
     words = "--data.cache_tokens", "true", "--data.fim_rate", "0.5"
     assert "data.cache_tokens = true: documents are rearranged" in refusal(config, tmp_path / "c", *words)

@@ -20,6 +20,7 @@ from gptjax.data.tokenizers.tokenizer import INFILL
 from gptjax.errors import UserError
 from gptjax.model.loss import IGNORED, log_probs
 from gptjax.stages.next_token import NextToken
+from gptjax.train.processes import first
 
 
 class Pretrain(NextToken):
@@ -54,12 +55,20 @@ class Pretrain(NextToken):
         tokens = np.random.default_rng(seed).integers(0, self.config.model.vocab_size, shape, np.int32)
         return next_token(tokens, 0 if self.config.separates else None)
 
+    def agree(self) -> None:
+        """Has the first process make what is kept of the text, for those that share the cache."""
+        if self.config.data.cache_tokens:
+            first(self._keep_ids)
+
+    def _keep_ids(self) -> str:
+        source_of(self.config.data, self.training_text, self.known_tokenizer, self.report)
+        return ""
+
     def check(self) -> None:
         """Raises UserError where a split has not enough text for a row."""
         for source in (self.training_text, *self._evaluated.values()):
             require_one_row(source, self.known_tokenizer, self.config.model.seq_len)
         c = self.config
-        source_of(c.data, self.training_text, self.known_tokenizer, self.report)
         require_epochs(c.data, self.known_corpus, self.known_tokenizer, c.train.total_tokens)
 
     @property
