@@ -58,14 +58,14 @@ def run(recipe: str, sizes: Sequence[int], tokenizer: str, out: Path) -> str:
     raise."""
     config = load_corpus(recipe)
     texts = _texts(config, max(sizes) * MB)
-    result = {
-        **provenance(),
-        "recipe": recipe,
-        "steps": _steps(config, texts),
-        "peer": _peer(texts, tokenizer) if tokenizer else None,
-        "builds": [_build(config, texts, size, near_on) for size in sizes for near_on in (False, True)],
-    }
-    save(result, out / "corpus.json")
+    builds: list[dict[str, Any]] = []
+    result = {**provenance(), "recipe": recipe, "steps": _steps(config, texts), "peer": None, "builds": builds}
+    if tokenizer:
+        result["peer"] = _peer(texts, tokenizer)
+    for size in sizes:
+        for near_on in (False, True):
+            builds.append(_build(config, texts, size, near_on))
+            save(result, out / "corpus.json")  # at once: the next may take half an hour
     _draw(result, out / "corpus.png")
     return f"{table(result)}\n\n{out / 'corpus.json'}, {out / 'corpus.png'}"
 
