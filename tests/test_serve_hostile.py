@@ -39,6 +39,17 @@ def told(answer: Answer) -> Any:
     return choice["text"], choice["logprobs"]["tokens"], choice["finish_reason"]
 
 
+async def patient(served: "Served") -> Answer:
+    """The answer to the probe for a client that comes again when it is told to, as OpenAI's does: on a busy machine
+    replies to connections that broke are still under way."""
+    for _ in range(9):
+        answer = await served.post(COMPLETIONS, PROBE)
+        if answer.status != 429:
+            break
+        await asyncio.sleep(float(answer.headers["retry-after"]))
+    return answer
+
+
 Beside = Callable[[Awaitable[Result]], Result]
 
 
@@ -51,7 +62,7 @@ def beside(served: "Served", known: Any) -> Beside:
             going, last = asyncio.ensure_future(work), False
             while not last:
                 last = going.done()
-                assert told(await served.post(COMPLETIONS, PROBE)) == known
+                assert told(await patient(served)) == known
             return await going
 
         return asyncio.run(both())
