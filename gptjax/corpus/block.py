@@ -10,6 +10,8 @@ from functools import cache, cached_property
 
 import numpy as np
 
+from gptjax.data.order import mix
+
 BASE, STEP = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95  # odd, so that both have inverses modulo 2^64
 SPACE, LETTER, DIGIT, LATER = 1, 2, 4, 8
 # First byte, range of the second, and up to which last byte it is a blank: U+00A0 to U+00BF, U+2000 to U+206F and
@@ -35,13 +37,6 @@ def _powers(base: int, size: int) -> np.ndarray:
     every = np.full(size, base, np.uint64)
     every[0] = 1
     return np.multiply.accumulate(every)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Every bit of each uint64 depends on all of its bits (SplitMix64's finaliser)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True, eq=False)

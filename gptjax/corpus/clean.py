@@ -18,12 +18,13 @@ import numpy as np
 
 from gptjax.config.corpus import CorpusConfig, OriginConfig
 from gptjax.corpus import lines, near, rules
-from gptjax.corpus.block import BASE, Block, Spans, mix
+from gptjax.corpus.block import BASE, Block, Spans
 from gptjax.corpus.language import foreign
 from gptjax.corpus.leaks import leaks
 from gptjax.corpus.repair import repaired
 from gptjax.corpus.scrub import sample, scrubbed
 from gptjax.data.formats import Failed, Heard
+from gptjax.data.order import mix
 from gptjax.data.worker import Part
 from gptjax.errors import UserError
 from gptjax.files import write_whole

@@ -6,7 +6,8 @@ from functools import cache
 import numpy as np
 
 from gptjax.config.corpus import NearConfig
-from gptjax.corpus.block import BASE, Block, mix, ngrams
+from gptjax.corpus.block import BASE, Block, ngrams
+from gptjax.data.order import mix
 
 PARTS = 1 << 15  # sequences that are hashed at once: what stays in a core's cache
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptjax.config.corpus import RulesConfig
-from gptjax.corpus.block import LETTER, STEP, Block, mix
+from gptjax.corpus.block import LETTER, STEP, Block
+from gptjax.data.order import mix
 
 MOST_WORDS = 100_000
 WORD_LENGTH = (3.0, 10.0)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -64,10 +63,6 @@ class Tokenized:
         which, inside = store.place(number) if isinstance(store, Joined) else (0, number)
         return Record("", last, cut=not last and not goes_on, ids=self.ids[which][inside])
 
-    @cached_property
-    def num_bytes(self) -> int:
-        return self.text.num_bytes
-
 
 def tokenized(cache_dir: str, text: TextSource, tokenizer: Tokenizer, report: Report = lambda *_: None) -> Tokenized:
     """A split as ids, which are made now unless they are there. Raises UserError where the disk is full."""
@@ -105,7 +100,8 @@ def _key(store: Store, tokenizer: Tokenizer) -> str:
 
 def _write(folder: Path, store: Store, tokenizer: Tokenizer, report: Report) -> None:
     dtype = np.dtype("<u2" if tokenizer.least_vocab_size <= 1 << 16 else "<u4")
-    ends, end, done, total = np.zeros(len(store), "<u8"), 0, 0, int(store.sizes.sum())
+    sizes, ends, end, done = store.sizes, np.zeros(len(store), "<u8"), 0, 0
+    total = int(sizes.sum())
 
     def made(group: range) -> list[np.ndarray]:
         return [tokenizer.encode(store[number].text) for number in group]
@@ -116,7 +112,7 @@ def _write(folder: Path, store: Store, tokenizer: Tokenizer, report: Report) -> 
             for number, ids in zip(group, every, strict=True):
                 file.write(ids.astype(dtype).tobytes())
                 ends[number] = end = end + len(ids)
-            done += int(store.sizes[group.start : group.stop].sum())
+            done += int(sizes[group.start : group.stop].sum())
             report("tokenising", done, total)
         file.flush()
         os.fsync(file.fileno())

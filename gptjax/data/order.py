@@ -101,11 +101,14 @@ class Interleaved:
         return sources, ranks
 
 
+def mix(x: np.ndarray) -> np.ndarray:
+    """Every bit of each uint64 depends on all of its bits (SplitMix64's finaliser; Steele, Lea, Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def _mixed(seed: int, block: int) -> np.ndarray:
-    """uint64 [BLOCK], by splitmix64 (Steele, Lea, Flood 2014): the same whatever version of a library there is."""
-    with np.errstate(over="ignore"):
-        x = np.arange(1, BLOCK + 1, dtype=np.uint64) + np.uint64((block * BLOCK + (seed << 32)) % 2**64)
-        x *= np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """uint64 [BLOCK], by SplitMix64: the same whatever version of a library there is."""
+    places = np.arange(1, BLOCK + 1, dtype=np.uint64) + np.uint64((block * BLOCK + (seed << 32)) % 2**64)
+    return mix(places * np.uint64(0x9E3779B97F4A7C15))
