@@ -69,6 +69,14 @@ def test_pages_are_files_like_others(tmp_path: Path) -> None:
     assert texts(tmp_path, tmp_path) == [TEXT] * 2
 
 
+@pytest.mark.parametrize("left", [-1, -6, -150, -2 * len(ARCHIVE[-1]) + 20, 30])
+def test_a_plain_archive_that_is_cut_short_is_said(left: int, tmp_path: Path) -> None:
+    """In a record's end, its body, its head, at any other, in the first."""
+    (tmp_path / "cut.warc").write_bytes(b"".join(ARCHIVE)[:left])
+    with pytest.raises(UserError, match=r"cut\.warc: not readable as warc \(cut short.*download it again"):
+        texts(tmp_path / "cut.warc", tmp_path)
+
+
 def test_an_archive_that_is_cut_short_is_said(tmp_path: Path) -> None:
     path = tmp_path / "cut.warc.gz"
     path.write_bytes(gzip.compress(b"".join(ARCHIVE))[:-20])

@@ -30,15 +30,34 @@ def _decoded(data: bytes, charset: str) -> str:
 def archived(stream: IO[bytes]) -> Iterator[str]:
     """The text of each page of an archive: of WARC what a server answered, of WET the text that the crawler made.
 
-    Raises OSError where it is cut short."""
+    Raises EOFError where it is cut short."""
     warc = _library("fastwarc.warc")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
-    for record in warc.ArchiveIterator(stream, record_types=kinds, parse_http=True, auto_decode="all"):
+    ending = _Ending(stream)
+    for record in warc.ArchiveIterator(ending, record_types=kinds, parse_http=True, auto_decode="all"):
         data = record.reader.read()
         if record.record_type == warc.WarcRecordType.conversion:
             yield data.decode(errors="replace")
         elif (record.http_content_type or "") in PAGES:
             yield page_text(data, record.http_charset or "")
+    if ending.last and ending.last.replace(b"\r", b"") != b"\n\n":
+        raise EOFError("cut short: it does not end with two empty lines, as records do")
+
+
+class _Ending:
+    """A stream, and the last bytes that were read of it: the library takes a record that is cut short for a whole one,
+    and those behind it for none."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.last = stream, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.last = (self.last + data[-4:])[-4:]
+        return data
+
+    def tell(self) -> int:
+        return self._stream.tell()
 
 
 def _library(name: str) -> Any:
