@@ -32,8 +32,8 @@ from gptjax.config import (
     RepairConfig,
 )
 from gptjax.corpus import build as builds
-from gptjax.corpus import copies, near, quality, rules
-from gptjax.corpus.block import Block, ngrams
+from gptjax.corpus import copies, loops, near, quality, rules
+from gptjax.corpus.block import Block
 from gptjax.corpus.clean import exact_keys
 from gptjax.corpus.language import foreign
 from gptjax.corpus.lines import prose as prose_lines
@@ -85,6 +85,11 @@ def test_spans_are_those_of_plain_python(texts: list[str]) -> None:
     assert block.characters(block.words).tolist() == [len(word) for words in of(block.words) for word in words]
 
 
+@given(st.lists(st.text(max_size=20), max_size=4))
+def test_small_letters_are_those_of_python(texts: list[str]) -> None:
+    assert [*Block(texts).lowered.texts] == [text.lower() for text in texts]
+
+
 @given(TEXTS, TEXTS)
 def test_hashes_are_equal_where_the_bytes_are(one: list[str], other: list[str]) -> None:
     found = [(Block(texts), texts) for texts in (one, other)]
@@ -100,7 +105,7 @@ def test_hashes_are_equal_where_the_bytes_are(one: list[str], other: list[str]) 
 def test_sequences_of_words_stay_within_a_document(texts: list[str], n: int) -> None:
     block = Block(texts)
     words, hashes = block.words, block.hashes(block.words)
-    grams, first = ngrams(hashes, words.owner, n)
+    grams, first = loops.ngrams(hashes, words.owner, n)
     by_document = [np.flatnonzero(words.owner == i).tolist() for i in range(len(texts))]
     assert first.tolist() == [some[k] for some in by_document for k in range(len(some) - n + 1)]
     sequences = [tuple(hashes[k : k + n].tolist()) for k in first]
@@ -339,7 +344,7 @@ def test_a_chain_of_copies_leaves_the_best() -> None:
     ranks = np.random.default_rng(0).permutation(1000)
     assert np.flatnonzero(copies.stays(1000, edges, ranks)).tolist() == [int(np.argmin(ranks))]
     found = near.signatures(Block(["a b c", "a b c", "", ""]), NearConfig())
-    assert not len(copies.pairs(found, np.arange(4), NearConfig()))
+    assert not len(copies.candidates(near.band_keys(found, NearConfig()).T, np.arange(4)))
 
 
 def test_who_stays_depends_on_no_order_but_that_of_origins_and_sizes() -> None:
@@ -352,7 +357,8 @@ def test_who_stays_depends_on_no_order_but_that_of_origins_and_sizes() -> None:
         order = np.random.default_rng(seed).permutation(40)
         found = near.signatures(Block([every[i] for i in order]), NearConfig())
         ranks = copies.rank(origin[order], sizes[order])
-        edges = copies.pairs(found, ranks, NearConfig())
+        pairs = copies.candidates(near.band_keys(found, NearConfig()).T, ranks)
+        edges = copies.close(pairs, found.__getitem__, NearConfig().threshold)
         kept.append({int(order[i]) for i in np.flatnonzero(copies.stays(40, edges, ranks))})
     assert kept[0] == kept[1] == kept[2]
     assert len(kept[0]) == 30 and {30, 31, 32, 33, 34} <= kept[0], "the origin named first has the better copy"
@@ -592,6 +598,15 @@ def test_the_page_says_what_the_manifest_does(
     assert "near copy" in page and "too short" in page and "data:image/png;base64," in page
     with pytest.raises(UserError, match=r"has no manifest\.json; give the folder that gptjax data build printed"):
         cli.run(["data", "stats", str(tmp_path)])
+
+
+def test_without_the_extra_a_build_says_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError\n")
+    command = [sys.executable, "-m", "gptjax", "data", "build", "recipe.py"]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert found.returncode != 0
+    assert found.stderr.splitlines()[-1].endswith("to clean texts needs the extra clean: pip install 'gptjax[clean]'")
+    assert "Traceback" not in found.stderr
 
 
 def test_two_builds_at_once_give_one_data_set(recipe: CorpusConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ Found = dict[str, dict[str, Any]]
 def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
     """Of each part the bytes of its documents, 0 for those that do not stay; and what became of all."""
     recipe, parts = made_of.recipe, [origin for origin, _ in made_of.parts]
-    tables = [clean.columns(made, i, "size", "key", "signature") for i in range(len(parts))]
+    tables = [clean.columns(made, i, "size", "key") for i in range(len(parts))]
     size = np.concatenate([table["size"].to_numpy() for table in tables])
     origin = np.repeat(parts, [len(table["size"]) for table in tables])
     ranks = copies.rank(origin, size)
@@ -207,14 +208,33 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
         lost[EXACT] = _among(kept, ~best)
         kept = kept & ~lost[EXACT]
     if recipe.near.on:
-        signatures = np.concatenate([clean.rows(table["signature"], np.uint32) for table in tables])[kept]
-        edges = copies.pairs(signatures, ranks[kept], recipe.near)
-        stays = copies.stays(len(signatures), edges, ranks[kept])
+        every, ends = np.flatnonzero(kept), np.cumsum([len(table["size"]) for table in tables])
+        bands = (_band(made, len(parts), i)[every] for i in range(recipe.near.bands))
+        pairs = copies.candidates(bands, ranks[every])
+        edges = copies.close(pairs, lambda some: _signatures(made, ends, every[some]), recipe.near.threshold)
+        stays = copies.stays(len(every), edges, ranks[every])
         lost[NEAR] = _among(kept, ~stays)
         kept = kept & ~lost[NEAR]
     found = _found(made, made_of, size, origin, kept, lost)
     ends = np.cumsum([len(table["size"]) for table in tables])[:-1]
     return np.split(np.where(kept, size, 0), ends), found
+
+
+def _band(made: Path, parts: int, band: int) -> np.ndarray:
+    """uint64 [D]: the keys of all documents."""
+    name = f"band_{band}"
+    return np.concatenate([clean.columns(made, i, name)[name].to_numpy() for i in range(parts)])
+
+
+def _signatures(made: Path, ends: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """uint32 [U, K] of some documents, int64 [U] in order. ends: int64, the document behind each part."""
+    cuts = np.searchsorted(numbers, np.concatenate([[0], ends]))
+    found = []
+    for part, (first, last) in enumerate(pairwise(cuts.tolist())):
+        if first < last:
+            rows = clean.rows(clean.columns(made, part, "signature")["signature"], np.uint32)
+            found.append(rows[numbers[first:last] - (ends[part - 1] if part else 0)])
+    return np.concatenate(found)
 
 
 def _among(some: np.ndarray, which: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.corpus import CorpusConfig, OriginConfig
-from gptjax.corpus import lines, near, rules
-from gptjax.corpus.block import BASE, Block, Spans
+from gptjax.corpus import lines, loops, near, rules
+from gptjax.corpus.block import Block, Spans
 from gptjax.corpus.language import foreign
 from gptjax.corpus.leaks import leaks
 from gptjax.corpus.repair import repaired
@@ -30,12 +30,12 @@ from gptjax.errors import UserError
 from gptjax.files import write_whole
 
 STEPS = ("repair", "language", "lines", "rules", "leaks", "scrub", "quality", "exact", "near")
-VERSION = dict.fromkeys(STEPS, 1) | {"language": 2}
+VERSION = dict.fromkeys(STEPS, 1) | {"language": 3}
 BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
 EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
 UNREADABLE = "cannot be read"
 TOO_LONG = "set `begins` to cut it, raise max_chars, or have it left out: invalid"
-OTHER = 0xC2B2AE3D27D4EB4F  # a second base, for 128 bits
+OTHER = np.uint64(0xC2B2AE3D27D4EB4F)  # a second base, for 128 bits
 
 
 @dataclass
@@ -221,17 +221,17 @@ def exact_keys(block: Block) -> np.ndarray:
     """uint64 [D, 2]: equal for texts that are the same but for blanks and capitals."""
     low = block.lowered
     words, hashes = low.tokens, low.hashes(low.tokens)
-    return np.stack([_joined(words, hashes, len(block.texts), base) for base in (BASE, OTHER)], 1)
+    return np.stack([_joined(words, hashes, len(block.texts), base) for base in (loops.BASE, OTHER)], 1)
 
 
-def _joined(spans: Spans, hashes: np.ndarray, size: int, base: int) -> np.ndarray:
+def _joined(spans: Spans, hashes: np.ndarray, size: int, base: np.uint64) -> np.ndarray:
     """uint64 [D]: a hash of each document's spans in order."""
     count, total = np.bincount(spans.owner, minlength=size), np.zeros(size, np.uint64)
     first = np.cumsum(count) - count
     place = np.arange(len(spans)) - first[spans.owner]
     some = np.flatnonzero(count)
     if len(some):
-        values = hashes * mix(place.astype(np.uint64) * np.uint64(base) | np.uint64(1))
+        values = hashes * mix(place.astype(np.uint64) * base | np.uint64(1))
         total[some] = np.add.reduceat(values, first[some])
     return mix(total + count.astype(np.uint64))
 
@@ -249,6 +249,8 @@ def _written(kept: list[Kept], recipe: CorpusConfig, report: Report) -> bytes:
         "key": _binary(keys),
         "signature": _binary(found),
     }
+    if recipe.near.on:
+        table |= {f"band_{i}": pyarrow.array(keys) for i, keys in enumerate(near.band_keys(found, recipe.near).T)}
     about = {b"report": json.dumps(vars(report)).encode()}
     batch = pyarrow.record_batch([*table.values()], names=[*table]).replace_schema_metadata(about)
     sink = pyarrow.BufferOutputStream()

@@ -1,10 +1,13 @@
 """Which documents stay: of each cluster of copies the one whose origin is named first, of those the longest, of those
 the first."""
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
-from gptjax.config.corpus import NearConfig
-from gptjax.corpus.near import agreement, band_keys
+from gptjax.corpus.near import agreement
+
+PAIRS, STEP = 1 << 18, 1 << 14
 
 
 def rank(origin: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -26,23 +29,33 @@ def same(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     return best
 
 
-def pairs(signatures: np.ndarray, ranks: np.ndarray, config: NearConfig) -> np.ndarray:
-    """int64 [P, 2]: document and the best of a band that it shares, where enough of their hashes agree.
+def candidates(bands: Iterable[np.ndarray], ranks: np.ndarray) -> np.ndarray:
+    """int64 [P, 2]: document and the best of those whose key of a band is the same. bands: uint64 [D] keys of each, 0
+    for a document that has none.
 
     One pair a document and band, never all pairs of those who share a band: a page that is there 100,000 times would
-    give 5 billion."""
-    found, worded = [np.zeros((0, 2), np.int64)], np.flatnonzero((signatures != 0xFFFFFFFF).any(1))
-    for keys in band_keys(signatures[worded], config).T:
-        best = worded[same(keys, ranks[worded])]
+    give 5 billion. One band at a time is held: 8 bytes a document."""
+    found = [np.zeros((0, 2), np.int64)]
+    for keys in bands:
+        worded = np.flatnonzero(keys)
+        best = worded[same(keys[worded], ranks[worded])]
         other = np.flatnonzero(best != worded)
         found.append(np.stack([worded[other], best[other]], 1))
-    every = np.unique(np.concatenate(found), axis=0)
-    close = [agreement(*(signatures[part[:, side]] for side in (0, 1))) for part in _in_parts(every)]
-    return every[np.concatenate([np.zeros(0), *close]) >= config.threshold] if len(every) else every
+    return np.unique(np.concatenate(found), axis=0)
 
 
-def _in_parts(every: np.ndarray, rows: int = 1 << 16) -> list[np.ndarray]:
-    return [every[start : start + rows] for start in range(0, len(every), rows)]
+def close(pairs: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], threshold: float) -> np.ndarray:
+    """Those of the pairs [P, 2] enough of whose hashes agree. signatures: of documents, int64 [U] in order, the uint32
+    [U, K]; asked for those of PAIRS pairs at once, half a kilobyte each."""
+    found = [np.zeros((0, 2), np.int64)]
+    for start in range(0, len(pairs), PAIRS):
+        some = pairs[start : start + PAIRS]
+        numbers, place = np.unique(some, return_inverse=True)
+        rows, place = signatures(numbers), place.reshape(some.shape)
+        for first in range(0, len(some), STEP):
+            here = place[first : first + STEP]
+            found.append(some[first : first + STEP][agreement(rows[here[:, 0]], rows[here[:, 1]]) >= threshold])
+    return np.concatenate(found)
 
 
 def stays(count: int, edges: np.ndarray, ranks: np.ndarray) -> np.ndarray:

@@ -13,6 +13,9 @@ from gptjax.config.corpus import LanguageConfig
 # A text's beginning is often a list of names. Of 751 manuals and books in English 98.7% are told by these, 96% by
 # their first 500 characters, 63% by their first 80.
 STRETCHES, CHARACTERS = 8, 100
+# Two of them tell of 99% of dialogues and of 40% of manuals that they are in English, at a quarter of the time; of
+# 1,500 manuals 2 that are doubtful as a whole are kept by it.
+FIRST, SURE = 2, 0.8
 MODEL, LABEL = "resources/lid.176.ftz", "__label__"
 WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
 
@@ -23,17 +26,26 @@ def foreign(texts: Sequence[str], config: LanguageConfig) -> np.ndarray:
 
 
 def _is_kept(text: str, config: LanguageConfig) -> bool:
+    for count, least in ((FIRST, max(SURE, config.min_score)), (STRETCHES, config.min_score)):
+        language, score = _told(_stretches(text, count))
+        if language in config.keep and score >= least:
+            return True
+    return False
+
+
+def _told(text: str) -> tuple[str, float]:
+    """The likeliest language, and its probability."""
     # Signs and numbers unsettle it: of 1,800 English dialogues it was unsure of 101, of their words alone of 6.
-    words = " ".join(re.findall(WORD, _stretches(text)))
+    words = " ".join(re.findall(WORD, text))
     labels, scores = _model().predict(words.lower() if words.isupper() else words, k=1)
-    return bool(len(labels)) and labels[0].removeprefix(LABEL) in config.keep and scores[0] >= config.min_score
+    return (labels[0].removeprefix(LABEL), float(scores[0])) if len(labels) else ("", 0.0)
 
 
-def _stretches(text: str) -> str:
-    """Of all of a text, at equal distances."""
-    if len(text) <= STRETCHES * CHARACTERS:
+def _stretches(text: str, count: int) -> str:
+    """So many of all of a text, at equal distances."""
+    if len(text) <= count * CHARACTERS:
         return text
-    starts = [i * (len(text) - CHARACTERS) // (STRETCHES - 1) for i in range(STRETCHES)]
+    starts = [i * (len(text) - CHARACTERS) // (count - 1) for i in range(count)]
     return " ".join(text[start : start + CHARACTERS] for start in starts)
 
 

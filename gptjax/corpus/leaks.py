@@ -11,7 +11,8 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.config.corpus import LeaksConfig
-from gptjax.corpus.block import Block, ngrams
+from gptjax.corpus import loops
+from gptjax.corpus.block import Block
 from gptjax.data.files import find
 from gptjax.data.formats import documents
 from gptjax.files import write_whole
@@ -60,7 +61,7 @@ def write_index(folder: Path, config: LeaksConfig) -> None:
 def _grams(block: Block, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hashes of sequences of words, letters and digits alone, of which document, and the number of the first word."""
     low = block.lowered
-    grams, first = ngrams(low.hashes(low.terms), low.terms.owner, n)
+    grams, first = loops.ngrams(low.term_hashes, low.terms.owner, n)
     return grams, low.terms.owner[first], first
 
 

@@ -6,44 +6,37 @@ from functools import cache
 import numpy as np
 
 from gptjax.config.corpus import NearConfig
-from gptjax.corpus.block import BASE, Block, ngrams
+from gptjax.corpus import loops
+from gptjax.corpus.block import Block
 from gptjax.data.order import mix
 
-PARTS = 1 << 15  # sequences that are hashed at once: what stays in a core's cache
+NONE = np.uint32(0xFFFFFFFF)
 
 
 @cache
 def _factors(count: int) -> tuple[np.ndarray, np.ndarray]:
     """uint64 [count] odd factors and summands of as many hash functions, always the same."""
-    drawn = mix(np.arange(1, 2 * count + 1, dtype=np.uint64) * np.uint64(BASE))
+    drawn = mix(np.arange(1, 2 * count + 1, dtype=np.uint64) * loops.BASE)
     return drawn[:count] | np.uint64(1), drawn[count:]
 
 
 def signatures(block: Block, config: NearConfig) -> np.ndarray:
-    """uint32 [D, bands * rows]: of each document the least value of each hash function over its sequences. All ones
-    where it has fewer words than a sequence."""
+    """uint32 [D, bands * rows]: of each document the least value of each hash function over its sequences, NONE where
+    it has fewer words than a sequence."""
     low, count = block.lowered, config.bands * config.rows
-    grams, first = ngrams(low.hashes(low.terms), low.terms.owner, config.ngram)
-    owner = low.terms.owner[first]
-    found = np.full((len(block.texts), count), np.uint32(0xFFFFFFFF))
-    factors, summands = _factors(count)
-    for start in range(0, len(grams), PARTS):
-        some, of = grams[start : start + PARTS], owner[start : start + PARTS]
-        begins = np.flatnonzero(np.diff(of, prepend=-1))
-        for j in range(count):
-            values = ((some * factors[j] + summands[j]) >> np.uint64(32)).astype(np.uint32)
-            here = found[of[begins], j]
-            found[of[begins], j] = np.minimum(here, np.minimum.reduceat(values, begins))
+    grams, first = loops.ngrams(low.term_hashes, low.terms.owner, config.ngram)
+    found = np.full((len(block.texts), count), NONE)
+    loops.least(grams, low.terms.owner[first], *_factors(count), found)
     return found
 
 
 def band_keys(signatures: np.ndarray, config: NearConfig) -> np.ndarray:
-    """uint64 [D, bands]: equal where two documents agree in all hashes of a band."""
+    """uint64 [D, bands]: equal where two documents agree in all hashes of a band; 0 for one that has no sequence."""
     each = signatures.reshape(len(signatures), config.bands, config.rows).astype(np.uint64)
     total = np.broadcast_to(mix(np.arange(1, config.bands + 1, dtype=np.uint64)), each.shape[:2])
     for row in range(config.rows):
-        total = mix(total * np.uint64(BASE) + each[:, :, row])
-    return total
+        total = mix(total * loops.BASE + each[:, :, row])
+    return np.where((signatures != NONE).any(1)[:, None], total, np.uint64(0))
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
