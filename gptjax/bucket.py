@@ -6,6 +6,7 @@ the bucket alone, at the run's `home`. A place is a Path, or what etils.epath ha
 """
 
 import atexit
+import errno
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,6 +77,8 @@ def _reaching(place: Any) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, google.auth: they share no kind
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of what is read, here
+            raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unreachable(
             f"{place}: cannot be reached ({said}); see to the network, the bucket's name and your rights to it"
@@ -237,6 +241,24 @@ def sizes(folder: Any) -> dict[str, int]:
     root = str(folder).removeprefix(SCHEME)
     with _reaching(folder):
         return {name.removeprefix(f"{root}/"): each["size"] for name, each in _files().find(root, detail=True).items()}
+
+
+def found(address: str) -> dict[str, dict[str, Any]]:
+    """What is known of every file that an address names, by BUCKET/NAME: of one, of those below a folder, of those that
+    match a glob. Raises UserError where there is none."""
+    root = str(at(address)).removeprefix(SCHEME)
+    with _reaching(address):
+        every = _files().glob(root, detail=True) if has_magic(root) else _files().find(root, detail=True)
+    files = {name: about for name, about in every.items() if about["type"] == "file" and not name.endswith("/")}
+    if not files:
+        raise UserError(f"{address}: no such file, nor one below it, nor a match as a glob; look what is in the bucket")
+    return files
+
+
+def download(name: str, path: Path) -> None:
+    """Write the file BUCKET/NAME. Raises OSError where the disk is full."""
+    with _reaching(f"{SCHEME}{name}"):
+        _files().get_file(name, str(path))
 
 
 def modified(folder: Any) -> float:

@@ -9,12 +9,16 @@ import json
 import re
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)$")
 
@@ -95,6 +99,17 @@ class Server(ThreadingHTTPServer):
             elif name >= asked.get("startOffset", "") and not ("endOffset" in asked and name >= asked["endOffset"]):
                 items.append(told(bucket, name, stored))
         return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server in a thread, to which every library in this process comes."""
+    with Server() as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+        server.shutdown()
 
 
 def told(bucket: str, name: str, stored: Stored) -> dict[str, Any]:

@@ -3,7 +3,6 @@ TensorStore reach as they do the real one; the real one is not tested here."""
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +26,7 @@ from gptjax.train.metrics import read_log
 from gptjax.train.run import open_run, run_id
 
 pytest.importorskip("gcsfs", reason="needs the extra bucket")
-from fake_gcs import Server
+from fake_gcs import Server, serving
 
 STEP = 16 * 16  # tokens
 SMALL = "gs://small/runs"
@@ -35,12 +34,8 @@ SMALL = "gs://small/runs"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server() as server, pytest.MonkeyPatch.context() as patch:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture

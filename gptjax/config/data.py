@@ -65,6 +65,7 @@ class DataConfig(SourceConfig):
     source: Annotated[str, Field(min_length=1), SAME_CONTENT] = "stdlib"
     """stdlib (Python's own source), tfds:NAME, or files, folders and globs with commas between: .txt .md .jsonl .ndjson
     .json .csv .tsv .parquet .arrow .html, and .warc .wet of web crawls (extra clean), each also .gz .zst .xz .bz2.
+    Files of gs://BUCKET/ (extra bucket) are copied to cache_dir once.
     In pretraining several with weights, such as a.txt:0.6,tfds:NAME:0.4, are mixed by shares of the tokens; gpt3:DIR is
     GPT-3's mixture of the folders common_crawl, webtext2, books1, books2 and wikipedia in DIR."""
     later_weights: str = ""

@@ -60,14 +60,14 @@ class Plan:
     """In order: the number of an origin, and a part of it."""
 
 
-def plan(recipe: CorpusConfig) -> Plan:
+def plan(recipe: CorpusConfig, report: Report = lambda *_: None) -> Plan:
     """Raises UserError where a source is not there."""
     parts, keys = list[tuple[int, Part]](), []
     for number, origin in enumerate(recipe.origins):
-        found = planned(_source(origin), prepare=True)
+        found = planned(_source(origin), True, report)
         keys.append(found.key)
         parts += [(number, part) for part in found.parts()]
-    keys += [planned(DataConfig(source=source), prepare=False).key for source in recipe.leaks.sources]
+    keys += [planned(DataConfig(source=source), True, report).key for source in recipe.leaks.sources]
     about = json.dumps([asdict(recipe), clean.VERSION, keys], sort_keys=True)
     return Plan(recipe, hashlib.sha256(about.encode()).hexdigest()[:16], parts)
 
@@ -96,7 +96,7 @@ def build(
     its name. Raises UserError for a source that is not there or cannot be read, where another data set has the name,
     and where nothing stays; OSError where the disk is full.
     """
-    made_of, folder = plan(recipe), out / recipe.name / recipe.version
+    made_of, folder = plan(recipe, report), out / recipe.name / recipe.version
     stem = f"{recipe.name}-{made_of.key}"
     out.mkdir(parents=True, exist_ok=True)
     cache.wait(out, stem, report)

@@ -13,6 +13,7 @@ from gptjax.config import DataConfig
 from gptjax.config.corpus import LeaksConfig
 from gptjax.corpus import loops
 from gptjax.corpus.block import Block
+from gptjax.data import remote
 from gptjax.data.files import find
 from gptjax.data.formats import documents
 from gptjax.files import write_whole
@@ -46,7 +47,8 @@ def write_index(folder: Path, config: LeaksConfig) -> None:
     """uint64 [G, 2] of the sequences of all files, sorted, and the number of the file that each is in first.
 
     Raises UserError for a file that is not there or cannot be read."""
-    files = [file for source in config.sources for file in find(DataConfig(source=source)).files]
+    sources = [remote.local(source, DataConfig.cache_dir) for source in config.sources]
+    files = [file for source in sources for file in find(DataConfig(source=source)).files]
     found = [np.zeros((0, 2), np.uint64)]
     for number, file in enumerate(files):
         texts = ["".join(blocks) for blocks in documents(file, EveryText())]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax import bucket
 from gptjax.config import DataConfig, SourceConfig
 from gptjax.errors import UserError
 
@@ -90,7 +91,7 @@ def find(config: SourceConfig) -> Found:
             else:
                 left_out.setdefault(about, each.name if kind else "".join(each.suffixes[-2:]).lower())
     counted = Counter(ending for about, ending in left_out.items() if about not in files)
-    found = Found(_short_name(config.source), list(files.values()), counted)
+    found = Found(short_name(config.source), list(files.values()), counted)
     if not files:
         raise UserError(
             f"data.source = {config.source}: {found.note()}; read are {_read(config)}; or say which: data.format"
@@ -106,8 +107,10 @@ def names(source: str) -> list[str]:
 
 
 def absolute(source: str) -> str:
-    """A local source that means the same in every folder."""
-    return ",".join(str(Path(name).expanduser().absolute()) for name in names(source))
+    """A source that means the same in every folder."""
+    return ",".join(
+        name if bucket.is_address(name) else str(Path(name).expanduser().absolute()) for name in names(source)
+    )
 
 
 def _below(path: Path, config: SourceConfig) -> Iterator[Path]:
@@ -180,7 +183,7 @@ def _cards(files: list[Path], config: SourceConfig) -> set[Path]:
     return cards if kinds - {*TEXTS, ""} else set()
 
 
-def _short_name(source: str) -> str:
+def short_name(source: str) -> str:
     """The first part of a source that says more than where it lies: no wildcard, revision, or folder's common name."""
     for part in reversed(Path(names(source)[0]).parts):
         stem = part.split(".")[0] or part.strip(".")

@@ -92,10 +92,7 @@ def ids_of(cache_dir: str, store: Store, tokenizer: Tokenizer, report: Report = 
 
 
 def _key(store: Store, tokenizer: Tokenizer) -> str:
-    key = hashlib.sha256(json.dumps([VERSION, store.digest]).encode())
-    for part in (*tokenizer.pieces, *tokenizer.files.values()):
-        key.update(hashlib.sha256(part).digest())
-    return key.hexdigest()[:16]
+    return hashlib.sha256(json.dumps([VERSION, store.digest, tokenizer.digest]).encode()).hexdigest()[:16]
 
 
 def _write(folder: Path, store: Store, tokenizer: Tokenizer, report: Report) -> None:

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,10 +24,10 @@ from gptjax.config import (
     SourceConfig,
 )
 from gptjax.data import build as builds
-from gptjax.data import cache, catalogue
+from gptjax.data import cache, catalogue, remote
 from gptjax.data.build import Plan, part_bytes
 from gptjax.data.dialogues import Dialogue, why_dropped
-from gptjax.data.files import TextFile, find
+from gptjax.data.files import TextFile, find, short_name
 from gptjax.data.formats import Extract, Failed, Heard, TextField, documents, in_spans, reason, refused
 from gptjax.data.labelled import Labelled
 from gptjax.data.pairs import Pair
@@ -158,7 +158,7 @@ def build(config: AnySource, report: Report = lambda what, done, total: None, pr
     Raises UserError for files, fields or data sets that are missing, broken or empty, and for a disk that is full; a
     build that fails leaves nothing behind. Also for conversations that are all dropped.
     """
-    plan, root = planned(config, prepare=True), cache.datasets(config.cache_dir)
+    plan, root = planned(config, True, report), cache.datasets(config.cache_dir)
     folder = cache.find(root, plan.key)
     if folder is not None and cache.flaw(folder):
         cache.remove(folder)
@@ -242,11 +242,13 @@ def look(config: AnySource) -> tuple[str, Corpus | None]:
     return f"{text}; to be built{again} in {root}", None
 
 
-def planned(config: AnySource, prepare: bool) -> Plan:
+def planned(config: AnySource, prepare: bool, report: Report = lambda *_: None) -> Plan:
     """What the data set of a source is made from; `prepare` says that it may be downloaded. Raises UserError where the
     source is not there."""
     if config.source.startswith(catalogue.PREFIX):
         return _of_catalogue(config, prepare)
+    if remote.is_remote(config.source):
+        return _of_buckets(config, prepare, report)
     found = find(config)
     paths = [(file, file.path.resolve()) for file in found.files]
     stats = [(str(path), file.kind, path.stat().st_size, path.stat().st_mtime_ns) for file, path in paths]
@@ -269,6 +271,24 @@ def _parts(extract: Extract, files: Sequence[TextFile], each: int) -> Sequence[P
                 made.append(Files(tuple(held), extract, size))
                 held, size = [], 0
     return [*made, Files(tuple(held), extract, size)] if held else made
+
+
+def _of_buckets(config: AnySource, prepare: bool, report: Report) -> Plan:
+    every, where = remote.objects(config.source, config.cache_dir), remote.local(config.source, config.cache_dir)
+    left = [each for each in every if not each.is_here]
+    if left and not prepare:
+        size, root = sum(each.size for each in left), Path(config.cache_dir) / remote.FOLDER
+        about = f"{len(every):,} file(s), of which {len(left):,}, {size / 1e6:,.1f} MB, are to be copied to {root}"
+        return Plan(short_name(config.source), "none", about, lambda: [])
+    try:
+        remote.copy(config.source, config.cache_dir, every, report)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir = {config.cache_dir}: cannot write copies of {config.source} ({reason(error)}); free "
+            "space or choose another"
+        ) from error
+    made = planned(replace(config, source=where), prepare)
+    return replace(made, about=f"{made.about}; copies of {config.source}")
 
 
 def _of_catalogue(config: AnySource, prepare: bool) -> Plan:

@@ -52,7 +52,7 @@ def _plot(title: str, train: list[Record], evals: list[Record], out: Path) -> No
     loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     loss.plot(tokens, _numbers(train, "loss"), ".-", color="0.6", lw=1.2, ms=2, label="training loss")
     if evals:
-        others = [name for name in evals[-1] if name.endswith("_loss")]  # in nats, too
+        others = [name for name in evals[-1] if name.endswith("_loss") or name.startswith("loss_")]  # in nats, too
         labels = {"loss": f"evaluation loss: {_figures(evals[-1], most=2)} at the end"}
         for name in ("loss", *others):
             label = labels.get(name, f"evaluation, {name.replace('_', ' ')}")

@@ -1,5 +1,6 @@
 """What every tokenizer is, whatever library is behind it."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,6 +59,14 @@ class Tokenizer:
     """What its publisher puts between two texts."""
     types: bool = False
     """Whether its publisher tells the tokens of the second text from those of the first."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what text becomes by it, for keys of what was made so."""
+        whole = hashlib.sha256()
+        for part in (*self.pieces, *self.files.values()):
+            whole.update(hashlib.sha256(part).digest())
+        return whole.hexdigest()
 
     @property
     def vocab_size(self) -> int:
