@@ -1,5 +1,6 @@
 """A model over a layout, and what it makes of rows: a decoder, an encoder, or one of each side by side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -18,8 +19,6 @@ from gptjax.model.kernels import BACKENDS, choose
 from gptjax.model.loss import Head
 from gptjax.parallel import context, pipeline
 from gptjax.sharding.rules import Layout
-
-"""Where the parameters of an encoder stand beside a decoder's, whose embedding it reads by."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,18 @@ class Network:
         return GPT(self.config.model, dtype, lora=self.config.adapter)
 
     def init(self, key: Array) -> Any:
-        """Parameters boxed with their logical axes; the shape of the dummy batch does not matter."""
+        """Parameters boxed with their logical axes."""
+        return self._init(key)
+
+    @cached_property
+    def _init(self) -> Callable[[Array], Any]:
+        """Traced once, though shapes are asked for several times; the shape of the dummy batch does not matter."""
         model = self.plain_model.clone(parallelism=Parallelism(lambda q, k, v, *mask: v))  # it has no parameters
-        return model.init(key, jnp.zeros((1, 1), jnp.int32), **self._from_others)["params"]
+
+        def made(key: Array) -> Any:
+            return model.init(key, jnp.zeros((1, 1), jnp.int32), **self._from_others)["params"]
+
+        return jax.jit(made, inline=True)
 
     @property
     def _from_others(self) -> dict[str, Any]:

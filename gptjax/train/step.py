@@ -391,22 +391,25 @@ def _mean_gradient(
     )
     if copies:
         gradient = copies.apart(gradient)
+    gradient = jax.jit(
+        gradient, inline=True
+    )  # its shapes are asked for first: traced once, for seconds in large models
     used = jnp.arange(_num_micro(rows)) < num_micro
     counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
-    def one(i: Array | int) -> tuple[tuple[Array, Metrics], Params]:
-        return gradient(params, jax.tree.map(lambda leaf: leaf[i], rows), counts, jax.random.fold_in(key, i))
+    def about(i: Array | int) -> tuple[Params, Rows, Counts, Array]:
+        return params, jax.tree.map(lambda leaf: leaf[i], rows), counts, jax.random.fold_in(key, i)
 
     if _num_micro(rows) == 1:
-        return one(0)
+        return gradient(*about(0))
 
     def with_next(i: Array, total: Any) -> Any:
-        new = one(i)
+        new = gradient(*about(i))
         (loss, figures), grads = jax.tree.map(jnp.add, total, new)
         most = {name: jnp.maximum(total[0][1][name], new[0][1][name]) for name in objective.maxima}
         return (loss, figures | most), grads
 
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(one, 0))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(gradient, *about(0)))
     total: tuple[tuple[Array, Metrics], Params] = jax.lax.fori_loop(0, num_micro, with_next, empty)
     if copies is None:
         return total
