@@ -199,7 +199,7 @@ def test_random_conversations_are_as_those_of_a_text(tuned: SFTConfig) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.whole)])
 def test_work_of_fine_tuning_is_fed_its_own_text(rank: int, tuned: SFTConfig) -> None:
     """A step on random conversations and on those of the text, by one compiled program; alone, it ends nowhere."""
     work = Work.prepare(alone(replace(tuned, init_from="base", lora=LoRAConfig(rank=rank))), jax.devices()[:1])

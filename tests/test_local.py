@@ -341,13 +341,19 @@ HIDDEN = f"{FOLDER}/5/state"
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_from_one_copy(file: str, tmp_path: Path) -> None:
-    """From that on a disk, where the other host has lost its own; and from that in the run folder, whose arrays one
-    process alone opens: the other sees an empty folder in their place. To the same bits."""
-    killed = Killed(file, tmp_path, "--layout.replica", "2")
-    said, warned, one = killed.goes_on("8/1", "6/1")
+    """That on a disk, where the other host has lost its own, which has the parameters' copies."""
+    said, warned, _ = Killed(file, tmp_path, "--layout.replica", "2").goes_on("8/1", "6/1")
     assert "resumed at step 8, " in said and "going on from step 8 here" in said
     assert "8: process 1 has none; who has the same parts sends them" in warned
     assert "checkpoints by 1 of 2 processes" in said
+
+
+@pytest.mark.whole
+def test_either_copy_leads_to_the_same_bits(file: str, tmp_path: Path) -> None:
+    """That on a disk, and that in the run folder, whose arrays one process alone opens: the other sees an empty folder
+    in their place."""
+    killed = Killed(file, tmp_path, "--layout.replica", "2")
+    _, _, one = killed.goes_on("8/1", "6/1")
     said, warned, other = killed.goes_on(*EVERY_PART, hides=HIDDEN)
     assert "resumed at step 5, " in said and "going on from" not in said and "damaged" not in warned
     assert one == other

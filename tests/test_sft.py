@@ -424,7 +424,7 @@ def test_a_run_of_adapters_is_sampled_exported_and_goes_on(
     assert cli.run(["train", "--resume", str(run), "--train.epochs", "3"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # two processes pretrain, by the same loop, in every run of the tests; here they pack conversations
 def test_two_processes_learn_what_one_does_and_one_goes_on(base: Path, small: SFTConfig, tmp_path: Path) -> None:
     """Adapters beside a base that both load, to the middle of an epoch; then by one process alone."""
     config = replace(

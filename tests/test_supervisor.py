@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(tiny: Config, tmp_path: Path) -> None:
     """The same parameters, to the bit, as of a run that nobody disturbed; each fall is noted with its step."""
-    config = as_file(tiny, tmp_path)
+    config = as_file(replace(tiny, train=replace(tiny.train, total_tokens=36 * 128, save_interval=6)), tmp_path)
     command = [sys.executable, "-m", "gptjax"]
     runs = tmp_path / "plain", tmp_path / "run"
     subprocess.run([*command, "train", config, "--run", str(runs[0])], check=True, capture_output=True)
