@@ -30,7 +30,7 @@ from gptjax.errors import UserError
 from gptjax.files import write_whole
 
 STEPS = ("repair", "language", "lines", "rules", "leaks", "scrub", "quality", "exact", "near")
-VERSION = dict.fromkeys(STEPS, 1) | {"language": 3}
+VERSION = dict.fromkeys(STEPS, 1) | {"language": 3, "repair": 2}
 BLOCK_CHARACTERS = 1 << 18  # of documents that a step looks at together
 EXAMPLES, SHOWN = 3, 200  # texts of each reason that the manifest shows, and characters of each
 UNREADABLE = "cannot be read"

@@ -11,8 +11,6 @@ JUNK = "\x00-\x08\x0e-\x1f\x7f\ufffd"
 UNSEEN = "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff"
 BREAKS = "\r\n?|[\x0b\x0c\x85\u2028\u2029]"
 PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])  # of ASCII, what is none of these
-LATER = bytes(range(0x80, 0xC0))  # bytes of a character but its first
-SIDE_BY_SIDE, PAIR = bytes(128) + bytes([1]) * 128, bytes([1, 1])  # two characters that are not ASCII
 ENCODINGS = ("latin-1", "cp1252", "cp1250", "cp1251", "cp1253", "cp437")  # as which UTF-8 is read by mistake
 NO_TEXT, EMPTY = "no text but bytes", "empty"
 
@@ -25,8 +23,8 @@ def repaired(text: str, config: RepairConfig) -> tuple[str, str]:
     odd = _pattern(f"[{JUNK}{UNSEEN}\u2028\u2029]").search(rest) is not None
     if odd and len(_pattern(f"[{JUNK}]").findall(text)) > config.max_junk * len(text):
         return text, NO_TEXT
-    if config.encoding and PAIR in data.translate(SIDE_BY_SIDE, LATER) and _pattern(_misread()).search(text):
-        text = _decoded(text)
+    if config.encoding and _pattern(_misread()).search(rest):
+        text = "\n".join(map(_decoded, text.split("\n")))
     if config.unicode:
         if odd:
             text = _pattern(f"[{UNSEEN}]").sub("", _pattern(BREAKS).sub("\n", text))
@@ -35,11 +33,13 @@ def repaired(text: str, config: RepairConfig) -> tuple[str, str]:
     return text, "" if text.strip() else EMPTY
 
 
-def _decoded(text: str) -> str:
+def _decoded(line: str) -> str:
     """By ftfy, whose other repairs would change text that is right: curly quotes, ligatures, entities."""
+    if line.isascii() or not _pattern(_misread()).search(line):
+        return line
     from ftfy import fix_encoding
 
-    return fix_encoding(text)
+    return fix_encoding(line)
 
 
 @cache
