@@ -176,7 +176,7 @@ def _json(config: CorpusConfig) -> str:
 
 def grown(texts: Sequence[str], size: int) -> Iterator[str]:
     """Documents of so many bytes in all: the texts, then copies of them with other words, which are copies of none.
-    Words of plain letters: one that is spelled in another encoding would be a reason to look closer at each copy."""
+    Words of ASCII: one that is spelled in another encoding would be a reason to look closer at each copy."""
     drawn, made = random.Random(0), 0
     words = np.array(
         [
