@@ -112,11 +112,11 @@ def test_a_classifier_begins_with_a_masked_runs_weights(labels: ClassifyConfig, 
 def test_runs_learn_classes_and_numbers(
     labels: ClassifyConfig, numbers: ClassifyConfig, masked_run: Path, tmp_path: Path
 ) -> None:
-    more = ("--train.epochs", "6", "--init_from", str(masked_run))
-    first, *_, last = records(run := train(labels, tmp_path / "labels", *more), "train")
+    more = ("--init_from", str(masked_run), "--train.epochs")
+    first, *_, last = records(run := train(labels, tmp_path / "labels", *more, "3"), "train")
     assert last["loss"] < first["loss"]
     assert records(run, "eval")[-1].keys() >= {"accuracy", "f1", "matthews"}
-    first, *_, last = records(run := train(numbers, tmp_path / "numbers", *more), "train")
+    first, *_, last = records(run := train(numbers, tmp_path / "numbers", *more, "6"), "train")
     assert last["loss"] < 0.7 * first["loss"]
     assert records(run, "eval")[-1].keys() >= {"mse", "pearson", "spearman"}
 

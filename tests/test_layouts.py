@@ -142,7 +142,7 @@ def families(steady: Config) -> Callable[[str], tuple[Config, np.ndarray, dict]]
 
 FAMILY_LAYOUTS = [
     ("llama", "fsdp2_tp4_sequence"),
-    pytest.param("llama", "pipeline2_fsdp4", marks=pytest.mark.slow),
+    pytest.param("llama", "pipeline2_fsdp4", marks=pytest.mark.whole),
     pytest.param("falcon", "dp2_fsdp2_tp2", marks=pytest.mark.slow),
     *(
         pytest.param("llama", name, marks=pytest.mark.whole)

@@ -794,7 +794,7 @@ def judged_run(config: PolicyConfig, reward: Path, folder: Path) -> list[dict[st
     return records(folder / "run", "train")
 
 
-@pytest.mark.slow
+@pytest.mark.whole  # engines draw on layouts in test_engine.py, a reward model judges on one below, and all learn so
 @LAYOUTS
 def test_a_layout_draws_and_judges_what_one_device_does(
     layout: LayoutConfig, small: PolicyConfig, reward: Path, judged_alone: list[dict[str, Any]], tmp_path: Path

@@ -178,15 +178,8 @@ def grown(texts: Sequence[str], size: int) -> Iterator[str]:
     """Documents of so many bytes in all: the texts, then copies of them with other words, which are copies of none.
     Words of ASCII: one that is spelled in another encoding would be a reason to look closer at each copy."""
     drawn, made = random.Random(0), 0
-    words = np.array(
-        [
-            word
-            for text in texts[:: max(len(texts) // 2000, 1)]
-            for word in text.split()
-            if word.isascii() and word.isalpha()
-        ],
-        object,
-    )
+    some = " ".join(texts[:: max(len(texts) // 2000, 1)]).split()
+    words = np.array([word for word in some if word.isascii()], object)
     for again in range(1 << 30):
         for text in texts:
             if again:
