@@ -21,6 +21,7 @@ from gptjax.config.load import made_by
 from gptjax.corpus import clean, copies, leaks, quality
 from gptjax.corpus.beam import by_beam
 from gptjax.corpus.shards import Shard, about_path, in_shards, write_metadata
+from gptjax.data import build as builds
 from gptjax.data import cache
 from gptjax.data.pool import Died, Progress, Report, Work, work
 from gptjax.data.sources import planned
@@ -66,7 +67,8 @@ def plan(recipe: CorpusConfig, report: Report = lambda *_: None) -> Plan:
     for number, origin in enumerate(recipe.origins):
         found = planned(_source(origin), True, report)
         keys.append(found.key)
-        parts += [(number, part) for part in found.parts()]
+        # Of one size however large the source: a part is held in memory as a whole, and no file is open in between.
+        parts += [(number, part) for part in found.parts(builds.PART_BYTES)]
     keys += [planned(DataConfig(source=source), True, report).key for source in recipe.leaks.sources]
     about = json.dumps([asdict(recipe), clean.VERSION, keys], sort_keys=True)
     return Plan(recipe, hashlib.sha256(about.encode()).hexdigest()[:16], parts)

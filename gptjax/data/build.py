@@ -29,8 +29,10 @@ class Plan:
     """Of the files, and of what else makes another data set of them."""
     about: str
     """The source in words."""
-    parts: Callable[[], Sequence[Part]]
-    """In order, and the same on every machine."""
+    size: int
+    """Bytes of the source, about."""
+    parts: Callable[[int], Sequence[Part]]
+    """Of about so many bytes, in order, and the same on every machine."""
 
 
 def build(root: Path, plan: Plan, max_chars: int, report: Report, most: int) -> Path:
@@ -44,7 +46,7 @@ def build(root: Path, plan: Plan, max_chars: int, report: Report, most: int) -> 
     cache.wait(root, stem, report)
     if found := cache.find(root, plan.key):
         return found
-    parts = plan.parts()
+    parts = plan.parts(part_bytes(plan.size))
     with cache.making(root, stem, keep=(Died,)) as made:
         for rest in made.glob(".*"):  # of a write that was cut off
             rest.unlink()

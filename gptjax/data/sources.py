@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -237,7 +238,7 @@ def look(config: AnySource) -> tuple[str, Corpus | None]:
         if not (flaw := cache.flaw(folder)):
             return f"{text}; built in {folder}", reopen(config, folder)
         again = f" again, for {flaw},"
-    for part in plan.parts()[:1]:
+    for part in plan.parts(part_bytes(plan.size))[:1]:
         next((record for blocks in part.documents(lambda size: None) for record in cut(blocks, 1)), None)
     return f"{text}; to be built{again} in {root}", None
 
@@ -256,8 +257,7 @@ def planned(config: AnySource, prepare: bool, report: Report = lambda *_: None) 
     shown = ", ".join(str(file.path) for file in found.files[:3]) + (", ..." if len(found.files) > 3 else "")
     about = f"{len(found.files):,} file(s), {total / 1e6:,.1f} MB: {shown}"
     about += f"; {found.note()}" if found.left_out else ""
-    each = part_bytes(total)
-    return Plan(found.name, _key(config, stats), about, lambda: _parts(_extract(config), found.files, each))
+    return Plan(found.name, _key(config, stats), about, total, partial(_parts, _extract(config), found.files))
 
 
 def _parts(extract: Extract, files: Sequence[TextFile], each: int) -> Sequence[Part]:
@@ -279,7 +279,7 @@ def _of_buckets(config: AnySource, prepare: bool, report: Report) -> Plan:
     if left and not prepare:
         size, root = sum(each.size for each in left), Path(config.cache_dir) / remote.FOLDER
         about = f"{len(every):,} file(s), of which {len(left):,}, {size / 1e6:,.1f} MB, are to be copied to {root}"
-        return Plan(short_name(config.source), "none", about, lambda: [])
+        return Plan(short_name(config.source), "none", about, 0, lambda _: [])
     try:
         remote.copy(config.source, config.cache_dir, every, report)
     except OSError as error:
@@ -298,16 +298,16 @@ def _of_catalogue(config: AnySource, prepare: bool) -> Plan:
     if prepare:
         catalogue.prepare(config, builder)
     elif not builder.is_prepared():
-        return Plan(name, "none", f"{about}, to be prepared", lambda: [])
+        return Plan(name, "none", f"{about}, to be prepared", 0, lambda _: [])
     rows = catalogue.splits(builder)
     named = [*dict.fromkeys(_bounds(each, config.source, rows)[0] for each in (config.train_split, config.eval_split))]
     about += ": " + ", ".join(f"{each} of {count:,} record(s)" for each, count in rows.items())
-    each = part_bytes(sum(builder.info.splits[split].num_bytes for split in named))
     return Plan(
         name,
         _key(config, [catalogue.identity(builder), named]),
         about,
-        lambda: [part for split in named for part in catalogue.parts(config, extract, builder, split, each)],
+        sum(builder.info.splits[split].num_bytes for split in named),
+        lambda each: [part for split in named for part in catalogue.parts(config, extract, builder, split, each)],
     )
 
 
