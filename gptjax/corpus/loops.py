@@ -1,5 +1,5 @@
 """Loops over bytes, words and hashes, compiled by numba: each looks at its input once, where numpy would write 8 bytes
-for every letter at each of its steps. What is compiled stays on the disk beside this file.
+for every letter at each of its steps. What is compiled stays on the disk, beside this file or in the user's cache.
 
 Letters: D documents, N bytes, W spans, G sequences of them, K hash functions.
 """
@@ -23,7 +23,11 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 def compiled(loop: Loop) -> Loop:
-    return cast(Loop, njit(cache=True)(loop))
+    """In a second at its first call of a process, and but once where a folder can be written."""
+    try:
+        return cast(Loop, njit(cache=True)(loop))
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return cast(Loop, njit(loop))
 
 
 _mixed: Any = compiled(mix)
