@@ -65,7 +65,11 @@ def test_a_copy_is_made_once_and_follows_the_bucket(
     assert sorted(copied) == ["text/moves/a.jsonl", "text/moves/b.jsonl"]
     put(server, "moves/a.jsonl", "six")  # as many bytes
     server.delete("text", "moves/b.jsonl")
+    (tmp_path / "buckets/text/moves/.c.jsonl.7").write_text("another process copies this")
+    assert look(DataConfig(source="gs://text/moves", cache_dir=str(tmp_path)))[1] is None
+    assert (tmp_path / "buckets/text/moves/b.jsonl").exists()  # a look removes nothing
     assert texts("gs://text/moves", tmp_path) == ["six"]
+    assert (tmp_path / "buckets/text/moves/.c.jsonl.7").exists()
     assert len(copied) == 3 and not (tmp_path / "buckets/text/moves/b.jsonl").exists()
 
 

@@ -95,6 +95,6 @@ def _root(cache_dir: str) -> Path:
 
 
 def _matches(name: str) -> Iterator[Path]:
-    """The copies that a name stands for."""
+    """The copies that a name stands for, without those that another process makes now."""
     some: Iterable[Path] = Path(name).rglob("*") if Path(name).is_dir() else map(Path, glob.glob(name, recursive=True))
-    return (path for path in some if path.is_file())
+    return (path for path in some if path.is_file() and not path.name.startswith("."))

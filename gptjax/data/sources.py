@@ -281,7 +281,8 @@ def _of_buckets(config: AnySource, prepare: bool, report: Report) -> Plan:
         about = f"{len(every):,} file(s), of which {len(left):,}, {size / 1e6:,.1f} MB, are to be copied to {root}"
         return Plan(short_name(config.source), "none", about, 0, lambda _: [])
     try:
-        remote.copy(config.source, config.cache_dir, every, report)
+        if prepare:
+            remote.copy(config.source, config.cache_dir, every, report)
     except OSError as error:
         raise UserError(
             f"data.cache_dir = {config.cache_dir}: cannot write copies of {config.source} ({reason(error)}); free "

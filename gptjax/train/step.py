@@ -391,9 +391,8 @@ def _mean_gradient(
     )
     if copies:
         gradient = copies.apart(gradient)
-    gradient = jax.jit(
-        gradient, inline=True
-    )  # its shapes are asked for first: traced once, for seconds in large models
+    # Its shapes are asked for first: it is traced once, which takes seconds in large models.
+    gradient = jax.jit(gradient, inline=True)
     used = jnp.arange(_num_micro(rows)) < num_micro
     counts = jax.tree.map(lambda each: jnp.sum(jnp.where(used, each, 0)), jax.vmap(objective.counts)(rows))
 
