@@ -39,6 +39,11 @@ def is_address(text: str) -> bool:
     return bool(re.match("[a-z0-9]{2,}:/", text))
 
 
+def whole(text: str) -> str:
+    """What a text names, in words that mean the same in every folder."""
+    return text if is_address(text) else str(Path(text).expanduser().absolute())
+
+
 def require_writable(text: str, name: str) -> None:
     """Raises UserError for an address, of what has that name, at which Orbax cannot write a run."""
     if is_address(text) and not re.match(f"{SCHEME}[^/]+/[^/]", text):

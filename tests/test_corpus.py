@@ -609,6 +609,11 @@ def test_without_the_extra_a_build_says_what_it_needs(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
+def test_what_shows_a_data_set_needs_no_extra() -> None:
+    look = "import sys; from gptjax.corpus import look, stats; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look]).returncode == 0
+
+
 def test_two_builds_at_once_give_one_data_set(recipe: CorpusConfig, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -29,7 +29,8 @@ class Command:
         """Print what was read, dropped and kept, and where it is."""
         from pathlib import Path
 
-        from gptjax.corpus.build import MANIFEST, build, load_corpus
+        from gptjax.config.corpus import MANIFEST
+        from gptjax.corpus.build import build, load_corpus
         from gptjax.corpus.look import summary
         from gptjax.data.formats import reason
         from gptjax.data.pool import cores

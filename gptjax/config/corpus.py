@@ -29,6 +29,9 @@ def _pattern(text: str) -> str:
     return text
 
 
+MANIFEST = "manifest.json"
+"""The file of a data set that says what it was made of and what was dropped."""
+
 Name = Annotated[str, AfterValidator(_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
 

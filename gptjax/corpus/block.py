@@ -136,13 +136,11 @@ class Block:
 
     def count(self, spans: Spans, of: np.ndarray) -> np.ndarray:
         """int64 [W]: of how many bytes of each `of` [N] is true."""
-        found: np.ndarray = loops.count(of, spans.starts, spans.ends)
-        return found
+        return loops.count(of, spans.starts, spans.ends)
 
     def hashes(self, spans: Spans) -> np.ndarray:
         """uint64 [W]: equal for equal bytes, and for others in one of 2^64 pairs."""
-        found: np.ndarray = loops.hashes(self.data, spans.starts, spans.ends)
-        return found
+        return loops.hashes(self.data, spans.starts, spans.ends)
 
     def bounds(self, spans: Spans) -> np.ndarray:
         """int64 [D + 1]: where each document's spans begin, and how many there are."""

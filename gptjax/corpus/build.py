@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.config.corpus import CorpusConfig, OriginConfig
+from gptjax.config.corpus import MANIFEST, CorpusConfig, OriginConfig
 from gptjax.config.load import made_by
 from gptjax.corpus import clean, copies, leaks, quality
 from gptjax.corpus.beam import by_beam
@@ -29,7 +29,6 @@ from gptjax.data.worker import Part
 from gptjax.errors import UserError
 from gptjax.files import json_text, read_json, write_whole
 
-MANIFEST = "manifest.json"
 EXACT, NEAR, POOR = "exact copy", "near copy", "unlike good text"
 
 
@@ -193,15 +192,15 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
     """Of each part the bytes of its documents, 0 for those that do not stay; and what became of all."""
     recipe, parts = made_of.recipe, [origin for origin, _ in made_of.parts]
     tables = [clean.columns(made, i, "size", "key") for i in range(len(parts))]
-    size = np.concatenate([table["size"].to_numpy() for table in tables])
-    origin = np.repeat(parts, [len(table["size"]) for table in tables])
+    size, counts = np.concatenate([table["size"].to_numpy() for table in tables]), [len(t["size"]) for t in tables]
+    origin, ends = np.repeat(parts, counts), np.cumsum(counts)
     ranks = copies.rank(origin, size)
     keys = np.concatenate([clean.rows(table["key"], np.uint64) for table in tables])
     lost = dict[str, np.ndarray]()
     kept = np.ones(len(size), bool)
     if recipe.quality.good:
         raw = np.isin(origin, _numbers(recipe, recipe.quality.raw))
-        score = np.concatenate([_scores(made, i, len(table["size"])) for i, table in enumerate(tables)])
+        score = np.concatenate([_scores(made, i, count) for i, count in enumerate(counts)])
         kept = ~raw | quality.stays(score, keys[:, 1], recipe.quality.alpha)
         lost[POOR] = ~kept
     if recipe.exact:
@@ -210,7 +209,7 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
         lost[EXACT] = _among(kept, ~best)
         kept = kept & ~lost[EXACT]
     if recipe.near.on:
-        every, ends = np.flatnonzero(kept), np.cumsum([len(table["size"]) for table in tables])
+        every = np.flatnonzero(kept)
         bands = (_band(made, len(parts), i)[every] for i in range(recipe.near.bands))
         pairs = copies.candidates(bands, ranks[every])
         edges = copies.close(pairs, lambda some: _signatures(made, ends, every[some]), recipe.near.threshold)
@@ -218,8 +217,7 @@ def _choose(made: Path, made_of: Plan) -> tuple[list[np.ndarray], Found]:
         lost[NEAR] = _among(kept, ~stays)
         kept = kept & ~lost[NEAR]
     found = _found(made, made_of, size, origin, kept, lost)
-    ends = np.cumsum([len(table["size"]) for table in tables])[:-1]
-    return np.split(np.where(kept, size, 0), ends), found
+    return np.split(np.where(kept, size, 0), ends[:-1]), found
 
 
 def _band(made: Path, parts: int, band: int) -> np.ndarray:

@@ -26,11 +26,11 @@ def foreign(texts: Sequence[str], config: LanguageConfig) -> np.ndarray:
 
 
 def _is_kept(text: str, config: LanguageConfig) -> bool:
-    for count, least in ((FIRST, max(SURE, config.min_score)), (STRETCHES, config.min_score)):
-        language, score = _told(_stretches(text, count))
-        if language in config.keep and score >= least:
-            return True
-    return False
+    language, score = _told(_stretches(text, FIRST))
+    surely = language in config.keep and score >= max(SURE, config.min_score)
+    if not surely and len(text) > FIRST * CHARACTERS:
+        language, score = _told(_stretches(text, STRETCHES))
+    return language in config.keep and score >= config.min_score
 
 
 def _told(text: str) -> tuple[str, float]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptjax.corpus.build import MANIFEST
+from gptjax.config.corpus import MANIFEST
 from gptjax.data.pool import Report
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import UserError

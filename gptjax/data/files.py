@@ -108,9 +108,7 @@ def names(source: str) -> list[str]:
 
 def absolute(source: str) -> str:
     """A source that means the same in every folder."""
-    return ",".join(
-        name if bucket.is_address(name) else str(Path(name).expanduser().absolute()) for name in names(source)
-    )
+    return ",".join(map(bucket.whole, names(source)))
 
 
 def _below(path: Path, config: SourceConfig) -> Iterator[Path]:

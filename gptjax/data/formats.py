@@ -425,11 +425,8 @@ def _html(file: TextFile, _: Extract, heard: Heard, failed: Failed) -> Iterator[
 
 def _warc(file: TextFile, _: Extract, heard: Heard, failed: Failed) -> Iterator[list[str]]:
     with _plain(file, heard) as stream:
-        try:
-            for text in archived(stream):
-                yield [text]
-        except EOFError as error:
-            raise _damaged(file, error) from None
+        for text in archived(stream):
+            yield [text]
 
 
 READERS = {

@@ -30,7 +30,7 @@ def _decoded(data: bytes, charset: str) -> str:
 def archived(stream: IO[bytes]) -> Iterator[str]:
     """The text of each page of an archive: of WARC what a server answered, of WET the text that the crawler made.
 
-    Raises EOFError where it is cut short."""
+    Raises OSError where it is cut short."""
     warc = _library("fastwarc.warc")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
     ending = _Ending(stream)
@@ -41,7 +41,7 @@ def archived(stream: IO[bytes]) -> Iterator[str]:
         elif (record.http_content_type or "") in PAGES:
             yield page_text(data, record.http_charset or "")
     if ending.last and ending.last.replace(b"\r", b"") != b"\n\n":
-        raise EOFError("cut short: it does not end with two empty lines, as records do")
+        raise OSError("cut short: it does not end with two empty lines, as records do")
 
 
 class _Ending:

@@ -54,7 +54,7 @@ def located(config: Config) -> Config:
     """The config with local paths made whole, so that a run goes on from whatever folder it is started in."""
 
     def whole(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path and not bucket.is_address(path) else path
+        return bucket.whole(path) if path else path
 
     def found(source: str) -> str:
         if source.startswith(PRESET):
