@@ -6,7 +6,6 @@ the bucket alone, at the run's `home`. A place is a Path, or what etils.epath ha
 """
 
 import atexit
-import errno
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from gptjax.files import write_whole
 
 SCHEME = "gs://"
 COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint, where a folder cannot be renamed
+PIECE = 1 << 24  # bytes of a file that is copied
 NOTE = ".gptjax-bucket"  # beside a copy: its address, and what of it is in the bucket
 APART = {"checkpoints", "lock", "profile", "tensorboard"}
 """What a copy is made without: nobody reads it from there."""
@@ -82,8 +82,6 @@ def _reaching(place: Any) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, google.auth: they share no kind
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of what is read, here
-            raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unreachable(
             f"{place}: cannot be reached ({said}); see to the network, the bucket's name and your rights to it"
@@ -262,8 +260,15 @@ def found(address: str) -> dict[str, dict[str, Any]]:
 
 def download(name: str, path: Path) -> None:
     """Write the file BUCKET/NAME. Raises OSError where the disk is full."""
-    with _reaching(f"{SCHEME}{name}"):
-        _files().get_file(name, str(path))
+    with path.open("wb") as out:
+        for data in _pieces(name):  # what a disk says of itself is not said of the bucket
+            out.write(data)
+
+
+def _pieces(name: str) -> Iterator[bytes]:
+    with _reaching(f"{SCHEME}{name}"), _files().open(name, "rb") as there:
+        while data := there.read(PIECE):
+            yield data
 
 
 def modified(folder: Any) -> float:

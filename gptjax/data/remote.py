@@ -38,7 +38,7 @@ class Object:
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.time_ns)
 
 
-def is_remote(source: str) -> bool:
+def has_address(source: str) -> bool:
     return any(map(bucket.is_address, names(source)))
 
 

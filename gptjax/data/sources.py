@@ -248,7 +248,7 @@ def planned(config: AnySource, prepare: bool, report: Report = lambda *_: None) 
     source is not there."""
     if config.source.startswith(catalogue.PREFIX):
         return _of_catalogue(config, prepare)
-    if remote.is_remote(config.source):
+    if remote.has_address(config.source):
         return _of_buckets(config, prepare, report)
     found = find(config)
     paths = [(file, file.path.resolve()) for file in found.files]
