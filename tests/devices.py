@@ -9,6 +9,7 @@ from importlib.metadata import version
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if version("jaxlib").startswith("0.10."):
     FAST += " --xla_cpu_use_fusion_emitters=false"
+FAST += " --xla_cpu_parallel_codegen_split_count=1"  # two processes share two cores: many modules are work without gain
 
 
 def environment(devices: int = 1, flags: str = FAST, **more: str) -> dict[str, str]:
