@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import as_file
+from devices import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -236,11 +237,13 @@ def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(ti
     config = as_file(replace(tiny, train=replace(tiny.train, total_tokens=36 * 128, save_interval=6)), tmp_path)
     command = [sys.executable, "-m", "gptjax"]
     runs = tmp_path / "plain", tmp_path / "run"
-    subprocess.run([*command, "train", config, "--run", str(runs[0])], check=True, capture_output=True)
+    words = [*command, "train", config, "--run", str(runs[0])]
+    subprocess.run(words, env=environment(), check=True, capture_output=True)
     run = runs[1]
     words = [*command, "run", config, "--run", str(run), "--backoff", "0"]
 
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as supervisor:
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=environment(), text=True, **pipes) as supervisor:
         for seen in (1, 2):
             wait_for(lambda seen=seen: len(saved_steps(run / FOLDER)) >= seen or supervisor.poll() is not None)
             for child in children_of(supervisor.pid):
