@@ -135,13 +135,19 @@ def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="session")
+def plain(tiny: Config) -> Config:
+    """The same with one dense layer, for what stands around a model: two thirds of the compilation."""
+    return replace(tiny, name="plain", model=replace(tiny.model, num_layers=1, attention_pattern=("dense",)))
+
+
+@pytest.fixture(scope="session")
 def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
     """The smallest fine-tuning, of all parameters, that ends after two epochs of 40 conversations."""
     path = tmp_path_factory.mktemp("dialogues") / "sums.jsonl"
     sums = [(a, b) for a in range(5) for b in range(8)]
     path.write_text("".join(json.dumps({"prompt": f"{a}+{b}", "response": str(a + b)}) + "\n" for a, b in sums))
     data = DialogueConfig(source=str(path), tokenizer="bytes", cache_dir=tiny.data.cache_dir)
-    model = replace(tiny.model, vocab_size=265)  # with the chat tokens
+    model = replace(tiny.model, vocab_size=265, num_layers=2, attention_pattern=("banded",))  # with the chat tokens
     train = replace(tiny.train, ramp_start=0, ramp_tokens=0, total_tokens=10**9, epochs=2.0)
     return SFTConfig(name="tuned", model=model, data=data, optimizer=tiny.optimizer, train=train)
 
@@ -171,9 +177,9 @@ def served(small_run: Path) -> Iterator["Served"]:
 
 
 @pytest.fixture
-def file(tiny: Config, tmp_path: Path) -> str:
-    """The tiny config as a user's file."""
-    return as_file(tiny, tmp_path)
+def file(plain: Config, tmp_path: Path) -> str:
+    """The plain config as a user's file."""
+    return as_file(plain, tmp_path)
 
 
 @pytest.fixture

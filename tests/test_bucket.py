@@ -162,10 +162,9 @@ def test_without_the_extra_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="module")
-def small(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
-    train = replace(tiny.train, ramp_start=0, total_tokens=4 * STEP, save_interval=2, log_interval=1, eval_batches=0)
-    model = replace(tiny.model, num_layers=2)
-    return as_file(replace(tiny, model=model, train=train), tmp_path_factory.mktemp("small"))
+def small(plain: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    train = replace(plain.train, ramp_start=0, total_tokens=4 * STEP, save_interval=2, log_interval=1, eval_batches=0)
+    return as_file(replace(plain, train=train), tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

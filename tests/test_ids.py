@@ -91,8 +91,8 @@ def test_damage_is_seen_and_a_full_disk_is_one_line(config, monkeypatch):
     assert not [path for path in cache.datasets(config.cache_dir).iterdir() if "ids_" in path.name]
 
 
-def test_a_run_learns_the_same(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(tiny, train=replace(tiny.train, total_tokens=6 * 128, eval_interval=6))
+def test_a_run_learns_the_same(plain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(plain, train=replace(plain.train, total_tokens=6 * 128, eval_interval=6))
     plain = train(config, tmp_path / "plain")
     kept = train(config, tmp_path / "kept", "--data.cache_tokens", "true", "--data.cache_dir", str(tmp_path / "cache"))
     first, second = (

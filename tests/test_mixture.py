@@ -230,12 +230,12 @@ def test_later_weights_are_read():
     assert later_weights("", 0) == ()
 
 
-def test_a_run_reads_a_mixture_stops_and_goes_on(tiny, corpus, tmp_path, capsys):
+def test_a_run_reads_a_mixture_stops_and_goes_on(plain, corpus, tmp_path, capsys):
     """The log knows the epochs of each source, and what was trained in one go and in two is the same."""
     (tmp_path / "other.txt").write_text("other words of another text " * 300)
     source = f"{corpus}:0.75,{tmp_path / 'other.txt'}:0.25"
-    data = replace(tiny.data, source=source, split_by="position", max_chars=200)
-    config = replace(tiny, data=data, train=replace(tiny.train, eval_interval=60, total_tokens=20 * 128))
+    data = replace(plain.data, source=source, split_by="position", max_chars=200)
+    config = replace(plain, data=data, train=replace(plain.train, eval_interval=60, total_tokens=20 * 128))
     whole = train(config, tmp_path / "whole")
     halves = train(config, tmp_path / "halves", "--train.total_tokens", str(10 * 128))
     assert cli.run(["train", "--resume", str(halves), "--train.total_tokens", str(20 * 128)]) == 0

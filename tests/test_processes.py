@@ -33,11 +33,10 @@ def alone(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = replace(tiny.model, num_layers=1, attention_pattern=("dense",))
-    train = replace(tiny.train, ramp_start=0, ramp_tokens=0, total_tokens=4 * 16 * 16, eval_batches=0)  # four steps
-    config = replace(tiny, model=model, train=train)
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
+def file(plain: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    train = replace(plain.train, ramp_start=0, ramp_tokens=0, total_tokens=4 * 16 * 16, eval_batches=0)  # four steps
+    config = replace(plain, train=train)
+    path = tmp_path_factory.mktemp("config") / "plain.py"
     text = f"from gptjax.config import from_json\n\n\ndef config():\n    return from_json({to_json(config)!r})\n"
     path.write_text(text)
     return str(path)

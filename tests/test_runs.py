@@ -32,13 +32,12 @@ STEP = 16 * 16  # tokens of a step after the ramp
 
 
 @pytest.fixture(scope="module")
-def small(tiny: Config, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """`tiny` without a ramp, on text of its own that a test may change."""
+def small(plain: Config, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """`plain` without a ramp, on text of its own that a test may change."""
     text = tmp_path_factory.mktemp("text") / "corpus"
     shutil.copytree(corpus, text)
-    train = replace(tiny.train, ramp_start=0, total_tokens=4 * STEP, save_interval=4, log_interval=1, eval_batches=0)
-    model = replace(tiny.model, num_layers=2)
-    return replace(tiny, model=model, train=train, data=replace(tiny.data, source=str(text / "*.txt")))
+    train = replace(plain.train, ramp_start=0, total_tokens=4 * STEP, save_interval=4, log_interval=1, eval_batches=0)
+    return replace(plain, train=train, data=replace(plain.data, source=str(text / "*.txt")))
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +202,7 @@ def test_starts_at_once_claim_folders_of_their_own(
     end.set()
     for start in starts:
         start.join()
-    assert got == {f"runs/tiny{suffix}" for suffix in ("", "-2", "-3")}
+    assert got == {f"runs/plain{suffix}" for suffix in ("", "-2", "-3")}
 
 
 # What a refused start leaves
@@ -308,21 +307,21 @@ def test_another_folder_for_a_run_that_goes_on_is_refused(run: Path) -> None:
         resume(run, "--run", "elsewhere")
 
 
-def test_a_ramp_goes_on_with_another_micro_batch(tiny: Config) -> None:
+def test_a_ramp_goes_on_with_another_micro_batch(plain: Config) -> None:
     """The batches stay what they were: fewer chips than a micro-batch needs can go on in the middle of a ramp."""
     from gptjax.train.schedule import steps
 
-    saved = folders.pinned(tiny)
-    given = replace(tiny, train=replace(tiny.train, micro_batch_size=4))
+    saved = folders.pinned(plain)
+    given = replace(plain, train=replace(plain.train, micro_batch_size=4))
     config, (change,) = folders.going_on(saved, given, Path("run"))
     assert str(change) == "train.micro_batch_size: the run has 8, given 4"
     assert [*steps(config, 0, 0)] == [*steps(saved, 0, 0)]
     assert {size for _, _, size in steps(saved, 0, 0)} == {8, 16}
 
 
-def test_a_decay_that_ends_with_the_training_goes_on_by_the_same_config(tiny: Config) -> None:
+def test_a_decay_that_ends_with_the_training_goes_on_by_the_same_config(plain: Config) -> None:
     """The run knows the token at which that was; the config that it was started by, --resume auto's, says 0."""
-    given = replace(tiny, optimizer=replace(tiny.optimizer, decay_tokens=0, warmup_tokens=0))
+    given = replace(plain, optimizer=replace(plain.optimizer, decay_tokens=0, warmup_tokens=0))
     saved = folders.pinned(replace(given, optimizer=replace(given.optimizer, decay_tokens=4096)))
     config, noted = folders.going_on(saved, given, Path("run"))
     assert (config, noted) == (saved, [])
@@ -414,7 +413,7 @@ def test_a_dry_run_writes_nothing_and_says_what_is_wrong(
     cache = ["--data.cache_dir", str(tmp_path / "cache"), "--train.compile_cache", str(tmp_path / "xla")]
     assert cli.run(["train", written, "--dry-run", *cache]) == 0
     text = capsys.readouterr().out
-    for word in ("runs/tiny, new", "60 file(s)", "to be built in", "blockwise", "1 process(es) of 8 device(s)", "GB a"):
+    for word in ("runs/plain, new", "60 file(s)", "to be built in", "blockwise", "1 process(es) of 8 device(s)", "GB a"):
         assert word in text
     assert cli.run(["train", written, "--dry-run", "--layout.fsdp", "3", "--model.vocab_size", "9", *cache]) == 1
     text = capsys.readouterr().out

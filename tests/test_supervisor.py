@@ -232,9 +232,9 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(tiny: Config, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(plain: Config, tmp_path: Path) -> None:
     """The same parameters, to the bit, as of a run that nobody disturbed; each fall is noted with its step."""
-    config = as_file(replace(tiny, train=replace(tiny.train, total_tokens=36 * 128, save_interval=6)), tmp_path)
+    config = as_file(replace(plain, train=replace(plain.train, total_tokens=36 * 128, save_interval=6)), tmp_path)
     command = [sys.executable, "-m", "gptjax"]
     runs = tmp_path / "plain", tmp_path / "run"
     words = [*command, "train", config, "--run", str(runs[0])]
@@ -254,7 +254,7 @@ def test_a_run_that_is_killed_twice_and_stopped_once_ends_where_it_would_have(ti
     assert 1 <= len(falls) <= 2 and all(event["status"] == 137 for event in falls)
     ended = [max(saved_steps(folder / FOLDER)) for folder in runs]
     assert ended[0] == ended[1]
-    jax.tree.map(np.testing.assert_array_equal, *(weights_of(folder, tiny) for folder in runs))
+    jax.tree.map(np.testing.assert_array_equal, *(weights_of(folder, plain) for folder in runs))
 
 
 def weights_of(run: Path, config: Config) -> Any:

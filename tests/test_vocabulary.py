@@ -50,7 +50,7 @@ def test_a_large_text_is_learned_from_in_parts(data, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_with_its_own_vocabulary(tiny: Config, file: str, tmp_path: Path, capsys):
+def test_a_run_with_its_own_vocabulary(plain: Config, file: str, tmp_path: Path, capsys):
     run = str(tmp_path / "run")
     words = ["--data.tokenizer", "sentencepiece:300", "--model.vocab_size", "300", "--train.total_tokens", "1280"]
     words += ["--data.cache_dir", str(tmp_path / "cache")]  # that of the session may have one
