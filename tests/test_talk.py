@@ -99,7 +99,7 @@ def test_an_empty_prompt_starts_a_text(base: api.Model, terminal: Terminal) -> N
 
 def test_a_conversation(tuned_model: api.Model, terminal: Terminal) -> None:
     """Lines of a pipe: the same words get the same reply after an empty line, and it is said what is forgotten."""
-    shown = terminal(tuned_model, "chat x --tokens 4 --temperature 0", b"a\n\na\nb\nc\n").splitlines()
+    shown = terminal(tuned_model, "chat x --tokens 4 --temperature 0", b"a\n\na\nb\nc\n").split("\n")
     assert shown[0] == shown[1]
     assert any(line.startswith("(forgot the oldest ") for line in shown)
     assert "(too long: a turn may take 12 of the context's 16 tokens)" in terminal(
