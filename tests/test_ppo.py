@@ -956,7 +956,7 @@ def test_the_ratio_s_error_is_the_largest_whatever_the_micro_batches(grouped: Gr
 
 @pytest.mark.slow
 def test_another_function_or_pretraining_text_is_refused_unless_it_is_meant(
-    small: PolicyConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: PolicyConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the function its file. The same text may lie elsewhere, and gold, which is logged alone, be another."""
     alone(monkeypatch)
@@ -964,8 +964,8 @@ def test_another_function_or_pretraining_text_is_refused_unless_it_is_meant(
     judge, gold = write_functions(tmp_path), tmp_path / "gold.py"
     gold.write_text("def gold(prompt, reply):\n    return 1.0\n")
     shutil.copytree(corpus, tmp_path / "text")
-    text = PretrainingConfig(source="text/*.txt", cache_dir=small.data.cache_dir)
-    config = replace(small, ptx=text, ppo=PPOConfig(ptx_coef=0.5, ptx_rows=1))
+    text = PretrainingConfig(source="text/*.txt", cache_dir=shallow.data.cache_dir)
+    config = replace(shallow, ptx=text, ppo=PPOConfig(ptx_coef=0.5, ptx_rows=1))
     config = replace(config, reward=f"{judge}:fraction", gold=f"{gold}:gold")
     config = replace(config, rollout=RolloutConfig(episodes=8, max_tokens=4, slots=8))
     config = replace(config, train=replace(config.train, total_steps=1))

@@ -413,7 +413,14 @@ def test_a_dry_run_writes_nothing_and_says_what_is_wrong(
     cache = ["--data.cache_dir", str(tmp_path / "cache"), "--train.compile_cache", str(tmp_path / "xla")]
     assert cli.run(["train", written, "--dry-run", *cache]) == 0
     text = capsys.readouterr().out
-    for word in ("runs/plain, new", "60 file(s)", "to be built in", "blockwise", "1 process(es) of 8 device(s)", "GB a"):
+    for word in (
+        "runs/plain, new",
+        "60 file(s)",
+        "to be built in",
+        "blockwise",
+        "1 process(es) of 8 device(s)",
+        "GB a",
+    ):
         assert word in text
     assert cli.run(["train", written, "--dry-run", "--layout.fsdp", "3", "--model.vocab_size", "9", *cache]) == 1
     text = capsys.readouterr().out
