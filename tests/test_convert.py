@@ -31,7 +31,7 @@ from gptjax.convert.tokenizer import tokenizer_spec, write_tokenizer
 from gptjax.data.sources import build
 from gptjax.data.tokenizers import SPECIALS, load_tokenizer, train_sentencepiece
 from gptjax.errors import UserError
-from gptjax.infer.engine import Request
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import forward
 from gptjax.model.loss import cross_entropy, logits

@@ -21,8 +21,9 @@ from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.rows import PADDING, PairRows, pair_row
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
 from gptjax.infer.prepare import for_cpu
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Sampling
 from gptjax.infer.writing import Writing
 from gptjax.model.cache import At, empty_cache, memory_of

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from gptjax.config import Config, DataConfig, LayoutConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine, Reply, Request, common
+from gptjax.infer.engine import Engine, common
 from gptjax.infer.prepare import apart, prepared
 from gptjax.infer.programs import key_of
+from gptjax.infer.request import Reply, Request
 from gptjax.infer.sampling import Knobs, Sampling, draw
 from gptjax.model.accounting import cache_bytes
 from gptjax.model.gpt import GPT, forward

@@ -19,8 +19,9 @@ from gptjax import api
 from gptjax.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.engine import Engine, Reply, Request
+from gptjax.infer.engine import Engine
 from gptjax.infer.programs import key_of
+from gptjax.infer.request import Reply, Request
 from gptjax.infer.sampling import Sampling
 from gptjax.infer.text import TextStream
 from gptjax.model.gpt import GPT

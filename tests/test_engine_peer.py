@@ -15,7 +15,8 @@ from gptjax import api
 from gptjax.config import LayoutConfig
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.tokenizers import load_tokenizer
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Knobs, Sampling, draw
 
 torch: Any = pytest.importorskip("torch", reason="needs the peers extra")

@@ -21,7 +21,8 @@ from gptjax import cli
 from gptjax.config import Config, to_json
 from gptjax.errors import UserError
 from gptjax.terminal import size_words
-from gptjax.train.checkpoint import FOLDER, Checkpoints, Damaged, Position, intact, sizes
+from gptjax.train.checkpoint import FOLDER, Checkpoints, Position, intact, sizes
+from gptjax.train.damage import Damaged
 from gptjax.train.described import misdescribed
 from gptjax.train.fingerprint import fingerprint, fingerprint_of_parts
 

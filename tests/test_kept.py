@@ -11,8 +11,9 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig
 from gptjax.infer import kept
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
 from gptjax.infer.programs import Programs
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Sampling
 from gptjax.model.gpt import GPT
 

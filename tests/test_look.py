@@ -20,8 +20,8 @@ from gptjax.convert.huggingface import write_directory
 from gptjax.convert.tokenizer import write_tokenizer
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.errors import UserError
-from gptjax.infer.engine import Request
 from gptjax.infer.look import SHOWN, Look, label, packed, page, require_room, written
+from gptjax.infer.request import Request
 from gptjax.stages.weights import on_device
 
 WINDOW = 5

@@ -12,9 +12,9 @@ import numpy as np
 from gptjax.api.writes import Writes
 from gptjax.data.infill import infill_prompt
 from gptjax.errors import UserError
-from gptjax.infer.engine import Request
 from gptjax.infer.look import Look, require_room
 from gptjax.infer.prepare import apart, unrolled
+from gptjax.infer.request import Request
 from gptjax.model.attention import Mask, visible
 from gptjax.model.block import Parallelism, layer_mask
 from gptjax.model.gpt import GPT, forward

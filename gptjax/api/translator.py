@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.api.writes import Writes
 from gptjax.config import WritingConfig
 from gptjax.errors import UserError
-from gptjax.infer.engine import Request
+from gptjax.infer.request import Request
 from gptjax.stages.encoder_decoder import ReadsAndWrites
 
 ROWS = 16  # texts that are written at once

@@ -24,8 +24,9 @@ from gptjax.bench.trial import in_process
 from gptjax.config import Config, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.files import json_text
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
 from gptjax.infer.prepare import prepared
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Sampling
 from gptjax.model.accounting import cache_bytes, layer_weights
 from gptjax.parallel.network import Network

@@ -28,7 +28,7 @@ from gptjax.bench.measure import percentiles, provenance, save
 from gptjax.bench.storm import Storm, told
 from gptjax.errors import UserError
 from gptjax.files import json_text
-from gptjax.infer.engine import Reply
+from gptjax.infer.request import Reply
 
 EACH = 4
 """Requests of a stream in one turn."""

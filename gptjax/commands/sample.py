@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 
 if TYPE_CHECKING:
     from gptjax.api import Model, Translator
-    from gptjax.infer.engine import Reply
+    from gptjax.infer.request import Reply
 
 
 @frozen

@@ -17,7 +17,8 @@ from gptjax.errors import UserError
 from gptjax.evaluate.perplexity import Strides
 from gptjax.evaluate.score import Scorer
 from gptjax.evaluate.windows import Window
-from gptjax.infer.engine import Reply, Request, common
+from gptjax.infer.engine import common
+from gptjax.infer.request import Reply, Request
 from gptjax.infer.sampling import Sampling
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same thing in several words

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptjax.data.chat import Message
 from gptjax.errors import UserError
-from gptjax.infer.engine import Request
+from gptjax.infer.request import Request
 from gptjax.infer.text import TextStream
 from gptjax.serve.errors import Refused, of_user
 from gptjax.serve.protocol import MOST, Body, ChatBody, CompletionBody

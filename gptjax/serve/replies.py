@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.infer.engine import Reply
+from gptjax.infer.request import Reply
 from gptjax.serve.asked import Asked
 from gptjax.serve.protocol import Body, ChatBody, CompletionBody
 from gptjax.serve.worker import Piece

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from gptjax.errors import UserError
-from gptjax.infer.engine import Reply, Request
+from gptjax.infer.request import Reply, Request
 from gptjax.serve.errors import Refused, log, of_user
 
 if TYPE_CHECKING:

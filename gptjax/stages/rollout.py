@@ -10,7 +10,8 @@ import numpy as np
 
 from gptjax.data.rows import PADDING
 from gptjax.data.stream import TokenStream
-from gptjax.infer.engine import Engine, Reply, Request
+from gptjax.infer.engine import Engine
+from gptjax.infer.request import Reply, Request
 from gptjax.infer.sampling import Sampling
 from gptjax.rl.control import minibatches
 

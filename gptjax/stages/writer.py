@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.infer.engine import Engine, Request
+from gptjax.infer.engine import Engine
+from gptjax.infer.request import Request
 from gptjax.infer.sampling import Sampling
 from gptjax.stages.base import Base
 

@@ -17,7 +17,8 @@ from gptjax import bucket
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.terminal import size_words
-from gptjax.train.checkpoint import Damaged, evaluated, folder_of, lowest, position_of, read_meta, reading, saved_steps
+from gptjax.train.checkpoint import evaluated, folder_of, lowest, position_of, read_meta, saved_steps
+from gptjax.train.damage import Damaged, reading
 from gptjax.train.described import misdescribed, tree
 from gptjax.train.fingerprint import fingerprint_of_parts
 from gptjax.train.metrics import LOG, read_log

@@ -24,8 +24,9 @@ from gptjax.errors import UserError
 from gptjax.files import sync_folder, write_whole
 from gptjax.sharding.rules import leaf_name
 from gptjax.terminal import size_words
-from gptjax.train.checkpoint import Damaged, Position, agreed, digest, position_of, shapes, sizes, unchanged
+from gptjax.train.checkpoint import Position, digest, position_of, shapes, sizes, unchanged
 from gptjax.train.copies import Parts, copies, whole
+from gptjax.train.damage import Damaged, agreed
 from gptjax.train.fingerprint import fingerprint
 from gptjax.train.processes import every, together
 
