@@ -19,7 +19,7 @@ from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, launch
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
-from gptjax.train.step import init_state
+from gptjax.train.step import abstract_state, init_state
 
 T, K = 32, 4
 MODEL = ModelConfig(
@@ -63,7 +63,9 @@ def write_base(folder: Path, tuned: SFTConfig, model: ModelConfig = MODEL, seed:
     run, stage = folder / "run", SFT(config, "cpu")
     fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
     checkpoints = Checkpoints(run, config)
-    checkpoints.save(init_state(config, stage, one_device(config)).kept, Position())
+    checkpoints.save(
+        init_state(config, stage, one_device(config).shardings(abstract_state(config, stage))).kept, Position()
+    )
     checkpoints.close()
     return run
 

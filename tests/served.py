@@ -21,7 +21,7 @@ from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
-from gptjax.train.step import init_state
+from gptjax.train.step import abstract_state, init_state
 
 T, SLOTS, QUEUE = 192, 4, 8
 NAME = "small"
@@ -43,7 +43,8 @@ def write_run(folder: Path, tuned: SFTConfig) -> Path:
     config = replace(tuned, name=NAME, model=MODEL)
     run, stage = folder / NAME, SFT(config, "cpu")
     fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
-    state = init_state(config, stage, Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout)))
+    layout = Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
+    state = init_state(config, stage, layout.shardings(abstract_state(config, stage)))
     loud = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, state.params)
     checkpoints = Checkpoints(run, config)
     checkpoints.save(replace(state, params=loud).kept, Position())

@@ -76,7 +76,7 @@ def test_operations_belong_to_parts() -> None:
 def test_every_part_of_a_real_step_has_instructions(tiny: Config) -> None:
     """The scopes that PARTS names are those that the model and the step open."""
     work = trial.Work.prepare(alone(tiny), jax.devices()[:1])
-    state = trial.init_state(work.config, work.stage, work.layout)
+    state = trial.init_state(work.config, work.stage, work.shardings)
     found = instructions(work.compile(state, {}).as_text())
     assert set(found.values()) == set(PARTS)
 
@@ -203,7 +203,7 @@ def test_random_conversations_are_as_those_of_a_text(tuned: SFTConfig) -> None:
 def test_work_of_fine_tuning_is_fed_its_own_text(rank: int, tuned: SFTConfig) -> None:
     """A step on random conversations and on those of the text, by one compiled program; alone, it ends nowhere."""
     work = Work.prepare(alone(replace(tuned, init_from="base", lora=LoRAConfig(rank=rank))), jax.devices()[:1])
-    state = trial.init_state(work.config, work.stage, work.layout)
+    state = trial.init_state(work.config, work.stage, work.shardings)
     step = work.compile(state, {})
     state, _, loss = work.timed(step, state, [work.random_rows])
     with work.stream(8) as batches:  # more than two epochs

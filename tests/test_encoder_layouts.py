@@ -62,8 +62,9 @@ def run(config: Config, devices: int) -> tuple[np.ndarray, Any]:
     """Losses of 20 steps, and the parameters after."""
     layout = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(config.layout))
     stage = stage_class(config)(config, "cpu", layout)
-    state = init_state(config, stage, layout)
-    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    shardings = layout.shardings(abstract_state(config, stage))
+    state = init_state(config, stage, shardings)
+    step = make_step(config, stage, shardings, layout)
     losses = []
     for i in range(STEPS):
         rows = _masked(i) if config.stage == "masked" else _paired(i)

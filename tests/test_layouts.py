@@ -67,8 +67,9 @@ def build(config: Config, num_devices: int) -> tuple[Pretrain, Layout]:
 def run(config: Config, num_devices: int) -> tuple[np.ndarray, dict]:
     """Losses of 20 steps on fixed learnable tokens, and the parameters after."""
     task, layout = build(config, num_devices)
-    state = init_state(config, task, layout)
-    step = make_step(config, task, layout.shardings(abstract_state(config, task)), layout)
+    shardings = layout.shardings(abstract_state(config, task))
+    state = init_state(config, task, shardings)
+    step = make_step(config, task, shardings, layout)
     length = config.model.seq_len + 1
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 50, (STEPS, 2, 8, 1))
@@ -189,10 +190,11 @@ def test_the_mean_is_over_the_targets_of_the_whole_step(num_devices: int, num_mi
     for quarter, count in zip(np.split(rows.targets, 4), COUNTED, strict=True):
         left_out = rng.permutation(quarter.size) >= count
         quarter[left_out.reshape(quarter.shape)] = PADDING
-    state = init_state(config, task, layout)
+    shardings = layout.shardings(abstract_state(config, task))
+    state = init_state(config, task, shardings)
     hidden, embedding, _ = forward(task.network.plain_model, jax.device_get(state.params), rows.tokens)
     nats = -np.asarray(log_probs(hidden, embedding, rows.targets, 261, 64), np.float64)
-    step = make_step(config, task, layout.shardings(abstract_state(config, task)), layout)
+    step = make_step(config, task, shardings, layout)
     micro = jax.tree.map(lambda leaf: leaf.reshape(num_micro, -1, *leaf.shape[1:]), rows)
     _, metrics = step(state, micro, np.float32(1e-3), np.int32(num_micro), np.int32(0))
     assert float(metrics["loss"]) == pytest.approx(nats.sum() / sum(COUNTED), rel=1e-6)
@@ -248,8 +250,9 @@ def tune(config: SFTConfig, num_devices: int) -> tuple[list[float], dict, dict]:
     config = replace(config, model=replace(config.model, window=3), optimizer=replace(config.optimizer, eps=1e-5))
     layout = Layout(make_mesh(config, jax.devices()[:num_devices]), rule_table(config.layout))
     stage = SFT(config, "cpu", layout)
-    state = init_state(config, stage, layout)
-    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    shardings = layout.shardings(abstract_state(config, stage))
+    state = init_state(config, stage, shardings)
+    step = make_step(config, stage, shardings, layout)
     rows, losses = stage.random_rows(0, (2, 8)), []
     for i in range(3):
         state, metrics = step(state, rows, np.float32(1e-2), np.int32(2), np.int32(i))
@@ -298,7 +301,7 @@ def test_frozen_matrices_rest_in_the_compute_dtype(dtype: str, adapted: SFTConfi
     config = replace(adapted, model=replace(adapted.model, dtype=dtype))
     stage = SFT(config, "cpu")
     wide = nn.unbox(stage.network.init(jax.random.key(0)))
-    state = init_state(config, stage, build(config, 1)[1])
+    state = init_state(config, stage, build(config, 1)[1].shardings(abstract_state(config, stage)))
     kinds = {name: {x.dtype.name for x in jax.tree.leaves(part)} for name, part in state.frozen.items()}
     assert kinds["embedding"] == kinds["positions"] == {dtype}
     assert kinds["norm_final"] == {"float32"}
@@ -331,7 +334,7 @@ def test_stages_keep_documents_apart_and_drop_out(tiny: Config) -> None:
     staged_twice = LayoutConfig(pipeline=2, pipeline_rounds=2, pipeline_chunks=2, fsdp=2)
     config = replace(tiny, layout=staged_twice, model=model)
     task, layout = build(config, 4)
-    params = init_state(config, task, layout).params
+    params = init_state(config, task, layout.shardings(abstract_state(config, task))).params
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 261, (8, 16)).astype(np.int32)
     segments = np.sort(rng.integers(0, 3, (8, 16)), axis=1).astype(np.int32)
@@ -400,7 +403,7 @@ def test_state_really_is_sharded(name: str, tiny: Config) -> None:
     """Each device holds its part and no more: what the arrays occupy equals what the table says."""
     config = replace(tiny, layout=LAYOUTS[name])
     task, layout = build(config, 8)
-    state = init_state(config, task, layout)
+    state = init_state(config, task, layout.shardings(abstract_state(config, task)))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert held == sum(row[3] for row in layout.table(abstract_state(config, task)))
     ways = config.layout.fsdp * config.layout.tensor

@@ -649,9 +649,10 @@ def test_equal_rewards_teach_nothing(grouped: GroupPolicyConfig) -> None:
         stage = made(config, layout)
         rows, _ = stage.rows({}, rollout, found, np.full_like(scores, 0.37), 0)
         assert (rows.advantages == 0).all()
-        state = init_state(config, stage, layout)
+        shardings = layout.shardings(abstract_state(config, stage))
+        state = init_state(config, stage, shardings)
         before = jax.device_get(state.params)
-        step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+        step = make_step(config, stage, shardings, layout)
         batch = jax.tree.map(lambda leaf: leaf.reshape(2, 8, *leaf.shape[1:]), rows)
         state, metrics = step(state, batch, np.float32(0.1), np.int32(1), np.int32(0))
         assert equal(jax.device_get(state.params), before) == (beta == 0)
@@ -695,13 +696,14 @@ def test_updates_of_a_step_are_those_of_plain_optax_one_after_another(small: Pol
     config = replace(small, model=model, optimizer=optimizer)
     layout, lr, ratio = one_device(config), 3e-3, config.ppo.value_learning_rate / optimizer.learning_rate
     stage = PPO(config, "cpu", layout)
-    state = init_state(config, stage, layout)
+    shardings = layout.shardings(abstract_state(config, stage))
+    state = init_state(config, stage, shardings)
     every = jax.device_get(state.every_param)
     names = "embedding", "positions", "units", "norm_final", "value"
     trained, rest = ({n: p for n, p in every.items() if (n in names) == own} for own in (True, False))
     assert set(rest) == {"reference", "average", "kl_coef"}
     rows = stage.random_rows(0, (4, 8))
-    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    step = make_step(config, stage, shardings, layout)
     state, metrics = step(state, rows, np.float32(lr), np.int32(1), np.int32(0))
 
     def decays(params: Any) -> Any:
@@ -752,8 +754,9 @@ def steady(small: PolicyConfig) -> PolicyConfig:
 def one_step(config: PolicyConfig, devices: int) -> tuple[dict[str, float], Any]:
     layout = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(config.layout))
     stage = PPO(config, "cpu", layout)
-    state = init_state(config, stage, layout)
-    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    shardings = layout.shardings(abstract_state(config, stage))
+    state = init_state(config, stage, shardings)
+    step = make_step(config, stage, shardings, layout)
     state, metrics = step(state, stage.random_rows(0, (4, 8)), np.float32(1e-2), np.int32(1), np.int32(0))
     return jax.device_get((metrics, state.every_param))
 
@@ -943,8 +946,9 @@ def test_the_ratio_s_error_is_the_largest_whatever_the_micro_batches(grouped: Gr
         config = replace(grouped, model=model, train=replace(grouped.train, batch_size=8, micro_batch_size=micro))
         config = replace(config, rollout=replace(config.rollout, episodes=8))
         stage = stage_class(config)(config, "cpu", layout)
-        state, rows = init_state(config, stage, layout), stage.random_rows(0, (8,))
-        step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+        shardings = layout.shardings(abstract_state(config, stage))
+        state, rows = init_state(config, stage, shardings), stage.random_rows(0, (8,))
+        step = make_step(config, stage, shardings, layout)
         parts = [np.reshape(leaf, (-1, micro, *leaf.shape[1:])) for leaf in rows]
         state, found[micro] = step(state, type(rows)(*parts), np.float32(0), np.int32(8 // micro), np.int32(0))
     ours, _ = jax.jit(stage.log_probs)(state.every_param, rows)  # which a rate of 0 left as they were
@@ -1074,7 +1078,9 @@ def test_a_reward_model_lies_on_the_policy_s_layout(small: PolicyConfig, larger:
         config = replace(config, layout=layout)
         on = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(layout))
         stage = PPO(config, "cpu", on)
-        found.append(stage.judge(init_state(config, stage, on).every_param, rows))
+        found.append(
+            stage.judge(init_state(config, stage, on.shardings(abstract_state(config, stage))).every_param, rows)
+        )
     one, many = found
     for name in ("logprobs", "values", "scores"):
         np.testing.assert_allclose(getattr(many, name), getattr(one, name), atol=1e-4, err_msg=name)

@@ -488,8 +488,9 @@ def steps(config: RewardConfig, devices: int) -> tuple[list[float], Any]:
     """Losses of 3 steps on random rankings, and the parameters after."""
     layout = Layout(make_mesh(config, jax.devices()[:devices]), rule_table(config.layout))
     stage = Reward(config, "cpu", layout)
-    state = init_state(config, stage, layout)
-    step = make_step(config, stage, layout.shardings(abstract_state(config, stage)), layout)
+    shardings = layout.shardings(abstract_state(config, stage))
+    state = init_state(config, stage, shardings)
+    step = make_step(config, stage, shardings, layout)
     rows, losses = stage.random_rows(0, (2, 8)), []
     for i in range(3):
         state, metrics = step(state, rows, np.float32(1e-2), np.int32(2), np.int32(i))

@@ -57,7 +57,7 @@ from gptjax.train import loop
 from gptjax.train.checkpoint import restore_params
 from gptjax.train.parts import split
 from gptjax.train.run import open_run
-from gptjax.train.step import init_state
+from gptjax.train.step import abstract_state, init_state
 
 T = 64
 WORDS = [f"w{i}" for i in range(9)]
@@ -488,7 +488,7 @@ def test_the_best_checkpoint_is_kept_and_is_what_others_take(small: SFTConfig, t
     kept = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     assert kept == [best, 2] == [1, 2]
     stage = made(config)
-    state = init_state(config, stage, stage.layout)  # type: ignore[arg-type]
+    state = init_state(config, stage, stage.layout.shardings(abstract_state(config, stage)))  # type: ignore[arg-type]
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
     params = restore_params(run, abstract, best=True)
     place: Callable[[Rows], Rows] = partial(jax.tree.map, jnp.asarray)

@@ -94,7 +94,7 @@ def single_device(config: Config) -> tuple[Pretrain, Layout]:
 
 def make(config: Config) -> tuple:
     task, layout, step = stepping(config)
-    return task, init_state(config, task, layout), step
+    return task, init_state(config, task, layout.shardings(abstract_state(config, task))), step
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def test_every_step_and_micro_batch_has_a_dropout_key_of_its_own(tiny: Config) -
             return (jax.random.uniform(key) + 0 * params["positions"].sum()) / counts
 
     task, layout = single_device(tiny)
-    state = init_state(tiny, task, layout)
+    state = init_state(tiny, task, layout.shardings(abstract_state(tiny, task)))
     step = make_step(tiny, Drawn(), layout.shardings(abstract_state(tiny, task)), layout)
     found = []
     for index in (0, 1, 2, 0):
@@ -545,7 +545,7 @@ def test_full_disk_during_save_is_one_line_and_loses_nothing(config_file: str, f
 
 def test_keep_every_outlives_keep_last(tiny: Config, tmp_path: Path) -> None:
     task, layout = single_device(tiny)
-    state = init_state(tiny, task, layout)
+    state = init_state(tiny, task, layout.shardings(abstract_state(tiny, task)))
     checkpoints = Checkpoints(tmp_path, replace(tiny, train=replace(tiny.train, keep_last=1, keep_every=10)))
     for step in (5, 10, 15, 20, 25):
         checkpoints.save(state, Position(step, step, None))

@@ -38,7 +38,7 @@ def run(config: Config, interval: int, rounds: int, folder: Path) -> str:
 def measured(config: Config, interval: int, rounds: int, folder: Path) -> Row:
     """The turns with a save, the seconds of those without, and bytes; checkpoints lie in `folder` meanwhile."""
     work = Work.prepare(config, jax.devices())
-    state: Any = init_state(config, work.stage, work.layout)
+    state: Any = init_state(config, work.stage, work.shardings)
     step = work.compile(state, {})
     size, held = sizes(state.kept)
 

@@ -187,7 +187,7 @@ def _steps(config: Config, steps: int, extras: Extras | None) -> dict[str, Any]:
     With `extras` on the first device alone, and what they ask for.
     """
     work = Work.prepare(config, jax.devices() if extras is None else jax.devices()[:1])
-    state = init_state(config, work.stage, work.layout)
+    state = init_state(config, work.stage, work.shardings)
     started = time.perf_counter()
     step = work.compile(state, extras.options if extras else {})
     compile_s = time.perf_counter() - started

@@ -148,7 +148,7 @@ def fit(
         if kept is not None:
             state = _whole_state(kept, places, load)
         elif load is None:
-            state = init_state(config, stage, layout)
+            state = init_state(config, stage, shardings)
         else:
             state = start_state(config, stage, load(places.every_param), shardings)
         show, openers = (config.train.total_tokens, is_first()), sinks(config, run, partial(run_id, run))

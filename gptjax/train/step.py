@@ -258,9 +258,8 @@ def abstract_rows(config: Config, row: Rows, layout: Layout) -> Rows:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding), row)
 
 
-def init_state(config: Config, stage: Parametrised, layout: Layout) -> TrainState:
+def init_state(config: Config, stage: Parametrised, shardings: Any) -> TrainState:
     """The initial state, each array born with its sharding. Equal on every layout."""
-    shardings = layout.shardings(abstract_state(config, stage))
     make = jax.jit(lambda key: nn.unbox(_initial(config, stage, stage.init(key))), out_shardings=shardings)
     return make(jax.random.key(config.train.seed))
 

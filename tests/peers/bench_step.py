@@ -125,7 +125,7 @@ def gptjax_side(layers: int, heads: int, width: int, context: int, batch: int, v
     gradient = jax.jit(jax.grad(lambda p, r: stage.loss(p, r, stage.counts(r), None)), compiler_options=options)
     rows = next_token(np.random.default_rng(0).integers(0, vocab, (1, batch, context + 1)).astype(np.int32))
     first = jax.tree.map(lambda leaf: leaf[0], rows)
-    held = {"state": init_state(config, stage, layout)}
+    held = {"state": init_state(config, stage, layout.shardings(abstract_state(config, stage)))}
 
     def one_step() -> None:
         held["state"], metrics = step(held["state"], rows, np.float32(1e-3), np.int32(1), np.int32(0))
