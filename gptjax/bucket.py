@@ -44,10 +44,11 @@ def whole(text: str) -> str:
     return text if is_address(text) else str(Path(text).expanduser().absolute())
 
 
-def require_writable(text: str, name: str) -> None:
-    """Raises UserError for an address, of what has that name, at which Orbax cannot write a run."""
+def require_known(text: str, name: str) -> None:
+    """Raises UserError for an address of what has that name, a run or a text, that is no place in a bucket of Google's:
+    Orbax writes to no others."""
     if is_address(text) and not re.match(f"{SCHEME}[^/]+/[^/]", text):
-        raise UserError(f"{name}: neither a path nor {SCHEME}BUCKET/FOLDER, which are all that Orbax writes; {REMEDY}")
+        raise UserError(f"{name}: neither a path nor {SCHEME}BUCKET/FOLDER, the only buckets that are read and written; {REMEDY}")
 
 
 def is_remote(place: Any) -> bool:
@@ -58,7 +59,7 @@ def at(text: str) -> Any:
     """The place that a text names. Raises UserError for an address that cannot be used."""
     if not is_address(text):
         return Path(text)
-    require_writable(text, text)
+    require_known(text, text)
     if find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets are read by gcsfs, which is not installed; pip install 'gptjax[bucket]'")
     _files()  # before epath opens it

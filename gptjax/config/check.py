@@ -74,7 +74,7 @@ def _paths(config: Config) -> None:
         if bucket.is_address(value):
             raise UserError(f"{name} = {value}: an address, and no path; {remedy}")
     for name, value in (("run", config.run), ("init_from", config.init_from)):
-        bucket.require_writable(value, f"{name} = {value}")
+        bucket.require_known(value, f"{name} = {value}")
 
 
 def _local(config: Config) -> None:
