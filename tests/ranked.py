@@ -19,7 +19,7 @@ from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT, launch
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
-from gptjax.train.step import abstract_state, init_state
+from gptjax.train.step import TrainState, abstract_state, init_state
 
 T, K = 32, 4
 MODEL = ModelConfig(
@@ -63,11 +63,14 @@ def write_base(folder: Path, tuned: SFTConfig, model: ModelConfig = MODEL, seed:
     run, stage = folder / "run", SFT(config, "cpu")
     fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
     checkpoints = Checkpoints(run, config)
-    checkpoints.save(
-        init_state(config, stage, one_device(config).shardings(abstract_state(config, stage))).kept, Position()
-    )
+    checkpoints.save(born(config, stage).kept, Position())
     checkpoints.close()
     return run
+
+
+def born(config: Config, stage: Any) -> TrainState:
+    """The first state of a run of one device."""
+    return init_state(config, stage, one_device(config).shardings(abstract_state(config, stage)))
 
 
 def one_device(config: Config) -> Layout:

@@ -4,14 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ranked import one_device
+from ranked import born
 
 from gptjax.config import RewardConfig
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.stages import Reward
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
-from gptjax.train.step import abstract_state, init_state
 
 MEAN, STD = 0.4, 2.5
 """Of the scores of the reward model's held-out replies, as its run has them."""
@@ -69,9 +68,7 @@ def write_reward(folder: Path, config: RewardConfig, tokenizer: Tokenizer | None
     run, stage = folder / "reward", Reward(config, "cpu")
     fill_run(run, config, Reward.fit_tokenizer(config, tokenizer or load_tokenizer("bytes")))
     checkpoints = Checkpoints(run, config)
-    checkpoints.save(
-        init_state(config, stage, one_device(config).shardings(abstract_state(config, stage))).kept, Position()
-    )
+    checkpoints.save(born(config, stage).kept, Position())
     checkpoints.close()
     stage.keep(run, 0, {"score_mean": MEAN, "score_std": STD})
     return run

@@ -12,16 +12,14 @@ from urllib.parse import urlsplit
 
 import jax
 from devices import environment
+from ranked import born
 
 from gptjax.bench.client import Server
 from gptjax.config import ModelConfig, SFTConfig
 from gptjax.data.tokenizers import load_tokenizer
-from gptjax.sharding.mesh import make_mesh
-from gptjax.sharding.rules import Layout, rule_table
 from gptjax.stages import SFT
 from gptjax.train.checkpoint import Checkpoints, Position
 from gptjax.train.run import fill_run
-from gptjax.train.step import abstract_state, init_state
 
 T, SLOTS, QUEUE = 192, 4, 8
 NAME = "small"
@@ -43,8 +41,7 @@ def write_run(folder: Path, tuned: SFTConfig) -> Path:
     config = replace(tuned, name=NAME, model=MODEL)
     run, stage = folder / NAME, SFT(config, "cpu")
     fill_run(run, config, SFT.fit_tokenizer(config, load_tokenizer("bytes")))
-    layout = Layout(make_mesh(config, jax.devices()[:1]), rule_table(config.layout))
-    state = init_state(config, stage, layout.shardings(abstract_state(config, stage)))
+    state = born(config, stage)
     loud = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, state.params)
     checkpoints = Checkpoints(run, config)
     checkpoints.save(replace(state, params=loud).kept, Position())

@@ -402,16 +402,16 @@ def test_compare_ends_with_status_one(file: str, stand_in: dict, tmp_path: Path,
         ({"device": "TPU v4"}, "its device is TPU v4, here it is cpu"),
         ({"count": 4}, "its count is 4, here it is 8"),
         ({"benchmark": "attention"}, "not a result of gptjax bench layouts"),
-        ({"config": "deeper"}, r"its model.num_layers is 8, here it is 4; compare runs of the same devices and config"),
+        ({"config": "deeper"}, r"its model.num_layers is 8, here it is 1; compare runs of the same devices and config"),
     ],
 )
 def test_another_result_is_refused(
-    change: dict, message: str, file: str, tiny: Config, stand_in: dict, tmp_path: Path
+    change: dict, message: str, file: str, plain: Config, stand_in: dict, tmp_path: Path
 ) -> None:
     if "config" in change:
-        change = {"config": asdict(replace(tiny, model=replace(tiny.model, num_layers=8)))}
+        change = {"config": asdict(replace(plain, model=replace(plain.model, num_layers=8)))}
     about = {name: FACTS[name] for name in ("device", "platform", "count", "dtype")}
-    earlier = {"benchmark": "layouts", "config": asdict(tiny), "rows": []} | about | change
+    earlier = {"benchmark": "layouts", "config": asdict(plain), "rows": []} | about | change
     (tmp_path / "old.json").write_text(json.dumps(earlier))
     with pytest.raises(UserError, match=message):
         cli.run(["bench", "layouts", file, "--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "out")])
