@@ -33,7 +33,7 @@ from gptjax.config import (
 )
 from gptjax.corpus import build as builds
 from gptjax.corpus import copies, loops, near, quality, rules
-from gptjax.corpus.block import SPANS, Block
+from gptjax.corpus.block import Block
 from gptjax.corpus.clean import exact_keys
 from gptjax.corpus.language import foreign
 from gptjax.corpus.lines import prose as prose_lines
@@ -88,22 +88,6 @@ def test_spans_are_those_of_plain_python(texts: list[str]) -> None:
 @given(st.lists(st.text(max_size=20), max_size=4))
 def test_small_letters_are_those_of_python(texts: list[str]) -> None:
     assert [*Block(texts).lowered.texts] == [text.lower() for text in texts]
-
-
-@given(st.lists(st.text("aİA1. \n€-", max_size=20), max_size=5), st.data())  # of İ the small letters are two
-def test_what_is_known_of_documents_is_known_of_some_of_them(texts: list[str], data: st.DataObject) -> None:
-    stays = np.array(data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts))), bool)
-    whole, fresh = Block(texts), Block([text for text, there in zip(texts, stays, strict=True) if there])
-    for name in data.draw(st.sets(st.sampled_from(["kinds", "term_hashes", *sorted(SPANS)]))):
-        getattr(whole, name), getattr(whole.lowered, name)
-    some = whole.where(stays)
-    for block, same in ((some, fresh), (some.lowered, fresh.lowered)):
-        assert [*block.texts] == [*same.texts]
-        for name in ("data", "ends", "sizes", "kinds", "term_hashes"):
-            np.testing.assert_array_equal(getattr(block, name), getattr(same, name))
-        for name in SPANS:
-            for field in ("starts", "ends", "owner"):
-                np.testing.assert_array_equal(getattr(getattr(block, name), field), getattr(getattr(same, name), field))
 
 
 @given(TEXTS, TEXTS)

@@ -7,16 +7,12 @@ a thousand documents in one. Letters beyond the model's: D documents, N bytes, W
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TypeVar
 
 import numpy as np
 
 from gptjax.corpus import loops
 
-X = TypeVar("X")
-
 SPACE, LETTER, DIGIT, LATER = 1, 2, 4, 8
-SPANS = {"tokens", "words", "terms", "lines"}
 ASCII = bytes(range(128))
 # First byte, range of the second, and up to which last byte it is a blank: U+00A0 to U+00BF, U+2000 to U+206F and
 # U+3000 to U+303F; of the last two pages those of their first 64 that are more than punctuation do not matter here.
@@ -56,35 +52,6 @@ class Block:
 
     texts: Sequence[str]
 
-    def where(self, stays: np.ndarray) -> "Block":
-        """Those documents of which `stays`, bool [D], is true. What is known of them is known of the new block."""
-        return self._where(stays, {})
-
-    def _where(self, stays: np.ndarray, moved: dict[int, Spans]) -> "Block":
-        """`moved` has the spans that are done, for small letters often share them."""
-        known, made = self.__dict__, Block(_those(self.texts, stays))
-        if "_encoded" not in known:
-            return made
-        made.__dict__["_encoded"] = _those(self._encoded, stays)
-        sizes = np.diff(self.ends, prepend=-1)
-        if "kinds" in known:
-            made.__dict__["kinds"] = self.kinds[np.repeat(stays, sizes)]
-        if "term_hashes" in known:
-            made.__dict__["term_hashes"] = self.term_hashes[stays[self.terms.owner]]
-        if "lowered" in known:
-            made.__dict__["lowered"] = self.lowered._where(stays, moved)
-        gone_before = np.cumsum(np.where(stays, 0, sizes))
-        numbers = np.cumsum(stays) - 1
-        for name in SPANS & known.keys():
-            spans = known[name]
-            if id(spans) not in moved:
-                at = np.flatnonzero(stays[spans.owner])
-                owner = spans.owner[at]
-                back = gone_before[owner]
-                moved[id(spans)] = Spans(spans.starts[at] - back, spans.ends[at] - back, numbers[owner])
-            made.__dict__[name] = moved[id(spans)]
-        return made
-
     @cached_property
     def data(self) -> np.ndarray:
         """uint8 [N]: the UTF-8 of all, a newline behind each."""
@@ -122,7 +89,7 @@ class Block:
         """The same in small letters."""
         made = Block([*map(_lowered, self.texts)])
         if np.array_equal(made.ends, self.ends):  # then bytes are of the same kinds, as all but a few letters' are
-            for name in ("kinds", *SPANS):
+            for name in ("kinds", "tokens", "words", "terms", "lines"):
                 made.__dict__[name] = getattr(self, name)
         return made
 
@@ -178,10 +145,6 @@ class Block:
     def bounds(self, spans: Spans) -> np.ndarray:
         """int64 [D + 1]: where each document's spans begin, and how many there are."""
         return np.searchsorted(spans.owner, np.arange(len(self.texts) + 1))
-
-
-def _those(every: Sequence[X], stays: np.ndarray) -> list[X]:
-    return [each for each, there in zip(every, stays.tolist(), strict=True) if there]
 
 
 def _lowered(text: str) -> str:

@@ -206,7 +206,7 @@ def _without(reasons: Iterable[tuple[str, np.ndarray]], block: Block, report: Re
         for number in np.flatnonzero(gone & stays).tolist():
             report.drop(reason, block.texts[number])
         stays &= ~gone
-    return block if stays.all() else block.where(stays)
+    return block if stays.all() else Block([text for text, there in zip(block.texts, stays, strict=True) if there])
 
 
 def _scrubbed(text: str, recipe: CorpusConfig, report: Report) -> str:
