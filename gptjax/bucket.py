@@ -48,7 +48,9 @@ def require_known(text: str, name: str) -> None:
     """Raises UserError for an address of what has that name, a run or a text, that is no place in a bucket of Google's:
     Orbax writes to no others."""
     if is_address(text) and not re.match(f"{SCHEME}[^/]+/[^/]", text):
-        raise UserError(f"{name}: neither a path nor {SCHEME}BUCKET/FOLDER, the only buckets that are read and written; {REMEDY}")
+        raise UserError(
+            f"{name}: neither a path nor {SCHEME}BUCKET/FOLDER, the only buckets that are read and written; {REMEDY}"
+        )
 
 
 def is_remote(place: Any) -> bool:

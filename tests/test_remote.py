@@ -102,7 +102,10 @@ def test_a_copy_that_is_stopped_leaves_no_half_file(
         ("gs://text/none", "gs://text/none: no such file, nor one below it"),
         ("gs://text/none/*.jsonl", r"gs://text/none/\*\.jsonl: no such file"),
         ("gs://nobucket/a.jsonl", "gs://nobucket/a.jsonl: no such file"),
-        ("s3://text/a.jsonl", "s3://text/a.jsonl: neither a path nor gs://BUCKET/FOLDER, the only buckets that are read"),
+        (
+            "s3://text/a.jsonl",
+            "s3://text/a.jsonl: neither a path nor gs://BUCKET/FOLDER, the only buckets that are read",
+        ),
     ],
 )
 def test_what_is_not_there_is_one_line(source: str, said: str, server: Server, tmp_path: Path) -> None:
