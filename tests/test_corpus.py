@@ -32,7 +32,7 @@ from gptjax.config import (
     RepairConfig,
 )
 from gptjax.corpus import build as builds
-from gptjax.corpus import copies, loops, near, quality, rules
+from gptjax.corpus import copies, look, loops, near, quality, rules
 from gptjax.corpus.block import Block
 from gptjax.corpus.clean import exact_keys
 from gptjax.corpus.language import foreign
@@ -598,6 +598,22 @@ def test_the_page_says_what_the_manifest_does(
     assert "near copy" in page and "too short" in page and "data:image/png;base64," in page
     with pytest.raises(UserError, match=r"has no manifest\.json; give the folder that gptjax data build printed"):
         cli.run(["data", "stats", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("reasons", "shown"), [(2, ["kept", "0", "1"]), (8, ["kept", *"012345", "other"])])
+def test_the_picture_names_what_it_shows_and_no_more(reasons: int, shown: list[str]) -> None:
+    from matplotlib.figure import Figure
+
+    axes: Any = Figure().subplots()
+    dropped = {str(i): {"documents": 9 - i, "bytes": 1} for i in range(reasons)}
+    about = {"read": {"documents": 100}, "kept": {"documents": 40}, "dropped": dropped}
+    look._fates(axes, {"origins": {"a": about}})
+    assert axes.get_legend_handles_labels()[1] == shown
+    colours = [bars[0].get_facecolor() for bars in axes.containers]
+    assert len(set(colours)) == len(shown)
+    assert sum(bars[0].get_width() for bars in axes.containers) == pytest.approx(
+        (40 + sum(range(9 - reasons + 1, 10))) / 100
+    )
 
 
 def test_without_the_extra_a_build_says_what_it_needs(tmp_path: Path) -> None:

@@ -112,9 +112,12 @@ def _fates(axes: Any, manifest: Mapping[str, Any]) -> None:
         for reason, count, _ in _dropped(about):
             counts[reason] = counts.get(reason, 0) + count
     named = sorted(counts, key=lambda reason: -counts[reason])[:6]
+    colours = {"kept": KEPT} | dict(zip(named, SERIES, strict=False))
+    if len(counts) > len(named):
+        colours["other"] = "#bbbbbb"
     names = [*origins][::-1]
     left = np.zeros(len(names))
-    for label, colour in zip(["kept", *named, "other"], (KEPT, *SERIES[:6], "#bbbbbb"), strict=False):
+    for label, colour in colours.items():
         widths = np.array([_share(origins[name], label, named) for name in names])
         axes.barh(names, widths, left=left, color=colour, label=label)
         left += widths
