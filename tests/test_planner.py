@@ -759,9 +759,8 @@ def test_a_dry_run_of_adapters(topology: list[str], tuned_file: str, capsys: pyt
     assert cli.run(words) == 1
     said = capsys.readouterr().out
     model = load_config(tuned_file, []).model
-    adapters = 2 * (
-        16 * model.num_layers * 32 + model.vocab_size + 32
-    )  # rank x (sides x layers x width, and the embedding's)
+    # Rank x (sides x layers x width, and the embedding's).
+    adapters = 2 * (16 * model.num_layers * 32 + model.vocab_size + 32)
     assert f"{num_params(model) + adapters:,} parameters, of which {adapters:,} are trained" in said
     assert re.search(r"units/block_0/qkv/kernel .* frozen", said)
     assert not re.search(r"lora/a .* frozen", said)
